@@ -1,0 +1,193 @@
+"""Data sets as plain tensors, and batches that are functions of their addresses.
+
+Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 1 with u uniform in
+[0, 1), so that a density makes sense (uniform dequantization, Theis et al. 2016).
+"""
+
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion.noise import Purpose, stream
+
+__all__ = [
+    "Data",
+    "DataNotFound",
+    "Images",
+    "Points",
+    "data_root",
+    "dequantize",
+    "fashion_mnist",
+    "mnist",
+    "order",
+    "to_uint8",
+]
+
+VARIABLE = "SDE_DIFFUSION_DATA"
+
+
+class DataNotFound(FileNotFoundError):
+    """A data set is not there, or not whole; the message says where it was looked for."""
+
+
+class Data(Protocol):
+    """What training draws from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The samples `index` (B,) and their conditions.
+
+        Args:
+            uniform: numbers in [0, 1), (B, *sample shape), the only randomness a sample may use.
+        """
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images (N, C, H, W) uint8 with labels (N,), dequantized as they are drawn."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape[1:])
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        return dequantize(self.pixels[index], uniform), None
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points (N, ...) of any shape, used as they are."""
+
+    x: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.x[index], None
+
+
+def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
+    """uint8 pixels and numbers in [0, 1) to [-1, 1): (pixel + u) / 128 - 1."""
+    return (pixels + uniform) / 128 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8: the pixel whose interval holds x, the nearest one outside."""
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def order(seed: int, size: int, start: int, count: int) -> Tensor:
+    """Data indices of the global positions start .. start + count - 1, (count,) int64.
+
+    Epoch e is a permutation that depends on (seed, e) alone, so any stretch can be had anywhere.
+    """
+    chosen = []
+    while count > 0:
+        epoch, offset = divmod(start, size)
+        part = stream(seed, Purpose.ORDER, epoch).permutation(size)[offset : offset + count]
+        chosen.append(part)
+        start, count = start + len(part), count - len(part)
+    return torch.from_numpy(np.concatenate(chosen))
+
+
+def data_root(given: str | Path | None) -> Path:
+    """`given`, or the environment variable SDE_DIFFUSION_DATA, or ./data."""
+    return Path(given or os.environ.get(VARIABLE) or "data")
+
+
+def mnist(root: str | Path | None = None, *, train: bool = True, download: bool = False) -> Images:
+    """MNIST digits, 60,000 to train and 10,000 to test, 28x28.
+
+    Args:
+        root: folder that holds MNIST/raw/*-ubyte or *-ubyte.gz; see `data_root`. It is only read,
+            unless `download` is given.
+        download: fetch what is missing into `root`.
+    Raises:
+        DataNotFound: naming the files, the folder and what to set.
+    """
+    return _idx("MNIST", data_root(root), train, download)
+
+
+def fashion_mnist(
+    root: str | Path | None = None, *, train: bool = True, download: bool = False
+) -> Images:
+    """Fashion-MNIST, the same sizes; the folder of Debian's dataset-fashion-mnist works too."""
+    return _idx("FashionMNIST", data_root(root), train, download)
+
+
+def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
+    from torchvision import datasets
+
+    made = getattr(datasets, name)
+    if download:
+        try:
+            made(root, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataNotFound(f"{name} could not be fetched into {root}: {reason}") from None
+    with _unpacked(name, root) as folder:
+        try:
+            loaded = made(folder, train=train)
+        except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataNotFound(f"{name} under {root} cannot be read: {reason}") from None
+        return Images(loaded.data[:, None].clone(), loaded.targets.clone())
+
+
+@contextmanager
+def _unpacked(name: str, root: Path) -> Iterator[Path]:
+    """A root from which torchvision can read: `root`, or a scratch copy unpacked from its .gz."""
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds]
+    places = [root / name / "raw", root / name, root]
+    for place in places:
+        if place == places[0] and all((place / file).is_file() for file in files):
+            yield root
+            return
+        for suffix in (".gz", ""):
+            found = [place / (file + suffix) for file in files]
+            if all(path.is_file() for path in found):
+                with tempfile.TemporaryDirectory() as scratch:
+                    raw = Path(scratch, name, "raw")
+                    raw.mkdir(parents=True)
+                    for path, file in zip(found, files, strict=True):
+                        data = path.read_bytes()
+                        try:
+                            raw.joinpath(file).write_bytes(
+                                gzip.decompress(data) if suffix else data
+                            )
+                        except (OSError, EOFError) as error:
+                            raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
+                    yield Path(scratch)
+                return
+    raise DataNotFound(
+        f"{name} not found: need {', '.join(files)} (or .gz) in {places[0]}; "
+        f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
+    )

@@ -1,0 +1,133 @@
+"""Models: what a sampler sees, and the one that wraps a network.
+
+Convention: a model is asked (x, level) and answers with a Prediction. x is (B, ...), rank 1 or more.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sde_diffusion import storage
+from sde_diffusion.prediction import Eps, Parameterization, Prediction
+from sde_diffusion.processes import Level, Process, Scalar
+
+__all__ = ["Condition", "Denoiser", "LogSNR", "Model", "Time", "pretrained"]
+
+
+class Model(Protocol):
+    """All that a sampler ever sees."""
+
+    @property
+    def process(self) -> Process:
+        """The process whose levels the model understands."""
+        ...
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        """What the model says of the batch x (B, ...) at this level."""
+        ...
+
+    def rows(self, index: Tensor) -> "Model":
+        """The same model for the samples `index` of the batch.
+
+        Itself, unless the model holds per-sample state such as a condition.
+        """
+        ...
+
+
+class Condition(Protocol):
+    """How a network is told the noise level."""
+
+    def __call__(self, level: Level) -> Scalar: ...
+
+
+@dataclass(frozen=True)
+class Time:
+    """t in [0, 1]: finite at both ends. On a Discrete process it is i/N."""
+
+    def __call__(self, level: Level) -> Scalar:
+        return level.t
+
+
+@dataclass(frozen=True)
+class LogSNR:
+    """log(alpha^2 / sigma^2): the same for every process, infinite at its ends."""
+
+    def __call__(self, level: Level) -> Scalar:
+        return level.log_snr
+
+
+class Denoiser(nn.Module):
+    """A network with what is needed to read it: process, parameterization, condition.
+
+    Args:
+        network: called as network(x, c) or network(x, c, cond), x (B, ...), c (B,).
+        process: the process it is trained on.
+        parameterization: the meaning of its output.
+        condition: how it is told the noise level.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Process,
+        parameterization: Parameterization | None = None,
+        condition: Condition | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+        self.parameterization = parameterization or Eps()
+        self.condition = condition or Time()
+
+    def forward(self, x: Tensor, level: Level, cond: Tensor | None = None) -> Prediction:
+        """The prediction for x (B, ...) at `level`; cond (B, width) for conditional networks.
+
+        The network runs in its own dtype; the prediction has that of x.
+        """
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        c = self.condition(level)
+        if isinstance(c, Tensor):
+            c = c.reshape(-1).expand(len(x)).to(dtype)
+        else:
+            c = torch.full((len(x),), c, dtype=dtype, device=x.device)
+        inputs = (x.to(dtype), c) if cond is None else (x.to(dtype), c, cond)
+        return Prediction(x, self.network(*inputs).to(x.dtype), level, self.parameterization)
+
+    def rows(self, index: Tensor) -> "Denoiser":
+        return self
+
+    def save(self, path: str | Path, **record: object) -> None:
+        """Write `path` (.safetensors) and, beside it, a JSON that describes it with its SHA-256.
+
+        Args:
+            record: facts for the JSON, such as the command that trained the network.
+        """
+        storage.save_denoiser(self, Path(path), record)
+
+    @staticmethod
+    def load(path: str | Path, network: nn.Module | None = None) -> "Denoiser":
+        """Read what `save` wrote, in eval mode. Never runs code from the file.
+
+        Args:
+            path: the .safetensors file; its JSON stands beside it.
+            network: the network to fill, needed if it is not one of this package's.
+        Raises:
+            storage.BadFile: naming the file and the reason, if anything is missing or damaged.
+        """
+        return storage.load_denoiser(Path(path), network)
+
+
+def pretrained(name: str) -> Denoiser:
+    """A denoiser whose weights come with the package.
+
+    Args:
+        name: "mnist_vp": 28x28 digits in [-1, 1], VP process.
+    """
+    folder = Path(__file__).parent / "weights"
+    names = sorted(path.stem for path in folder.glob("*.safetensors"))
+    if name not in names:
+        raise ValueError(f"no packaged weights {name!r}; there are: {', '.join(names) or 'none'}")
+    return Denoiser.load(folder / f"{name}.safetensors")

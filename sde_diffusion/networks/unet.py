@@ -1,0 +1,218 @@
+"""A small U-Net for images, conditioned on the noise level and, if asked, on a context vector.
+
+The first layer folds patch x patch pixels into channels, so that on 28x28 digits nearly all of the
+work happens at 14x14 and 7x7: about four times cheaper than a U-Net that starts at full resolution.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sde_diffusion.networks.embeddings import Fourier
+
+__all__ = ["UNet"]
+
+
+class UNet(nn.Module):
+    """Residual U-Net with attention (Ho et al. 2020, App. B; Dhariwal & Nichol 2021, sec. 3).
+
+    Args:
+        in_channels: image channels; the output has as many.
+        channels: width of each resolution, finest first; each further one halves the image.
+        blocks: residual blocks per resolution, on the way down and again on the way up.
+        attention: indices into `channels` of the resolutions that attend.
+        patch: side of the square of pixels folded into channels before the first convolution.
+        embedding: width of the vector that carries the condition into each block.
+        context: width of the context vector, 0 for none.
+        heads: attention heads; must divide the widths that attend.
+
+    Images whose sides are not divisible by patch * 2^(len(channels) - 1) are padded by repeating
+    the border, and the output is cropped to match.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: Sequence[int] = (48, 96),
+        blocks: int = 2,
+        attention: Sequence[int] = (1,),
+        patch: int = 2,
+        embedding: int = 128,
+        context: int = 0,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if not channels or any(width % 8 for width in channels):
+            raise ValueError(f"channels must be non-empty multiples of 8; got {tuple(channels)}")
+        if any(not 0 <= level < len(channels) for level in attention):
+            raise ValueError(
+                f"attention must index channels 0..{len(channels) - 1}; got {tuple(attention)}"
+            )
+        if any(channels[level] % heads for level in attention):
+            raise ValueError(f"heads={heads} must divide the widths that attend")
+        self.config = {
+            "in_channels": in_channels,
+            "channels": list(channels),
+            "blocks": blocks,
+            "attention": list(attention),
+            "patch": patch,
+            "embedding": embedding,
+            "context": context,
+            "heads": heads,
+        }
+        self.patch = patch
+        self.stride = patch * 2 ** (len(channels) - 1)
+        self.noise = nn.Sequential(
+            Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU(), nn.Identity()
+        )
+        self.context = nn.Linear(context, embedding) if context else None
+        self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
+
+        def block(width_in: int, width_out: int, level: int) -> nn.ModuleList:
+            parts: list[nn.Module] = [Residual(width_in, width_out, embedding)]
+            if level in attention:
+                parts.append(Attention(width_out, heads))
+            return nn.ModuleList(parts)
+
+        self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
+        for level, target in enumerate(channels):
+            if level:
+                self.down.append(nn.ModuleList([Halve(width)]))
+                skips.append(width)
+            for _ in range(blocks):
+                self.down.append(block(width, target, level))
+                skips.append(width := target)
+
+        self.middle = nn.ModuleList(
+            [
+                Residual(width, width, embedding),
+                Attention(width, heads if width % heads == 0 else 1),
+                Residual(width, width, embedding),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, target in reversed(list(enumerate(channels))):
+            for _ in range(blocks + 1):
+                self.up.append(block(width + skips.pop(), target, level))
+                width = target
+            if level:
+                self.up.append(nn.ModuleList([Double(width)]))
+
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            zero(nn.Conv2d(width, in_channels * patch**2, 3, padding=1)),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        c: Float[Tensor, " batch"],
+        context: Float[Tensor, "batch context"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x: noisy images; c: noise condition in [0, 1]; context: condition vectors."""
+        if (context is None) != (self.context is None):
+            raise ValueError(
+                f"this network takes a context of width {self.config['context']}; "
+                f"got {'none' if context is None else tuple(context.shape)}"
+            )
+        e = self.noise(c)
+        if self.context is not None and context is not None:
+            e = e + self.context(context)
+        e = F.silu(e)
+
+        height, width = x.shape[-2:]
+        h = F.pixel_unshuffle(pad(x, self.stride), self.patch)
+        h = self.enter(h)
+        skips = [h]
+        for parts in self.down:
+            for part in parts:  # type: ignore[union-attr]
+                h = part(h, e)
+            skips.append(h)
+        for part in self.middle:
+            h = part(h, e)
+        for parts in self.up:
+            if not isinstance(parts[0], Double):  # type: ignore[index]
+                h = torch.cat([h, skips.pop()], dim=1)
+            for part in parts:  # type: ignore[union-attr]
+                h = part(h, e)
+        return F.pixel_shuffle(self.leave(h), self.patch)[..., :height, :width]
+
+
+class Residual(nn.Module):
+    """norm - silu - conv - (scale and shift by the condition) - norm - silu - conv, plus the input."""
+
+    def __init__(self, width_in: int, width_out: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * width_out)
+        self.norm2 = nn.GroupNorm(8, width_out)
+        self.conv2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
+        self.skip = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulate(e)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels, added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        q, k, v = rearrange(
+            self.qkv(self.norm(x)), "b (n h d) y x -> n b h (y x) d", n=3, h=self.heads
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(
+            rearrange(attended, "b h (y x) d -> b (h d) y x", y=x.shape[2], x=x.shape[3])
+        )
+
+
+class Halve(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Double(nn.Module):
+    """Twice the resolution by repeating pixels, then a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def pad(x: Tensor, stride: int) -> Tensor:
+    """Repeat the right and lower border until both sides are divisible by `stride`."""
+    down, right = -x.shape[-2] % stride, -x.shape[-1] % stride
+    return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with its parameters set to 0, so that its block starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,88 @@
+"""Where random numbers come from. Nothing in this package reads or moves a global generator.
+
+Every draw of a seeded source is a function of its key alone: a Philox counter (Salmon et al. 2011)
+addressed by (seed, purpose, step, position). So a sample does not depend on its batch mates, nor a
+training step on the number of processes that share it.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Generated", "Noise", "Purpose", "Seeded", "stream"]
+
+
+class Purpose(IntEnum):
+    """What a stream of numbers is for; streams of different purposes never overlap."""
+
+    PRIOR = 0
+    PATH = 1
+    ORDER = 2
+    BATCH = 3
+    TOY = 4
+
+
+def stream(seed: int, purpose: Purpose, step: int = 0, position: int = 0) -> np.random.Generator:
+    """The random stream at one address: 2^64 blocks that no other address shares."""
+    if seed < 0:
+        raise ValueError(f"seed must be a non-negative integer; got {seed}")
+    counter = [0, position, step, int(purpose)]
+    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+
+class Noise(Protocol):
+    """A source of the standard normal that belongs to the interval [s, t] of a path.
+
+    An independent source ignores t and s; a Brownian path or a bridge needs them.
+    """
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        """A draw of N(0, I) with the shape, dtype and device of `like`."""
+        ...
+
+
+class Generated:
+    """Independent draws for the whole batch from one torch generator.
+
+    Args:
+        generator: where the numbers come from, on the CPU or on the batch's own device; None takes
+            fresh entropy.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        self.generator = generator
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        draw = torch.randn(
+            like.shape, generator=self.generator, dtype=like.dtype, device=self.generator.device
+        )
+        return draw.to(like.device)
+
+
+class Seeded:
+    """Independent draws with one stream per sample: row k depends on seeds[k] and on nothing else.
+
+    Args:
+        seeds: one non-negative integer per row of the batch.
+        purpose: PRIOR for the start of a path, PATH for what drives it.
+    """
+
+    def __init__(self, seeds: Sequence[int], purpose: Purpose = Purpose.PATH) -> None:
+        self.streams = [stream(int(seed), purpose) for seed in seeds]
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        if len(self.streams) != len(like):
+            raise ValueError(
+                f"seeds must hold one seed per sample; got {len(self.streams)} for a batch of "
+                f"{len(like)}"
+            )
+        dtype = np.float64 if like.dtype == torch.float64 else np.float32
+        rows = [row.standard_normal(like.shape[1:], dtype=dtype) for row in self.streams]
+        return torch.from_numpy(np.stack(rows)).to(like) if rows else torch.empty_like(like)

@@ -1,6 +1,6 @@
 """Models: what a sampler sees, and the one that wraps a network.
 
-Convention: a model is asked (x, level) and answers with a Prediction. x is (B, ...), rank 1 or more.
+Convention: a model is asked (x, level) and answers with a Prediction; x is (B, ...) of any rank.
 """
 
 from dataclasses import dataclass

@@ -6,19 +6,20 @@ A grid of n steps has n + 1 entries, from noise to data; the last one is exactly
 import torch
 from torch import Tensor
 
-__all__ = ["check_steps", "karras", "power", "uniform"]
+from sde_diffusion import errors
+
+__all__ = ["karras", "power", "uniform"]
 
 
 def uniform(steps: int, start: float = 1.0) -> Tensor:
     """Evenly spaced: start * (1 - i / n), i = 0 .. n."""
-    check_steps(steps)
+    errors.integer("steps", steps)
     return start * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
 def power(steps: int, start: float, p: float = 1.0) -> Tensor:
     """Evenly spaced in u^(1/p): start * (1 - i / n)^p.  p > 1 gathers the levels near the data."""
-    if not p > 0:
-        raise ValueError(f"p must be positive; got {p}")
+    errors.number("p", p, 0, strict=True)
     return start * uniform(steps) ** p
 
 
@@ -30,17 +31,9 @@ def karras(
     sigma_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
     i = 0 .. n - 1;   sigma_n = 0.
     """
-    check_steps(steps)
+    errors.integer("steps", steps)
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"need 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
-
-
-def check_steps(steps: int) -> None:
-    """Raise unless `steps` is a positive integer."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer; got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")

@@ -65,6 +65,12 @@ class Generated:
         )
         return draw.to(like.device)
 
+    def entropy(self) -> int:
+        """A seed for a library that keeps random numbers of its own."""
+        low, high = 0, 2**62
+        draw = torch.randint(low, high, (), generator=self.generator, device=self.generator.device)
+        return int(draw)
+
 
 class Seeded:
     """Independent draws with one stream per sample: row k depends on seeds[k] and on nothing else.

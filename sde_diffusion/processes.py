@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import grids
+from sde_diffusion import errors, grids
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
 __all__ = ["VP", "Discrete", "Interpolated", "Level", "Process", "RectifiedFlow"]
@@ -100,7 +100,7 @@ class Process(ABC):
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Scale a and standard deviation b of the forward kernel  x_t | x_s ~ N(a x_s, b^2 I).
 
-        a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2          (Kingma et al. 2021, App. A)
+        a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2        (Kingma et al. 2021, App. A)
 
         Args:
             s: earlier time, () or (B,), in [0, t], with alpha(s) > 0.
@@ -163,17 +163,19 @@ class Process(ABC):
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """The process's own grid of n steps from `start` (1, or t_max) to data, (n + 1,) float64.
 
-        Levels of Karras et al. 2022 from a noise-to-signal ratio of 80 at most, with t = 1 put in
-        front where alpha(1) = 0; the variance-preserving family overrides it with i / n.
+        Levels of Karras et al. 2022, from a noise-to-signal ratio of 80 or, where the path starts
+        above it, from the start and then 80: a batch drawn from the prior belongs to t = 1 and to
+        no other level. A solver that starts at t_max < 1 leaves the start out, where its drift is
+        too stiff to step from. The variance-preserving family overrides this with i / n.
         """
-        ends = torch.tensor([1.0, self.t_max], dtype=torch.float64)
-        ratio = (-self.log_snr(ends) / 2).exp().tolist()
-        at_noise = start == 1.0 and ratio[0] == torch.inf
-        if at_noise and steps == 1:
+        end = torch.tensor([start], dtype=torch.float64)
+        ratio = (-self.log_snr(end) / 2).exp().item()
+        in_front = ratio > 80 and start == 1.0
+        if in_front and steps == 1:
             return grids.uniform(1)
-        levels = grids.karras(steps - at_noise, sigma_max=min(80.0, ratio[1]))
+        levels = grids.karras(steps - in_front, sigma_max=min(80.0, ratio))
         times = self.time(-2 * levels.log())
-        return torch.cat([ends[:1], times]) if at_noise else times
+        return torch.cat([end, times]) if in_front else times
 
     def _fields(self, t: Tensor) -> tuple[Tensor, ...]:
         t = t.detach().to("cpu" if t.device.type == "mps" else t.device, torch.float64)
@@ -223,8 +225,9 @@ class VP(VariancePreserving):
 
     def time(self, log_snr: Tensor) -> Tensor:
         """The positive root of the quadratic in `log_alpha`; alpha^2 = sigmoid(log_snr)."""
-        minus_log_alpha = torch.nn.functional.softplus(-log_snr.to(torch.float64)) / 2
         half, slope = self.beta_min / 2, self.beta_max - self.beta_min
+        minus_log_alpha = torch.nn.functional.softplus(-log_snr.to(torch.float64)) / 2
+        minus_log_alpha = minus_log_alpha.clamp(max=half + slope / 4)  # its value at t = 1
         root = 2 * minus_log_alpha / (half + (half**2 + slope * minus_log_alpha).sqrt())
         return root.clamp(max=1).to(log_snr.dtype)
 
@@ -312,7 +315,7 @@ class Discrete(Interpolated):
         cls, num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
     ) -> "Discrete":
         """beta_i evenly spaced from beta_min to beta_max (Ho et al. 2020, sec. 4)."""
-        grids.check_steps(num_steps)
+        errors.integer("num_steps", num_steps)
         return cls(
             tuple(torch.linspace(beta_min, beta_max, num_steps, dtype=torch.float64).tolist())
         )
@@ -330,7 +333,7 @@ class Discrete(Interpolated):
 def slope_of(y: Tensor, t: Tensor) -> Tensor:
     """dy/dt of an elementwise function y(t); 0 where y is constant.
 
-    Reverse mode: for elementwise functions it gives what forward mode gives, at a tenth of the cost.
+    Reverse mode: for elementwise functions it equals forward mode, at a tenth of the cost.
     """
     if not y.requires_grad:
         return torch.zeros_like(t)

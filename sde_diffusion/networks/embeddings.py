@@ -11,7 +11,7 @@ __all__ = ["Fourier"]
 class Fourier(nn.Module):
     r"""Sines and cosines at geometrically spaced frequencies.
 
-    c  ->  [sin(w_k c), cos(w_k c)],   w_k = max_frequency^(k / (width/2 - 1)),   k = 0 .. width/2 - 1
+    c  ->  [sin(w_k c), cos(w_k c)],   w_k = max_frequency^(k / (n - 1)),   k < n = width / 2
 
     With c = t in [0, 1] and max_frequency = 1000 this is the transformer embedding of the integer
     step that DDPM uses (Ho et al. 2020, App. B), its lowest frequencies (longer than the whole

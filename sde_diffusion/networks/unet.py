@@ -145,7 +145,7 @@ class UNet(nn.Module):
 
 
 class Residual(nn.Module):
-    """norm - silu - conv - (scale and shift by the condition) - norm - silu - conv, plus the input."""
+    """x + conv(silu(modulated norm(conv(silu(norm(x)))))), modulated by the condition."""
 
     def __init__(self, width_in: int, width_out: int, embedding: int) -> None:
         super().__init__()

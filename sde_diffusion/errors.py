@@ -1,0 +1,39 @@
+"""The words in which this package refuses: what was given, what is allowed.
+
+Every public boundary checks its arguments with these, so that a bad value is named where it comes
+in and not by a stack of tensor code.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["choice", "integer", "number"]
+
+
+def integer(name: str, value: Any, at_least: int = 1) -> int:
+    """`value`, if it is an integer of at least `at_least`; bools and floats are not integers."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    return value
+
+
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, strict: bool = False
+) -> float:
+    """`value`, if it is a finite number in [low, high], or in (low, high] where `strict`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value) or not (low < value <= high or (value == low and not strict)):
+        raise ValueError(f"{name} must lie in {'(' if strict else '['}{low}, {high}]; got {value}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """`value`, if it is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+    return value

@@ -1,0 +1,65 @@
+"""Ancestral sampling of the chain: DDPM, and DDIM at eta = 0."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.denoiser import Model
+from sde_diffusion.noise import Noise
+from sde_diffusion.processes import Level, Process
+from sde_diffusion.sampling import Memory
+
+__all__ = ["Ancestral"]
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    r"""Draw x_s from q(x_s | x_t, x0) with the model's x0 in place of the true one.
+
+    With a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2  and the posterior's variance
+    v = b^2 sigma_s^2 / sigma_t^2  (Ho et al. 2020, eq. 6-7; Song et al. 2021 "DDIM", eq. 12):
+
+        x_s = alpha_s x0 + sqrt(sigma_s^2 - eta^2 v) eps + std z
+
+        variance "posterior":  std = eta sqrt(v);        eta = 1 is DDPM's small variance, 0 is DDIM
+        variance "beta":       std = b with eta = 1;     DDPM's large variance, sigma_t^2 = beta_t
+
+    No noise is added in the step that ends at sigma = 0. On the full grid of a Discrete process
+    this is Ho et al.'s Algorithm 2; on any other grid it is the same chain on fewer levels.
+
+    Args:
+        variance: "posterior" or "beta".
+        eta: share of the posterior's standard deviation, in [0, 1]; 1 with variance "beta".
+    """
+
+    variance: Literal["posterior", "beta"] = "posterior"
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        errors.choice("variance", self.variance, ("posterior", "beta"))
+        errors.number("eta", self.eta, 0, 1)
+        if self.variance == "beta" and self.eta != 1:
+            raise ValueError(f"eta goes with variance 'posterior'; got eta={self.eta} with 'beta'")
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """The process's own: i / N on the variance-preserving family."""
+        return process.times(errors.integer("steps", steps))
+
+    def step(
+        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        a = t.alpha / s.alpha
+        b2 = max(t.sigma**2 - a**2 * s.sigma**2, 0.0)
+        v = self.eta**2 * b2 * (s.sigma / t.sigma) ** 2
+        mean = model(x, t).combine(s.alpha, sqrt(s.sigma**2 - v))
+        std = sqrt(v if self.variance == "posterior" else b2)
+        if s.sigma == 0 or std == 0:
+            return mean, None
+        return mean.add_(noise(t.t, s.t, x), alpha=std), None

@@ -1,0 +1,152 @@
+"""Sampling: the loop, written once.
+
+Convention: a sampler moves a batch from time t to an earlier time s < t. x is (B, ...) of any rank
+from 1 and any floating dtype, which the samples keep.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.denoiser import Model
+from sde_diffusion.noise import Generated, Noise, Seeded
+from sde_diffusion.processes import Level, Process
+
+__all__ = ["Memory", "Sample", "Sampler", "sample", "trajectory"]
+
+Memory = Any  # what a sampler carries from step to step: None before the first
+
+
+class Sampler(Protocol):
+    """A rule for one step. Implementations are frozen dataclasses of their hyper-parameters."""
+
+    @property
+    def order(self) -> int:
+        """Order of convergence to the flow (or in law to the SDE) as the steps shrink."""
+        ...
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """The sampler's own n + 1 times, decreasing to 0; float64."""
+        ...
+
+    def step(
+        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """x at level t to x at level s. Pure: changes neither x nor memory."""
+        ...
+
+
+class Sample(NamedTuple):
+    """Where a trajectory stands after a step."""
+
+    x: Tensor
+    t: float
+    memory: Memory  # a solver that picks its own steps leaves its report here
+
+
+@torch.no_grad()
+def trajectory(
+    model: Model,
+    sampler: Sampler,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    noise: Noise | None = None,
+) -> Iterator[Sample]:
+    """The states of a batch on its way from noise to data, one per step.
+
+    Args:
+        model: what is sampled from.
+        sampler: how.
+        x: the batch at the first time (B, ...), usually `model.process.prior(shape)`; unchanged.
+        steps: number of steps on the sampler's own grid.
+        times: any decreasing grid in [0, 1] instead, (n + 1,).
+        generator: source of all noise.
+        seeds: one per sample instead: each sample's noise depends on its own seed alone.
+        noise: an injected source noise(t, s, like) instead.
+    Raises:
+        ValueError: naming the argument, if the grid or the batch makes no sense.
+    """
+    levels = model.process.levels(checked_times(model.process, sampler, steps, times))
+    source = chosen_noise(x, generator, seeds, noise)
+    memory = None
+    for t, s in pairwise(levels):
+        x, memory = sampler.step(model, x, t, s, source, memory)
+        yield Sample(x, float(s.t), memory)
+
+
+def sample(
+    model: Model,
+    sampler: Sampler,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    noise: Noise | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The end of a `trajectory`: a batch shaped like x at the last time, data at t = 0.
+
+    Args:
+        progress: show a bar; the other arguments are those of `trajectory`.
+    """
+    times = checked_times(model.process, sampler, steps, times)
+    states = trajectory(
+        model, sampler, x, times=times, generator=generator, seeds=seeds, noise=noise
+    )
+    if progress:
+        from tqdm import tqdm
+
+        states = tqdm(states, total=len(times) - 1, desc=type(sampler).__name__)
+    for state in states:
+        x = state.x
+    return x
+
+
+def checked_times(
+    process: Process, sampler: Sampler, steps: int | None, times: Tensor | Sequence[float] | None
+) -> Tensor:
+    """The grid asked for, float64 on the CPU, or a ValueError that says what is wrong with it."""
+    if steps is not None and times is not None:
+        raise ValueError("give steps (the sampler's own grid) or times (yours), not both")
+    if times is None:
+        return sampler.grid(process, steps)
+    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must hold at least two numbers; got shape {tuple(times.shape)}")
+    if not bool((times[:-1] > times[1:]).all()):
+        first, last = times[0].item(), times[-1].item()
+        ends = f"times[0]={first:.2f}, times[-1]={last:.2f}"
+        hint = " (reverse it?)" if first < last else ""
+        raise ValueError(f"times must decrease from noise to data; got {ends}{hint}")
+    return times
+
+
+def chosen_noise(
+    x: Tensor,
+    generator: torch.Generator | None,
+    seeds: Sequence[int] | None,
+    noise: Noise | None,
+) -> Noise:
+    """The one source of noise asked for."""
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be a floating-point batch (B, ...); got shape {tuple(x.shape)}, {x.dtype}"
+        )
+    if sum(given is not None for given in (generator, seeds, noise)) > 1:
+        raise ValueError("give one of generator, seeds and noise")
+    if noise is not None:
+        return noise
+    if seeds is None:
+        return Generated(generator)
+    if len(seeds) != len(x):
+        raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
+    return Seeded(seeds)

@@ -23,7 +23,7 @@ def discretize(
         num_steps: N.
         rule: "euler" or "exact".
     Raises:
-        ValueError: if the process is not variance-preserving, or a beta reaches 1 (take more steps).
+        ValueError: if the process is not variance-preserving, or a beta reaches 1.
     """
     errors.integer("num_steps", num_steps)
     errors.choice("rule", rule, ("euler", "exact"))
@@ -47,8 +47,8 @@ def discretize(
 
 
 def continuous(discrete: Discrete) -> Interpolated:
-    """The SDE with piecewise constant beta(t) whose marginals and transitions at i/N are the chain's.
+    """The SDE with piecewise constant beta(t) and the chain's marginals and transitions at i/N.
 
-    It is the same path; but its own grids go anywhere between the chain's times.
+    It is the same path, but its own grids go anywhere between the chain's times.
     """
     return Interpolated(discrete.betas)

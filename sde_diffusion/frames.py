@@ -30,7 +30,7 @@ def leave(y: Tensor, level: Level) -> Tensor:
     return y * (level.alpha + level.sigma)
 
 
-def level_at(process: Process, u: float) -> Level:
+def level_at(process: Process, u: float) -> Level[float]:
     """The level of a process at which sigma / (alpha + sigma) = u."""
     if u <= 0:
         log_snr = math.inf
@@ -42,7 +42,7 @@ def level_at(process: Process, u: float) -> Level:
 def grid(process: Process, steps: int, p: float = 1.0) -> Tensor:
     """n + 1 times whose u is evenly spaced in u^(1/p), from t = 1 to exactly 0."""
     start = process.levels(torch.ones(1, dtype=torch.float64))[0].u
-    u = grids.power(steps, float(start), p)
+    u = grids.power(steps, start, p)
     times = process.time(2 * (torch.log1p(-u) - u.log()))
     times[0], times[-1] = 1.0, 0.0
     return times

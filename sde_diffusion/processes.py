@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 __all__ = ["VP", "Discrete", "Interpolated", "Level", "Process", "RectifiedFlow"]
 
 Scalar = float | Tensor
+S = TypeVar("S", float, Tensor)
 
 
-class Level(NamedTuple):
+class Level(NamedTuple, Generic[S]):
     """Where on the path a batch stands.
 
     In sampling the whole batch shares one level and the fields are Python floats, which neither
@@ -36,15 +37,15 @@ class Level(NamedTuple):
     the fields are tensors (B, 1, ..., 1) that broadcast against it.
     """
 
-    t: Scalar
-    alpha: Scalar
-    sigma: Scalar
-    log_snr: Scalar
-    drift: Scalar  # f
-    diffusion2: Scalar  # g^2
+    t: S
+    alpha: S
+    sigma: S
+    log_snr: S
+    drift: S  # f
+    diffusion2: S  # g^2
 
     @property
-    def u(self) -> Scalar:
+    def u(self) -> S:
         """The straight frame's time, sigma / (alpha + sigma), from 0 (data) to 1 (pure noise)."""
         return self.sigma / (self.alpha + self.sigma)
 
@@ -138,7 +139,7 @@ class Process(ABC):
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
         return self.prior_std * source(1.0, 1.0, torch.empty(*shape, dtype=dtype, device=device))
 
-    def level(self, t: Tensor, like: Tensor) -> Level:
+    def level(self, t: Tensor, like: Tensor) -> Level[Tensor]:
         """The levels of a batch whose samples stand at times t, broadcast here and nowhere else.
 
         Args:
@@ -152,7 +153,7 @@ class Process(ABC):
         shape = t.shape + (1,) * (like.ndim - t.ndim)
         return Level(*(field.reshape(shape).to(like) for field in self._fields(t)))
 
-    def levels(self, times: Tensor) -> list[Level]:
+    def levels(self, times: Tensor) -> list[Level[float]]:
         """The levels of a whole grid (n,), as Python floats, in one vectorized float64 call."""
         return [Level(*row) for row in torch.stack(self._fields(times), dim=1).tolist()]
 

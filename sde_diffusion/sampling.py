@@ -33,7 +33,13 @@ class Sampler(Protocol):
         ...
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         """x at level t to x at level s. Pure: changes neither x nor memory."""
         ...
@@ -78,7 +84,7 @@ def trajectory(
     memory = None
     for t, s in pairwise(levels):
         x, memory = sampler.step(model, x, t, s, source, memory)
-        yield Sample(x, float(s.t), memory)
+        yield Sample(x, s.t, memory)
 
 
 def sample(

@@ -91,15 +91,13 @@ def load_denoiser(path: Path, network: nn.Module | None) -> "Denoiser":
     tensors, record = read(path)
     try:
         parts = record["denoiser"]
-        if network is None:
-            network = build(networks, parts["network"])
         made = denoiser.Denoiser(
-            network,
+            network or build(networks, parts["network"]),
             build(processes, parts["process"]),
             build(prediction, parts["parameterization"]),
             build(denoiser, parts["condition"]),
         )
-        network.load_state_dict(tensors)
+        made.network.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise BadFile(f"{path.with_suffix('.json')}: {reason}") from None

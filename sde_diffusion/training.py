@@ -68,7 +68,8 @@ class EMA:
     def __call__(self, averaged: Any, current: Any, updates: Tensor | int) -> None:
         n = int(updates)
         rate = 1 - min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(averaged), list(current), rate)
+        for mean, value in zip(averaged, current, strict=True):
+            mean.lerp_(value, rate)
 
 
 class Batch(NamedTuple):

@@ -62,7 +62,13 @@ class Adams:
         return frames.grid(process, errors.integer("steps", steps), self.p)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: History | None
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: History | None,
     ) -> tuple[Tensor, History]:
         slope = model(x, t).velocity
         if memory is None:

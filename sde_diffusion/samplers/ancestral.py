@@ -53,7 +53,13 @@ class Ancestral:
         return process.times(errors.integer("steps", steps))
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         a = t.alpha / s.alpha
         b2 = max(t.sigma**2 - a**2 * s.sigma**2, 0.0)

@@ -46,7 +46,13 @@ class Heun:
         return Process.times(process, errors.integer("steps", steps))
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         y, h = frames.enter(x, t), s.u - t.u
         slope = model(x, t).velocity
@@ -63,8 +69,8 @@ class TorchODE:
 
     Args:
         method: adaptive ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun"), or fixed-step
-            ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"), which
-            takes one step per interval of `times`.
+            ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"),
+            which takes one step per interval of `times`.
         rtol, atol: tolerances of y.
         max_calls: network calls after which it gives up.
     """
@@ -80,14 +86,20 @@ class TorchODE:
 
     @property
     def order(self) -> int:
-        """1, until the interval is resolved: then the error follows the tolerances, not the grid."""
+        """1: once the interval is resolved the error follows the tolerances, not the grid."""
         return 1
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         return whole_interval(self, steps)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         from torchdiffeq import odeint
 
@@ -107,6 +119,7 @@ class TorchODE:
             )
         except AssertionError as error:  # torchdiffeq's way to say that a step underflowed
             raise SolverError(f"{self} failed at {slope.where}: {error}") from None
+        assert isinstance(y, Tensor)
         return frames.leave(y[-1], s), Report(slope.calls)
 
 
@@ -138,7 +151,13 @@ class ScipyODE:
         return whole_interval(self, steps)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         from scipy.integrate import solve_ivp
 
@@ -161,7 +180,7 @@ class ScipyODE:
 class Slope:
     """dy/du as a function of (u, y), counting its calls."""
 
-    def __init__(self, solver: TorchODE | ScipyODE, model: Model, start: Level) -> None:
+    def __init__(self, solver: TorchODE | ScipyODE, model: Model, start: Level[float]) -> None:
         self.solver, self.model, self.level, self.calls = solver, model, start, 0
 
     @property

@@ -33,7 +33,13 @@ class EulerMaruyama:
         return process.times(errors.integer("steps", steps), process.t_max)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         dt = t.t - s.t
         drift = reverse_drift(model, x, t)
@@ -66,7 +72,13 @@ class TorchSDE:
         return EulerMaruyama().grid(process, steps)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         if self.method == "srk":
             brownian = torchsde_path(self, noise, x, t, s)
@@ -110,7 +122,13 @@ class AdaptiveTorchSDE:
         return torch.tensor([process.t_max, 0.0], dtype=torch.float64)
 
     def step(
-        self, model: Model, x: Tensor, t: Level, s: Level, noise: Noise, memory: Memory
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
     ) -> tuple[Tensor, Memory]:
         sde = ReverseSDE(model, x, t, "additive")
         brownian = torchsde_path(self, noise, x, t, s)
@@ -118,7 +136,7 @@ class AdaptiveTorchSDE:
         return integrate(sde, x, t, s, brownian, self.method, first, self), sde.calls
 
 
-def reverse_drift(model: Model, x: Tensor, t: Level) -> Tensor:
+def reverse_drift(model: Model, x: Tensor, t: Level[float]) -> Tensor:
     """-(f x - g^2 score), the rate at which x moves as t runs down."""
     if not t.t <= model.process.t_max:
         raise ValueError(
@@ -137,12 +155,12 @@ class ReverseSDE:
 
     sde_type = "ito"
 
-    def __init__(self, model: Model, x: Tensor, start: Level, noise_type: str) -> None:
+    def __init__(self, model: Model, x: Tensor, start: Level[float], noise_type: str) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
         self.last: tuple[Any, Any, Tensor] | None = None
         self.start, self.calls = start, 0
 
-    def level(self, tau: Tensor | float) -> Level:
+    def level(self, tau: Tensor | float) -> Level[float]:
         t = -float(tau)
         if t == self.start.t:
             return self.start
@@ -168,7 +186,7 @@ class Increment:
 
     levy_area_approximation = "none"
 
-    def __init__(self, noise: Noise, x: Tensor, t: Level, s: Level) -> None:
+    def __init__(self, noise: Noise, x: Tensor, t: Level[float], s: Level[float]) -> None:
         self.shape = x.flatten(1).shape if x.ndim > 1 else (len(x), 1)
         self.dw = sqrt(t.t - s.t) * noise(t.t, s.t, x).reshape(self.shape)
 
@@ -176,7 +194,7 @@ class Increment:
         return self.dw
 
 
-def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level, s: Level) -> Any:
+def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Level[float]) -> Any:
     """A BrownianInterval of torchsde, which draws its entropy from our generator."""
     from torchsde import BrownianInterval
 
@@ -199,8 +217,8 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level, s: Level) -> 
 def integrate(
     sde: ReverseSDE,
     x: Tensor,
-    t: Level,
-    s: Level,
+    t: Level[float],
+    s: Level[float],
     brownian: Any,
     method: str,
     dt: float,

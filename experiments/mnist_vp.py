@@ -1,81 +1,276 @@
-"""Digits from the VP process: sample with the packaged weights, or train with --train."""
+"""Digits from the VP process.
+
+Samples 64 digits with the packaged weights:      python experiments/mnist_vp.py --sampler ode
+Trains on MNIST, then samples:                    python experiments/mnist_vp.py --train
+"""
 
 import csv
-import subprocess
-import sys
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import command
+import safetensors.torch
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import sde_diffusion as sd
-from sde_diffusion import data, training
+from sde_diffusion import data, errors, frames, plots, storage, training
+
+STEPS = {"ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "heun": 18, "adams": 20}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Flags of the experiment."""
+    """Draw digits, or train and then draw. Flags marked (train) need --train."""
 
-    train: bool = False
-    """train on MNIST instead of sampling"""
-    resume: bool = False
-    """with --train: go on from the newest checkpoint in --out"""
-    overwrite: bool = False
-    """with --train: replace the run in --out"""
-    train_steps: int = 20_000
-    """with --train: optimizer steps"""
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    checkpoint_every: int = 500
-    """with --train: steps between checkpoints"""
-    data_root: Path | None = None
+    sampler: Literal["ancestral", "ddim", "sde", "torchsde", "heun", "adams", "ode"] = "ode"
+    """ode: dopri5 on the probability flow; sde: Euler-Maruyama of the reverse SDE"""
+    steps: int | None = None
+    """steps of a fixed-step sampler [adams 20, heun 18, the others 250]"""
+    rtol: float | None = None
+    """relative tolerance of ode [1e-3]"""
+    atol: float | None = None
+    """absolute tolerance of ode [1e-3]"""
+    num_samples: int = 64
     seed: int = 0
-    dtype: str = "float32"
+    """sample k depends on (seed, k) alone"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    """the network's arithmetic; states and weights stay float32"""
+    batch_size: int = 128
+    """samples drawn at once; (train) images per step"""
     out: Path = Path("runs/mnist_vp")
+    """folder of everything written"""
+    checkpoint: Path | None = None
+    """a .safetensors file to sample from [the packaged weights]"""
+    gif: bool = False
+    """write trajectory.gif too"""
+    train: bool = False
+    """train first, then sample"""
+    epochs: int | None = None
+    """(train) passes over the 60,000 digits"""
+    train_steps: int | None = None
+    """(train) optimizer steps [20,000]"""
+    learning_rate: float | None = None
+    """(train) its largest value [2e-3]"""
+    network: Literal["unet", "mlp"] | None = None
+    """(train) what to train [unet]"""
+    checkpoint_every: int | None = None
+    """(train) steps between checkpoints [500]"""
+    resume: bool = False
+    """(train) go on from the newest checkpoint in --out"""
+    overwrite: bool = False
+    """(train) delete the run in --out first"""
+    data_root: Path | None = None
+    """(train) folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    download: bool = False
+    """(train) fetch MNIST into the data root if it is not there"""
 
 
-def train(config: Config) -> None:
-    """Train, writing checkpoints, metrics.csv and the averaged weights under --out."""
-    digits = data.mnist(config.data_root)
-    torch.manual_seed(config.seed)
-    network = sd.networks.UNet(channels=(32, 64), blocks=2)
-    denoiser = sd.Denoiser(network, sd.VP(), sd.V())
+def main(config: Config) -> None:
+    check(config)
+    device = command.device(config.device)
+    denoiser = train(config, device) if config.train else load(config, device)
+    draw(config, denoiser, device)
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, and flags that would have no effect."""
+    for name in ("steps", "train_steps", "epochs", "checkpoint_every"):
+        if getattr(config, name) is not None:
+            errors.integer(flag(name), getattr(config, name))
+    errors.integer("--num-samples", config.num_samples)
+    errors.integer("--batch-size", config.batch_size)
+    errors.integer("--seed", config.seed, at_least=0)
+    for name in ("rtol", "atol", "learning_rate"):
+        if getattr(config, name) is not None:
+            errors.number(flag(name), getattr(config, name), 0, 1, strict=True)
+    for name in ("rtol", "atol") if config.sampler != "ode" else ("steps",):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{flag(name)} has no effect with --sampler {config.sampler}")
+    if config.train and config.checkpoint:
+        raise ValueError("--checkpoint has no effect with --train (see --resume)")
+    needs_train = ("epochs", "train_steps", "learning_rate", "network", "checkpoint_every",
+                   "resume", "overwrite", "data_root", "download")  # fmt: skip
+    for name in needs_train if not config.train else ():
+        if getattr(config, name):
+            raise ValueError(f"{flag(name)} has no effect without --train")
+    if config.epochs and config.train_steps:
+        raise ValueError("give --epochs or --train-steps, not both")
+    if config.resume and config.overwrite:
+        raise ValueError("give --resume or --overwrite, not both")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def load(config: Config, device: torch.device) -> sd.Denoiser:
+    path = config.checkpoint
+    denoiser = sd.Denoiser.load(path) if path else sd.pretrained("mnist_vp")
+    return denoiser.to(device)
+
+
+def sampler(config: Config) -> sd.Sampler:
+    """The one place where a word becomes a sampler."""
+    made: dict[str, sd.Sampler] = {
+        "ancestral": sd.Ancestral(),
+        "ddim": sd.Ancestral(eta=0.0),
+        "sde": sd.EulerMaruyama(),
+        "torchsde": sd.TorchSDE(),
+        "heun": sd.Heun(),
+        "adams": sd.Adams(),
+        "ode": sd.TorchODE(rtol=config.rtol or 1e-3, atol=config.atol or 1e-3),
+    }
+    return made[config.sampler]
+
+
+def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
+    """Sample in chunks and write samples.png, samples.safetensors, config.json."""
+    out = command.folder(config.out)
+    chosen, steps = sampler(config), config.steps or STEPS.get(config.sampler)
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = denoiser.network.register_forward_hook(count)
+    seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]
+    chunks = [seeds[k : k + config.batch_size] for k in range(0, len(seeds), config.batch_size)]
+    bf16 = torch.autocast(device.type, torch.bfloat16)
+    start, drawn, film = time.perf_counter(), [], []
+    with bf16 if config.dtype == "bf16" else nullcontext():
+        for chunk in chunks:
+            states = list(path(config, denoiser, chosen, chunk, steps, device))
+            drawn.append(states[-1].cpu())
+            film = film or [plots.tiles(x[:64]) for x in states if config.gif]
+    seconds = time.perf_counter() - start
+    hook.remove()
+    x = torch.cat(drawn)
+    storage.replace(out / "samples.safetensors", safetensors.torch.save({"samples": x}))
+    storage.replace(out / "samples.png", plots.png(plots.tiles(x[:256])))
+    if config.gif:
+        storage.replace(out / "trajectory.gif", plots.gif(film))
+    facts = {"sampler": repr(chosen), "network_calls": calls, "seconds": round(seconds, 3)}
+    command.write_config(out, config, device=str(device), **facts)
+    batches = "" if len(chunks) == 1 else f" in {len(chunks)} batches"
+    print(f"{config.sampler}: {len(x)} digits, {calls} network calls{batches}, {seconds:.1f} s")
+    print(f"{chosen} -> {out / 'samples.png'}")
+
+
+def path(
+    config: Config,
+    denoiser: sd.Denoiser,
+    chosen: sd.Sampler,
+    seeds: list[int],
+    steps: int | None,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """The states worth keeping: the last one, or with --gif about 30 on the way to it."""
+    x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=device)
+    times = None
+    if config.gif and config.sampler == "ode":  # one step would be one frame: cut the path
+        times = frames.grid(denoiser.process, 30)
+    states = sd.trajectory(denoiser, chosen, x, steps=steps, times=times, seeds=seeds)
+    every = max(1, (steps or 30) // 30)
+    kept = x
+    for k, state in enumerate(states):
+        if config.gif and k % every == 0:
+            yield kept
+        kept = state.x
+    yield kept
+
+
+def train(config: Config, device: torch.device) -> sd.Denoiser:
+    """Train, writing checkpoints, metrics.csv, loss.png and the averaged weights."""
+    digits = data.mnist(config.data_root, download=config.download)
+    out = prepared(config)
+    torch.manual_seed(config.seed)  # the network's first weights
+    network: torch.nn.Module
+    if config.network == "mlp":
+        network = sd.networks.MLP(shape=(1, 28, 28), width=512, depth=3, fourier=64)
+    else:
+        network = sd.networks.UNet(channels=(32, 64), blocks=2)
+    denoiser = sd.Denoiser(network, sd.VP(), sd.V()).to(device)
+    epoch = -(-len(digits) // config.batch_size)
     recipe = training.Recipe(
-        steps=config.train_steps,
+        steps=config.train_steps or (config.epochs * epoch if config.epochs else 20_000),
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or 2e-3,
         seed=config.seed,
         dtype=config.dtype,
     )
-    record = {"command": " ".join(["python", *sys.argv]), "commit": commit(), **asdict(recipe)}
     state = training.TrainState(denoiser, recipe)
-    config.out.mkdir(parents=True, exist_ok=True)
-    newest = training.newest_checkpoint(config.out)
+    newest = training.newest_checkpoint(out)
     if config.resume and newest:
         state.restore(newest)
-    times = sd.NormalLogSNR(denoiser.process, mean=0.0, std=2.8)
-    bar = tqdm(training.train(state, digits, times), total=recipe.steps, initial=state.step)
-    with open(config.out / "metrics.csv", "a", newline="") as file:
-        rows = csv.writer(file)
+        print(f"resuming at step {state.step}")
+    elif config.resume:
+        print(f"no checkpoint in {out}: starting at step 0")
+    run_training(config, state, digits, out)
+    return state.averaged
+
+
+def prepared(config: Config) -> Path:
+    """--out, ready for a run that is new, resumed or to be replaced."""
+    out = command.folder(config.out)
+    own = [*training.checkpoints(out), *out.glob("metrics.csv"), *out.glob("mnist_vp.*")]
+    if config.overwrite:
+        for path in own:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif own and not config.resume:
+        raise ValueError(f"--out {out} holds a run: give --resume, --overwrite or another folder")
+    return out
+
+
+def run_training(
+    config: Config, state: training.TrainState, digits: data.Images, out: Path
+) -> None:
+    record = {"command": command.command(), "commit": command.commit(), **asdict(state.recipe)}
+    log = out / "metrics.csv"
+    rows = [row for row in read_rows(log) if int(row[0]) <= state.step]
+    times = sd.NormalLogSNR(state.denoiser.process, mean=0.0, std=2.8)
+    bar = tqdm(training.train(state, digits, times), total=state.recipe.steps, initial=state.step)
+    with open(log, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([training.Metrics._fields, *rows])
         for metrics in bar:
-            rows.writerow(metrics)
-            bar.set_postfix(loss=f"{metrics.loss:.3f}")
-            if metrics.step % config.checkpoint_every == 0 or metrics.step == recipe.steps:
+            table.writerow(metrics)
+            rows.append([str(value) for value in metrics])
+            bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)
+            every = config.checkpoint_every or 500
+            if metrics.step % every == 0 or metrics.step == state.recipe.steps:
                 file.flush()
-                state.save(config.out, **record)
-    state.averaged.save(config.out / "mnist_vp.safetensors", **record)
+                state.save(out, **record)
+    loss = sum(float(row[1]) for row in rows[-1000:]) / max(1, len(rows[-1000:]))
+    state.averaged.save(out / "mnist_vp.safetensors", **record, loss_of_last_1000_steps=loss)
+    draw_loss(out / "loss.png", rows)
 
 
-def commit() -> str:
-    """The commit of the working tree, or `unknown`."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+def read_rows(path: Path) -> list[list[str]]:
+    """The rows of an earlier metrics.csv, without its header."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.reader(file) if row and row[0].isdigit()]
+
+
+def draw_loss(path: Path, rows: list[list[str]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5))
+    plots.loss_curve(
+        figure.subplots(), [int(row[0]) for row in rows], [float(row[1]) for row in rows]
     )
-    return asked.stdout.strip() or "unknown"
+    storage.replace(path, plots.png(figure))
 
 
 if __name__ == "__main__":
-    import tyro
-
-    train(tyro.cli(Config))
+    command.run(main, Config)

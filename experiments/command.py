@@ -1,0 +1,99 @@
+"""What the scripts share: flags in, one line and exit 2 for bad ones, whole files out."""
+
+import contextlib
+import io
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+import sde_diffusion as sd
+from sde_diffusion import storage
+
+Config = TypeVar("Config")
+
+REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
+
+
+def run(main: Callable[[Config], None], config: type[Config]) -> None:
+    """Parse the flags and run; what the user can mend ends in one line on stderr and exit 2."""
+    try:
+        main(parse(config))
+    except REFUSALS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(config: type[Config]) -> Config:
+    """The flags, or the parser's complaint as one ValueError."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", complaint.getvalue()).splitlines()
+        told = " ".join(" ".join(lines[1:]).split())  # the first line is only the frame's title
+        raise ValueError(
+            re.split(r"Argument helptext|Got errors|For full helptext", told)[0]
+        ) from None
+
+
+def device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps; a device that is asked for must be there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((kind for kind, usable in there.items() if usable), "cpu"))
+    if not there.get(name, True):
+        raise ValueError(f"--device {name}: this machine has none that torch can use")
+    return torch.device(name)
+
+
+def folder(path: Path) -> Path:
+    """The folder `path`, made if need be."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {path}: not a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_config(out: Path, config: Any, **facts: Any) -> None:
+    """config.json: the flags, and what is needed to explain a figure later."""
+    record = {
+        "flags": asdict(config),
+        "command": command(),
+        "commit": commit(),
+        "versions": {
+            "sde_diffusion": sd.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        **facts,
+    }
+    storage.replace(
+        out / "config.json", (json.dumps(record, indent=1, default=str) + "\n").encode()
+    )
+
+
+def command() -> str:
+    """The command line as it was given."""
+    return " ".join(["python", *sys.argv])
+
+
+def commit() -> str:
+    """The commit of the checkout, or `unknown`."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or "unknown"

@@ -1,0 +1,74 @@
+"""Pictures. Functions on matplotlib axes return the axes; functions on images return bytes."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["gif", "loss_curve", "paths", "png", "scatter", "tiles"]
+
+
+def tiles(x: Tensor, columns: int = 8, zoom: int = 3) -> Any:
+    """Images (N, C, H, W) in [-1, 1] side by side, as a PIL image; values outside are clipped."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    pixels = ((x.detach().float().cpu() + 1) / 2).clamp(0, 1)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=0.5)
+    grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    return Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def png(image: Any) -> bytes:
+    """A PIL image or matplotlib figure as a PNG file."""
+    buffer = io.BytesIO()
+    if hasattr(image, "savefig"):
+        image.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    else:
+        image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
+    """PIL images as an endless GIF that rests on the last one for a second."""
+    buffer = io.BytesIO()
+    pace = [int(1000 * seconds / len(images))] * (len(images) - 1) + [1000]
+    images[0].save(
+        buffer, format="gif", save_all=True, append_images=images[1:], duration=pace, loop=0
+    )
+    return buffer.getvalue()
+
+
+def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
+    """Losses against steps, with a running mean over a fiftieth of the run."""
+    window = max(1, len(losses) // 50)
+    total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
+    mean = (total[window:] - total[:-window]) / window
+    axes.plot(steps, losses, color="0.8", linewidth=0.5, label="batch")
+    axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    return axes
+
+
+def scatter(axes: Any, x: Tensor, title: str = "", limit: float = 2.5) -> Any:
+    """Points (N, 2)."""
+    x = x.detach().cpu()
+    axes.scatter(x[:, 0], x[:, 1], s=1.0, alpha=0.5, linewidths=0)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
+    axes.set(xticks=[], yticks=[])
+    return axes
+
+
+def paths(axes: Any, states: Tensor, title: str = "", limit: float = 2.5) -> Any:
+    """Trajectories (steps, N, 2) from noise (light) to data (dark)."""
+    states = states.detach().cpu()
+    axes.plot(states[:, :, 0], states[:, :, 1], color="0.6", linewidth=0.4, alpha=0.6)
+    axes.scatter(*states[0].T, s=2.0, color="C1", linewidths=0, label="t = 1")
+    axes.scatter(*states[-1].T, s=2.0, color="C0", linewidths=0, label="t = 0")
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
+    axes.set(xticks=[], yticks=[])
+    axes.legend(loc="upper right", frameon=False, markerscale=3)
+    return axes

@@ -34,7 +34,7 @@ class GaussianMixture:
         covariances: Tensor | Sequence[float],
     ) -> None:
         weights, means, covariances = (
-            torch.as_tensor(value).to(torch.float64) for value in (weights, means, covariances)
+            torch.as_tensor(value, dtype=torch.float64) for value in (weights, means, covariances)
         )
         if weights.ndim != 1 or not len(weights) == len(means) == len(covariances):
             raise ValueError(
@@ -127,7 +127,7 @@ class Gaussian(GaussianMixture):
     def __init__(
         self, process: Process, mean: Tensor | float = 0.0, covariance: Tensor | float = 1.0
     ) -> None:
-        mean, covariance = torch.as_tensor(mean), torch.as_tensor(covariance)
+        mean, covariance = (torch.as_tensor(v, dtype=torch.float64) for v in (mean, covariance))
         super().__init__(process, [1.0], mean[None], covariance[None])
 
     @property

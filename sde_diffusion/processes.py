@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -267,7 +268,8 @@ class Interpolated(VariancePreserving):
     betas: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        betas = torch.as_tensor(self.betas)
+        given = self.betas
+        betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).cpu()
         if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
             raise ValueError(
                 f"betas must be a non-empty 1-D sequence of floats; "

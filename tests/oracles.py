@@ -1,0 +1,103 @@
+"""Independent statements of what the package must reproduce: published formulas, typed here.
+
+Nothing in this file calls the package's own schedules, kernels or samplers.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def vp_beta(t: Tensor | float, low: float = 0.1, high: float = 20.0) -> Tensor | float:
+    """beta(t) of Song et al. 2021, eq. 32."""
+    return low + t * (high - low)
+
+
+def ddpm_moments(
+    betas: Sequence[float], mean: float, variance: float, kind: str
+) -> tuple[float, float]:
+    """Mean and variance of Ho et al.'s Algorithm 2 on N(mean, variance) data with the exact eps.
+
+    x_(i-1) = (x_i - beta / sqrt(1 - abar) eps) / sqrt(1 - beta) + s z,   z = 0 at i = 1.
+    """
+    betas = np.asarray(betas, dtype=np.float64)
+    abar = np.cumprod(1 - betas)
+    m, v = 0.0, 1.0
+    for i in range(len(betas) - 1, -1, -1):
+        beta, a = betas[i], abar[i]
+        total = a * variance + 1 - a
+        gain = (1 - beta / total) / np.sqrt(1 - beta)
+        m = gain * m + beta * np.sqrt(a) * mean / total / np.sqrt(1 - beta)
+        before = abar[i - 1] if i else 1.0
+        added = beta if kind == "beta" else (1 - before) / (1 - a) * beta
+        v = gain**2 * v + (added if i else 0.0)
+    return float(m), float(v)
+
+
+def ddim_moments(
+    abar: Sequence[float], mean: float, variance: float, eta: float
+) -> tuple[float, float]:
+    """The same for Song et al. 2021 (DDIM), eq. 12 and 16, on levels abar[0] = 1 > abar[1] > ..."""
+    m, v = 0.0, 1.0
+    for i in range(len(abar) - 1, 0, -1):
+        now, to = abar[i], abar[i - 1]
+        std = eta * np.sqrt((1 - to) / (1 - now)) * np.sqrt(1 - now / to)
+        total = now * variance + 1 - now
+        eps = np.sqrt(1 - now) / total  # eps_hat = eps (x - sqrt(now) mean)
+        x0 = (1 - np.sqrt(1 - now) * eps) / np.sqrt(now)
+        gain = np.sqrt(to) * x0 + np.sqrt(1 - to - std**2) * eps
+        shift = np.sqrt(to) * mean - gain * np.sqrt(now) * mean
+        m, v = gain * m + shift, gain**2 * v + std**2
+    return float(m), float(v)
+
+
+def euler_maruyama_moments(
+    times: Sequence[float], drift: Callable, diffusion2: Callable, marginal: Callable,
+    mean: float, variance: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Euler-Maruyama of the reverse SDE; marginal(t) = (alpha, sigma^2)."""
+    m, v = 0.0, 1.0
+    for t, s in pairwise(times):
+        dt, g2 = t - s, diffusion2(t)
+        alpha, noise = marginal(t)
+        total = alpha**2 * variance + noise
+        gain = 1 - dt * (drift(t) + g2 / total)
+        m = gain * m + dt * g2 * alpha * mean / total
+        v = gain**2 * v + g2 * dt
+    return m, v
+
+
+def reverse_sde_moments(mean: float, variance: float) -> tuple[float, float]:
+    """The law at t = 0 of the reverse VP SDE started from N(0, 1) at t = 1, by solving its moments.
+
+    dm/dt = f m + g^2 (m - alpha mean) / C,   dv/dt = 2 (f + g^2 / C) v - g^2,   t from 1 down to 0.
+    """
+
+    def slope(t: float, state: np.ndarray) -> list[float]:
+        beta = vp_beta(t)
+        alpha2 = np.exp(-0.1 * t - 19.9 * t**2 / 2)
+        total = alpha2 * variance + 1 - alpha2
+        m, v = state
+        return [
+            -beta / 2 * m + beta * (m - np.sqrt(alpha2) * mean) / total,
+            2 * (-beta / 2 + beta / total) * v - beta,
+        ]
+
+    solution = solve_ivp(slope, (1.0, 0.0), [0.0, 1.0], "DOP853", rtol=1e-11, atol=1e-13)
+    return float(solution.y[0, -1]), float(solution.y[1, -1])
+
+
+def w2(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Wasserstein-2 between N(mean, variance) pairs in one dimension."""
+    return float(np.hypot(a[0] - b[0], np.sqrt(a[1]) - np.sqrt(b[1])))
+
+
+def fitted_order(sizes: Sequence[int], errors: Sequence[float]) -> float:
+    """Minus the least-squares slope of log error against log size."""
+    return float(-np.polyfit(np.log(sizes), np.log(errors), 1)[0])

@@ -1,0 +1,104 @@
+"""Predictions: every conversion inverts, and what is undefined is refused by name."""
+
+import pytest
+import torch
+from cases import PARAMETERIZATIONS, PROCESSES
+from torch.testing import assert_close
+
+import sde_diffusion as sd
+from sde_diffusion.prediction import truth
+
+QUANTITIES = ("x0", "eps", "score", "v", "velocity")
+
+
+def made_from_truth(process, parameterization, t, dtype):
+    """A true (x0, eps), and the prediction of a network that puts out the right thing."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator).to(dtype)
+    level = process.levels(torch.tensor([t], dtype=torch.float64))[0]
+    right = truth(x0, eps, level)
+    x = process.perturb(x0, level, eps)
+    return right, sd.Prediction(x, parameterization.target(right), level, parameterization)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_conversion_inverts(process, name, dtype, bound):
+    """Where alpha and sigma are both over 0.1, so that no division magnifies rounding over 10 x."""
+    for t in (0.2, 0.3, 0.4):
+        right, made = made_from_truth(process, PARAMETERIZATIONS[name], t, dtype)
+        for quantity in QUANTITIES:
+            expected = getattr(right, quantity)
+            scale = float(expected.abs().max())
+            assert_close(getattr(made, quantity), expected, rtol=0, atol=bound * scale)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_target_of_a_prediction_is_the_networks_output(name):
+    _, made = made_from_truth(sd.VP(), PARAMETERIZATIONS[name], 0.3, torch.float64)
+    output = PARAMETERIZATIONS[name].target(made)
+    assert_close(output, made.second, rtol=1e-14, atol=1e-14)
+
+
+def test_quantities_are_the_published_combinations():
+    right, _ = made_from_truth(sd.VP(), sd.Eps(), 0.3, torch.float64)
+    alpha, sigma = right.level.alpha, right.level.sigma
+    x0, eps = right.x0, right.eps
+    assert_close(right.score, -eps / sigma)  # Song et al. 2021
+    assert_close(right.v, alpha * eps - sigma * x0)  # Salimans & Ho 2022
+    assert_close(right.velocity, eps - x0)
+
+
+def test_velocity_is_the_slope_of_the_straight_frame():
+    """y = x / (alpha + sigma) = (1 - u) x0 + u eps, so a difference quotient is exact."""
+    process, (x0, eps) = sd.VP(), torch.randn(2, 4, dtype=torch.float64)
+    a, b = process.levels(torch.tensor([0.31, 0.3]))
+    y = [process.perturb(x0, level, eps) / (level.alpha + level.sigma) for level in (a, b)]
+    assert_close((y[0] - y[1]) / (a.u - b.u), truth(x0, eps, a).velocity, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", PARAMETERIZATIONS)
+def test_tensor_levels_agree_with_float_levels(name):
+    parameterization = PARAMETERIZATIONS[name]
+    right, made = made_from_truth(sd.VP(), parameterization, 0.3, torch.float64)
+    level = sd.VP().level(torch.full((5,), 0.3, dtype=torch.float64), right.x0)
+    batched = sd.Prediction(made.first, made.second, level, parameterization)
+    for quantity in QUANTITIES:
+        assert_close(getattr(batched, quantity), getattr(made, quantity), rtol=1e-12, atol=1e-12)
+
+
+def ends(process, t, parameterization):
+    level = process.levels(torch.tensor([t], dtype=torch.float64))[0]
+    return sd.Prediction(torch.ones(1), torch.ones(1), level, parameterization)
+
+
+def test_eps_and_score_refuse_to_say_x0_where_there_is_no_signal():
+    for parameterization in (sd.Eps(), sd.Score()):
+        with pytest.raises(ValueError, match="alpha = 0"):
+            _ = ends(sd.RectifiedFlow(), 1.0, parameterization).x0
+        batch = sd.RectifiedFlow().level(torch.tensor([0.5, 1.0]), torch.zeros(2, 1))
+        made = sd.Prediction(torch.ones(2, 1), torch.ones(2, 1), batch, parameterization)
+        with pytest.raises(ValueError, match="alpha = 0"):
+            _ = made.x0
+    for parameterization in (sd.V(), sd.X0()):
+        assert ends(sd.RectifiedFlow(), 1.0, parameterization).x0.isfinite().all()
+        assert ends(sd.RectifiedFlow(), 1.0, parameterization).eps.isfinite().all()
+
+
+def test_the_score_is_refused_where_there_is_no_noise_and_nothing_else_is():
+    for parameterization in PARAMETERIZATIONS.values():
+        made = ends(sd.VP(), 0.0, parameterization)
+        with pytest.raises(ValueError, match="sigma = 0"):
+            _ = made.score
+        for quantity in ("x0", "eps", "v", "velocity"):
+            assert getattr(made, quantity).isfinite().all()
+
+
+def test_no_quantity_changes_the_tensors_it_is_made_from():
+    _, made = made_from_truth(sd.VP(), sd.V(), 0.3, torch.float64)
+    x, out = made.first.clone(), made.second.clone()
+    for quantity in QUANTITIES:
+        getattr(made, quantity).add_(1)  # a sampler may work in place on what it gets
+    assert torch.equal(made.first, x)
+    assert torch.equal(made.second, out)

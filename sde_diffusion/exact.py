@@ -104,7 +104,7 @@ class GaussianMixture:
                 f"samples must have shape {tuple(self.shape)}; got {tuple(x.shape[1:])}"
             )
         alpha, sigma = flat(level.alpha), flat(level.sigma)
-        z = x.reshape(len(x), 1, -1) - alpha * self.means.to(x)
+        z = x.reshape(len(x), 1, x.shape[1:].numel()) - alpha * self.means.to(x)
         if self.axes is not None:
             z = torch.einsum("bki,kij->bkj", z, self.axes.to(x))
         return z, (alpha**2 * self.variances.to(x) + sigma**2).expand_as(z)

@@ -13,6 +13,8 @@ install_import_hook(CHECKED, "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # the tensors here are small: more threads only wait for each other
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -170,7 +170,7 @@ class ReverseSDE:
         if self.last is not None and self.last[0] == float(tau) and self.last[1] is y:
             return self.last[2]  # torchsde asks once to learn the shape and once more to step
         self.calls += 1
-        drift = reverse_drift(self.model, y.reshape(self.shape), self.level(tau)).flatten(1)
+        drift = reverse_drift(self.model, y.reshape(self.shape), self.level(tau)).reshape(y.shape)
         self.last = (float(tau), y, drift)
         return drift
 
@@ -187,7 +187,7 @@ class Increment:
     levy_area_approximation = "none"
 
     def __init__(self, noise: Noise, x: Tensor, t: Level[float], s: Level[float]) -> None:
-        self.shape = x.flatten(1).shape if x.ndim > 1 else (len(x), 1)
+        self.shape = (len(x), x.shape[1:].numel())
         self.dw = sqrt(t.t - s.t) * noise(t.t, s.t, x).reshape(self.shape)
 
     def __call__(self, start: Tensor, end: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Lev
     return BrownianInterval(
         -t.t,
         -s.t,
-        size=(len(x), x[:1].numel()),
+        size=(len(x), x.shape[1:].numel()),
         dtype=x.dtype,
         device=x.device,
         entropy=noise.entropy(),
@@ -227,7 +227,7 @@ def integrate(
     """torchsde's sdeint from t down to s, x of any shape."""
     from torchsde import sdeint
 
-    y = x.reshape(len(x), -1)
+    y = x.reshape(len(x), x.shape[1:].numel())
     ts = torch.tensor([-t.t, -s.t], dtype=torch.float64)
     control = {} if adaptive is None else {
         "adaptive": True, "rtol": adaptive.rtol, "atol": adaptive.atol, "dt_min": adaptive.dt_min

@@ -1,0 +1,97 @@
+"""Discrete and continuous: one step, the whole chain, and back."""
+
+import math
+
+import pytest
+import torch
+from oracles import fitted_order, vp_beta
+from torch.testing import assert_close
+
+import sde_diffusion as sd
+
+SIZES = (50, 100, 200, 400, 800)
+
+
+def one_step(n, at):
+    """Euler-Maruyama from t - 1/N to t against the chain's kernel, both reading beta at `at`.
+
+    Returns the gaps of scale, variance and standard deviation.
+    """
+    beta = vp_beta(at) / n
+    chain = sd.discretize(sd.VP(), n)
+    i = round(0.5 * n)
+    s, t = (torch.tensor(k / n, dtype=torch.float64) for k in (i - 1, i))
+    scale, deviation = (float(v) for v in chain.transition(s, t))
+    return abs(scale - (1 - beta / 2)), abs(deviation**2 - beta), abs(deviation - math.sqrt(beta))
+
+
+def test_one_ddpm_step_is_one_euler_step_to_second_order_in_mean_and_variance():
+    """sqrt(1 - b) = 1 - b/2 - b^2/8 - ..., and the variances are the same number b."""
+    gaps = [one_step(n, 0.5) for n in SIZES]
+    assert fitted_order(SIZES, [gap[0] for gap in gaps]) == pytest.approx(2, abs=0.05)
+    assert max(gap[1] for gap in gaps) < 1e-13
+
+
+def test_reading_beta_at_the_steps_start_costs_half_an_order_on_paths():
+    """The variance differs by beta' dt^2, so the noise's factor by O(dt^1.5)."""
+    gaps = [one_step(n, 0.5 - 1 / n) for n in SIZES]
+    assert fitted_order(SIZES, [gap[1] for gap in gaps]) == pytest.approx(2, abs=0.05)
+    assert fitted_order(SIZES, [gap[2] for gap in gaps]) == pytest.approx(1.5, abs=0.05)
+
+
+def test_the_discretized_chain_tends_to_vp_at_rate_one_over_n():
+    errors = []
+    for n in SIZES:
+        t = torch.arange(1, n + 1, dtype=torch.float64) / n
+        errors.append(float((sd.discretize(sd.VP(), n).alpha(t) - sd.VP().alpha(t)).abs().max()))
+    assert fitted_order(SIZES, errors) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("n", [10, 100, 1000])
+def test_the_exact_rule_agrees_at_every_grid_point(n):
+    t = torch.arange(1, n + 1, dtype=torch.float64) / n
+    chain = sd.discretize(sd.VP(), n, rule="exact")
+    assert_close(chain.alpha(t), sd.VP().alpha(t), rtol=1e-12, atol=0)
+    assert_close(chain.variance(t), sd.VP().variance(t), rtol=1e-12, atol=0)
+
+
+def test_euler_betas_are_the_published_ones():
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    betas = torch.tensor(sd.discretize(sd.VP(), 1000).betas, dtype=torch.float64)
+    assert_close(betas, vp_beta(t) / 1000, rtol=1e-12, atol=0)
+
+
+def test_the_interpolating_sde_has_the_chains_marginals_and_transitions():
+    chain = sd.Discrete.linear(20)
+    path = sd.continuous(chain)
+    t = torch.arange(21, dtype=torch.float64) / 20
+    assert torch.equal(path.alpha(t), chain.alpha(t))
+    for ours, theirs in zip(
+        path.transition(t[:-1], t[1:]), chain.transition(t[:-1], t[1:]), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    betas = torch.tensor(chain.betas, dtype=torch.float64)
+    assert_close(path.transition(t[:-1], t[1:])[1] ** 2, betas, rtol=1e-12, atol=0)
+    between = torch.tensor([0.512], dtype=torch.float64)  # inside (10/20, 11/20)
+    rate = -20 * torch.log1p(-betas[10])
+    assert_close(path.diffusion(between) ** 2, rate[None], rtol=1e-10, atol=0)
+
+
+def test_discretizing_the_interpolating_sde_exactly_gives_the_chain_back():
+    chain = sd.Discrete.linear(50)
+    back = sd.discretize(sd.continuous(chain), 50, rule="exact")
+    assert back.betas == pytest.approx(chain.betas, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((sd.RectifiedFlow(), 10), "RectifiedFlow is not variance-preserving"),
+        ((sd.VP(), 10), "take more steps"),
+        ((sd.VP(), 0), "num_steps"),
+        ((sd.VP(), 100, "midpoint"), "rule"),
+    ],
+)
+def test_what_has_no_chain_is_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sd.discretize(*arguments)

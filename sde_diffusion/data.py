@@ -7,6 +7,7 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 import gzip
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,10 +61,15 @@ class Data(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images (N, C, H, W) uint8 with labels (N,), dequantized as they are drawn."""
+    """Images (N, C, H, W) uint8 with labels (N,), dequantized as they are drawn.
+
+    Args:
+        classes: if not 0, the label is the condition, one-hot (B, classes) float32.
+    """
 
     pixels: Tensor
     labels: Tensor
+    classes: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -73,7 +79,10 @@ class Images:
         return tuple(self.pixels.shape[1:])
 
     def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        return dequantize(self.pixels[index], uniform), None
+        x0 = dequantize(self.pixels[index], uniform)
+        if not self.classes:
+            return x0, None
+        return x0, torch.nn.functional.one_hot(self.labels[index], self.classes).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +103,13 @@ class Points:
 
 
 def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
-    """uint8 pixels and numbers in [0, 1) to [-1, 1): (pixel + u) / 128 - 1."""
-    return (pixels + uniform) / 128 - 1
+    """uint8 pixels and numbers in [0, 1) to float32 in [-1, 1): (pixel + u) / 128 - 1.
+
+    u is cut to 16 bits: pixel + u then has the 24 that float32 holds, and nothing is rounded, which
+    for u near 1 would be up, into the next pixel's interval.
+    """
+    u = (uniform * 65536).floor() / 65536
+    return ((pixels + u) / 128 - 1).float()
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -108,7 +122,9 @@ def order(seed: int, size: int, start: int, count: int) -> Tensor:
 
     Epoch e is a permutation that depends on (seed, e) alone, so any stretch can be had anywhere.
     """
-    chosen = []
+    if size < 1:
+        raise ValueError(f"size must be at least 1: there are no data; got {size}")
+    chosen = [np.empty(0, dtype=np.int64)]
     while count > 0:
         epoch, offset = divmod(start, size)
         part = stream(seed, Purpose.ORDER, epoch).permutation(size)[offset : offset + count]
@@ -155,9 +171,14 @@ def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
     with _unpacked(name, root) as folder:
         try:
             loaded = made(folder, train=train)
-        except (RuntimeError, ValueError, AssertionError, EOFError, OSError) as error:
+        except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataNotFound(f"{name} under {root} cannot be read: {reason}") from None
+        if len(loaded.data) != len(loaded.targets):
+            raise DataNotFound(
+                f"{name} under {root} cannot be read: {len(loaded.data)} images with "
+                f"{len(loaded.targets)} labels"
+            )
         return Images(loaded.data[:, None].clone(), loaded.targets.clone())
 
 
@@ -178,12 +199,12 @@ def _unpacked(name: str, root: Path) -> Iterator[Path]:
                     raw = Path(scratch, name, "raw")
                     raw.mkdir(parents=True)
                     for path, file in zip(found, files, strict=True):
-                        data = path.read_bytes()
                         try:
+                            data = path.read_bytes()
                             raw.joinpath(file).write_bytes(
                                 gzip.decompress(data) if suffix else data
                             )
-                        except (OSError, EOFError) as error:
+                        except (OSError, EOFError, zlib.error) as error:
                             raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
                     yield Path(scratch)
                 return

@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import storage
+from sde_diffusion import networks, prediction, processes, storage
 from sde_diffusion.prediction import Eps, Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
+from sde_diffusion.storage import public
 
 __all__ = ["Condition", "Denoiser", "LogSNR", "Model", "Time", "pretrained"]
 
@@ -105,19 +106,62 @@ class Denoiser(nn.Module):
         Args:
             record: facts for the JSON, such as the command that trained the network.
         """
-        storage.save_denoiser(self, Path(path), record)
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"path must end in .safetensors; got {path}")
+        if "denoiser" in record:
+            raise ValueError("denoiser: a name that the record keeps for itself")
+        config = getattr(self.network, "config", {})
+        described = {
+            "network": {"class": type(self.network).__name__, **config},
+            "process": storage.describe(self.process),
+            "parameterization": storage.describe(self.parameterization),
+            "condition": storage.describe(self.condition),
+        }
+        storage.write(path, self.network.state_dict(), {"denoiser": described, **record})
 
     @staticmethod
-    def load(path: str | Path, network: nn.Module | None = None) -> "Denoiser":
+    def load(
+        path: str | Path,
+        network: nn.Module | None = None,
+        *,
+        process: Process | None = None,
+        parameterization: Parameterization | None = None,
+        condition: Condition | None = None,
+    ) -> "Denoiser":
         """Read what `save` wrote, in eval mode. Never runs code from the file.
 
         Args:
             path: the .safetensors file; its JSON stands beside it.
             network: the network to fill, needed if it is not one of this package's.
+            process, parameterization, condition: likewise; they must be what was saved.
         Raises:
             storage.BadFile: naming the file and the reason, if anything is missing or damaged.
         """
-        return storage.load_denoiser(Path(path), network)
+        path = Path(path)
+        tensors, record = storage.read(path)
+        try:
+            parts = record["denoiser"]
+            if network is None:
+                built: nn.Module = storage.build("network", public(networks), parts["network"])
+                dtype = next((value.dtype for value in tensors.values()), torch.float32)
+                network = built.to(dtype)
+            made = Denoiser(
+                network,
+                storage.build("process", public(processes), parts["process"], process),
+                storage.build(
+                    "parameterization",
+                    public(prediction),
+                    parts["parameterization"],
+                    parameterization,
+                ),
+                storage.build("condition", [Time, LogSNR], parts["condition"], condition),
+            )
+            made.network.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise storage.BadFile(f"{path.with_suffix('.json')}: {reason}") from None
+        return made.eval()
 
 
 def pretrained(name: str) -> Denoiser:

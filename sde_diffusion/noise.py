@@ -7,6 +7,7 @@ training step on the number of processes that share it.
 
 from collections.abc import Sequence
 from enum import IntEnum
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -23,15 +24,22 @@ class Purpose(IntEnum):
     PATH = 1
     ORDER = 2
     BATCH = 3
-    TOY = 4
+    TIMES = 4
+    TOY = 5
 
 
-def stream(seed: int, purpose: Purpose, step: int = 0, position: int = 0) -> np.random.Generator:
-    """The random stream at one address: 2^64 blocks that no other address shares."""
-    if seed < 0:
-        raise ValueError(f"seed must be a non-negative integer; got {seed}")
-    counter = [0, position, step, int(purpose)]
-    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+def stream(
+    seed: int, purpose: Purpose, step: int = 0, position: int = 0, block: int = 0
+) -> np.random.Generator:
+    """The random stream at one address, from its block number `block` on.
+
+    An address has 2^64 blocks that no other shares; a block is four 64-bit words, such as four
+    float64 numbers in [0, 1).
+    """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be a non-negative integer; got {seed!r}")
+    counter = [block, position, step, int(purpose)]
+    return np.random.Generator(np.random.Philox(key=int(seed), counter=counter))
 
 
 class Noise(Protocol):
@@ -81,7 +89,7 @@ class Seeded:
     """
 
     def __init__(self, seeds: Sequence[int], purpose: Purpose = Purpose.PATH) -> None:
-        self.streams = [stream(int(seed), purpose) for seed in seeds]
+        self.streams = [stream(seed, purpose) for seed in seeds]
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
         if len(self.streams) != len(like):

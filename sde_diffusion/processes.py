@@ -36,14 +36,19 @@ class Level(NamedTuple, Generic[S]):
     In sampling the whole batch shares one level and the fields are Python floats, which neither
     promote a batch, nor move it, nor synchronize a GPU. In training each sample has its own and
     the fields are tensors (B, 1, ..., 1) that broadcast against it.
+
+    Attributes:
+        t, alpha, sigma: x_t = alpha x_0 + sigma eps.
+        log_snr: log(alpha^2 / sigma^2).
+        drift, diffusion2: f and g^2 of dx = f x dt + g dW.
     """
 
     t: S
     alpha: S
     sigma: S
     log_snr: S
-    drift: S  # f
-    diffusion2: S  # g^2
+    drift: S
+    diffusion2: S
 
     @property
     def u(self) -> S:
@@ -134,6 +139,7 @@ class Process(ABC):
             shape: (B, ...).
             generator: source of the draw; fresh entropy if neither it nor `seeds` is given.
             seeds: one per sample; independent of the path that the same seeds drive in `sample`.
+            dtype, device: of the batch.
         """
         if generator is not None and seeds is not None:
             raise ValueError("give generator or seeds, not both")
@@ -202,7 +208,7 @@ class VariancePreserving(Process):
     """sigma^2 = 1 - alpha^2: one formula is enough."""
 
     def variance(self, t: Tensor) -> Tensor:
-        return -torch.expm1(2 * self.log_alpha(t))
+        return 0.0 - torch.expm1(2 * self.log_alpha(t))  # 0 at t = 0, not -0
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """Evenly spaced times."""
@@ -311,6 +317,9 @@ class Discrete(Interpolated):
 
     Its own grids stand on the chain's times, where a network trained on the chain has been; a grid
     of n < N steps is the nearest sub-chain. `equivalence.continuous` gives the SDE between them.
+
+    Args:
+        betas: (N,) variances of the chain's kernels, each in (0, 1).
     """
 
     @classmethod

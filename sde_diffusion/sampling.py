@@ -46,11 +46,17 @@ class Sampler(Protocol):
 
 
 class Sample(NamedTuple):
-    """Where a trajectory stands after a step."""
+    """Where a trajectory stands after a step.
+
+    Attributes:
+        x: the batch.
+        t: its time.
+        memory: what the sampler carries on; a solver with steps of its own leaves a report here.
+    """
 
     x: Tensor
     t: float
-    memory: Memory  # a solver that picks its own steps leaves its report here
+    memory: Memory
 
 
 @torch.no_grad()

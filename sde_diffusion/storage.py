@@ -6,19 +6,17 @@ Nothing read from a file is executed: class names are looked up in fixed tables.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from sde_diffusion.denoiser import Denoiser
+__all__ = ["BadFile", "build", "describe", "public", "read", "write"]
 
-__all__ = ["BadFile", "load_denoiser", "read", "save_denoiser", "write"]
-
-FORMAT = 1
+FORMAT = 2
+OURS = ("format", "sha256", "record_sha256")  # what `write` adds to a record
 
 
 class BadFile(ValueError):
@@ -26,14 +24,24 @@ class BadFile(ValueError):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write path (.safetensors) and its JSON, each whole or not at all."""
+    """Write path (.safetensors) and its JSON: both, or neither where the disk refuses."""
     from safetensors.torch import save
 
+    taken = [name for name in OURS if name in record]
+    if taken:
+        raise ValueError(f"{', '.join(taken)}: a name that the record keeps for itself")
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     record = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record}
+    record["record_sha256"] = fingerprint(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, data)
-    replace(path.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
+    words = (json.dumps(record, indent=1) + "\n").encode()
+    replace_all({path: data, path.with_suffix(".json"): words})
+
+
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """SHA-256 of a record, however it is laid out as text."""
+    rest = {name: value for name, value in record.items() if name != "record_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,10 +54,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         record = json.loads(path.with_suffix(".json").read_bytes())
     except OSError as error:
         raise BadFile(f"{error.filename}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadFile(f"{path.with_suffix('.json')}: not JSON ({error})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise BadFile(f"{path.with_suffix('.json')}: not a record of format {FORMAT}")
+    if record.get("record_sha256") != fingerprint(record):
+        raise BadFile(f"{path.with_suffix('.json')}: damaged (its SHA-256 is not the recorded one)")
     if hashlib.sha256(data).hexdigest() != record.get("sha256"):
         raise BadFile(f"{path}: truncated or damaged (its SHA-256 is not the recorded one)")
     try:
@@ -60,48 +70,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def replace(path: Path, data: bytes) -> None:
     """Write a file beside `path`, flush it to the disk, and rename it over `path`."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_all({path: data})
 
 
-def save_denoiser(denoiser: "Denoiser", path: Path, record: Mapping[str, Any]) -> None:
-    """See Denoiser.save."""
-    if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors; got {path}")
-    described = {
-        "network": {
-            "class": type(denoiser.network).__name__,
-            **getattr(denoiser.network, "config", {}),
-        },
-        "process": describe(denoiser.process),
-        "parameterization": describe(denoiser.parameterization),
-        "condition": describe(denoiser.condition),
-    }
-    write(path, denoiser.network.state_dict(), {"denoiser": described, **record})
-
-
-def load_denoiser(path: Path, network: nn.Module | None) -> "Denoiser":
-    """See Denoiser.load."""
-    from sde_diffusion import denoiser, networks, prediction, processes
-
-    tensors, record = read(path)
+def replace_all(contents: Mapping[Path, bytes]) -> None:
+    """Write files beside their places, flush them to the disk, and only then rename them all."""
+    temporaries = {path: path.with_name(path.name + ".part") for path in contents}
     try:
-        parts = record["denoiser"]
-        made = denoiser.Denoiser(
-            network or build(networks, parts["network"]),
-            build(processes, parts["process"]),
-            build(prediction, parts["parameterization"]),
-            build(denoiser, parts["condition"]),
-        )
-        made.network.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise BadFile(f"{path.with_suffix('.json')}: {reason}") from None
-    return made.eval()
+        for path, data in contents.items():
+            with open(temporaries[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    for path, temporary in temporaries.items():
+        os.replace(temporary, path)
 
 
 def describe(value: Any) -> dict[str, Any]:
@@ -111,13 +97,24 @@ def describe(value: Any) -> dict[str, Any]:
     return {"class": type(value).__name__, **asdict(value)}
 
 
-def build(module: Any, description: Any) -> Any:
-    """The inverse of `describe`, for the public classes of one module only."""
+def public(module: Any) -> list[type]:
+    """The public classes of a module that `build` can make."""
+    named = [getattr(module, name) for name in module.__all__]
+    kinds = [made for made in named if isinstance(made, type)]
+    return [made for made in kinds if is_dataclass(made) or issubclass(made, nn.Module)]
+
+
+def build(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
+    """The inverse of `describe` for these classes; or `given`, if that is what it describes."""
+    if given is not None:
+        if json.loads(json.dumps(describe(given))) != description:
+            raise ValueError(f"the {kind} was {description}; got {given}")
+        return given
     arguments = dict(description)
     name = arguments.pop("class")
-    made = getattr(module, name, None) if name in module.__all__ else None
-    if not isinstance(made, type) or not (is_dataclass(made) or issubclass(made, nn.Module)):
-        raise ValueError(f"unknown {module.__name__.rpartition('.')[2]} class {name!r}")
+    made = next((made for made in classes if made.__name__ == name), None)
+    if made is None:
+        raise ValueError(f"unknown {kind} class {name!r}")
     if is_dataclass(made):
         unknown = arguments.keys() - {field.name for field in fields(made)}
         if unknown:

@@ -90,7 +90,8 @@ class Chequerboard:
         u, _ = numbers(n, seed)
         dark = np.argwhere(np.indices((self.squares, self.squares)).sum(0) % 2 == 0)
         corner = dark[(u[:, 0] * len(dark)).astype(int)]
-        inside = 1e-6 + (1 - 2e-6) * u[:, 1:]  # clear of the edges, over which float32 would round
+        clear = 2**-20 / self.side  # of the edges, over which float32 would round
+        inside = clear + (1 - 2 * clear) * u[:, 1:]
         return points(self.side * (corner + inside) - 2)
 
     def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
@@ -105,9 +106,10 @@ class Chequerboard:
 
 @dataclass(frozen=True)
 class Moons:
-    r"""Two interleaved half circles:  x = sqrt(2) (p - c) + noise z,   c = (1/2, 1/4),
+    r"""Two interleaved half circles.
 
-    p = (cos a, sin a)  or  (1 - cos a, 1/2 - sin a), each half of the time,   a = pi u.
+    x = sqrt(2) (p - c) + noise z,   c = (1/2, 1/4),   a = pi u,
+    p = (cos a, sin a)  or  (1 - cos a, 1/2 - sin a), each half of the time
 
     The shape is scikit-learn's `make_moons` (Pedregosa et al. 2011), moved to mean 0.
     """
@@ -127,9 +129,11 @@ class Moons:
 
 @dataclass(frozen=True)
 class SwissRoll:
-    r"""A spiral:  x = ((a cos a, a sin a) - c) / 7 + noise z,   a = 3 pi (1/2 + u),
+    r"""A spiral.
 
-    with c = (2, 2 / (3 pi)), so that the mean is 0. The shape is that of scikit-learn's
+    x = ((a cos a, a sin a) - c) / 7 + noise z,   a = 3 pi (1/2 + u),   c = (2, 2 / (3 pi))
+
+    c makes the mean 0. The shape is that of scikit-learn's
     `make_swiss_roll` (Marsland 2014, ch. 6) seen from its end.
     """
 
@@ -148,9 +152,10 @@ class SwissRoll:
 
 @dataclass(frozen=True)
 class Pinwheel:
-    r"""Bent arms, evenly turned:  x = sqrt(2) R(2 pi k / arms + rate e^r) (r, tangential z_2),
+    r"""Bent arms, evenly turned (Johnson et al. 2016).
 
-    r = 1 + radial z_1,   k uniform in 0 .. arms - 1.          (Johnson et al. 2016)
+    x = sqrt(2) R(2 pi k / arms + rate e^r) (r, tangential z_2),
+    r = 1 + radial z_1,   k uniform in 0 .. arms - 1
     """
 
     arms: int = 5

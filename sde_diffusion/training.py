@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from sde_diffusion import storage
+from sde_diffusion import errors, storage
 from sde_diffusion.data import Data, order
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.losses import TimeDistribution, UniformTimes, denoising_loss, stratified
@@ -45,13 +44,17 @@ class Recipe:
     dtype: str = "float32"  # or bf16: the network's arithmetic; weights stay float32
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        errors.integer("steps", self.steps)
+        errors.integer("batch_size", self.batch_size)
+        errors.integer("warmup", self.warmup, 0)
+        errors.integer("seed", self.seed, 0)
+        errors.number("learning_rate", self.learning_rate, 0, strict=True)
+        errors.number("weight_decay", self.weight_decay, 0)
+        if not self.clip > 0:  # inf clips nothing
+            raise ValueError(f"clip must be positive; got {self.clip}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1); got {self.ema}")
-        if self.dtype not in ("float32", "bf16"):
-            raise ValueError(f"dtype must be float32 or bf16; got {self.dtype!r}")
+        errors.choice("dtype", self.dtype, ("float32", "bf16"))
 
     def rate(self, step: int) -> float:
         """Learning rate of the step that starts after `step` steps."""
@@ -93,21 +96,29 @@ class Metrics(NamedTuple):
 def draw(
     data: Data, recipe: Recipe, times: TimeDistribution, step: int, positions: range | None = None
 ) -> Batch:
-    """The part `positions` of the global batch of `step`, a function of its arguments alone."""
-    positions = range(recipe.batch_size) if positions is None else positions
+    """The part `positions` of the global batch of `step`, a function of its arguments alone.
+
+    Each position owns the same number of random words of the step's stream, so any run of
+    positions is one draw that starts in the right place; eps is the normal quantile of its word.
+    """
+    everything = range(recipe.batch_size)
+    positions = everything if positions is None else positions
+    if positions != everything[positions.start : positions.stop] or not positions:
+        raise ValueError(f"positions must be a stretch of {everything}; got {positions}")
     start = step * recipe.batch_size
     index = order(recipe.seed, len(data), start + positions.start, len(positions))
-    eps = np.empty((len(positions), *data.shape), dtype=np.float32)
-    uniform = np.empty_like(eps)
-    for row, position in enumerate(positions):
-        numbers = stream(recipe.seed, Purpose.BATCH, step, position)
-        numbers.standard_normal(dtype=np.float32, out=eps[row])
-        numbers.random(dtype=np.float32, out=uniform[row])
-    offset = stream(recipe.seed, Purpose.BATCH, step, recipe.batch_size).random()
+    size = math.prod(data.shape)
+    blocks = math.ceil(2 * size / 4)  # words for eps and for dequantization
+    numbers = stream(recipe.seed, Purpose.BATCH, step, block=positions.start * blocks)
+    words = torch.from_numpy(numbers.random((len(positions), 4 * blocks)))
+    shape = (len(positions), *data.shape)
+    eps = torch.special.ndtri(words[:, :size].clamp(2**-54, 1 - 2**-53)).float().reshape(shape)
+    uniform = words[:, size : 2 * size].reshape(shape)
     places = torch.arange(positions.start, positions.stop)
+    offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
-    x0, cond = data.batch(index, torch.from_numpy(uniform))
-    return Batch(x0, t, torch.from_numpy(eps), cond)
+    x0, cond = data.batch(index, uniform)
+    return Batch(x0, t, eps, cond)
 
 
 class TrainState:
@@ -206,10 +217,15 @@ class TrainState:
             if name.startswith("optimizer."):
                 _, number, slot = name.split(".")
                 slots.setdefault(int(number), {})[slot] = value
+        Denoiser.load(
+            checkpoint / "denoiser.safetensors",
+            self.averaged.network,
+            process=self.denoiser.process,
+            parameterization=self.denoiser.parameterization,
+            condition=self.denoiser.condition,
+        )
         try:
             self.denoiser.network.load_state_dict(network)
-            average = Denoiser.load(checkpoint / "denoiser.safetensors", self.averaged.network)
-            self.ema.module.load_state_dict(average.network.state_dict())
         except RuntimeError as error:
             raise storage.BadFile(f"{path}: {' '.join(str(error).split())}") from None
         groups = self.optimizer.state_dict()["param_groups"]
@@ -235,7 +251,9 @@ def train(
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir()]
+    steps = {path: path.name.removeprefix(PREFIX) for path in found}
+    return sorted((p for p in found if steps[p].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

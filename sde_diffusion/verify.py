@@ -18,15 +18,25 @@ __all__ = ["Law", "law"]
 
 
 class Law(NamedTuple):
-    """The Gaussian law of a sampler's output, and what it is made of."""
+    """The Gaussian law of a sampler's output, and what it is made of.
 
-    mean: Tensor  # (d,)
-    covariance: Tensor  # (d, d)
-    start_gain: Tensor  # (d, d): output per unit of start
-    noise_gains: Tensor  # (draws, d, d): output per unit of each noise draw, in order
+    Attributes:
+        mean: (d,).
+        covariance: (d, d).
+        start_gain: (d, d), output per unit of start.
+        noise_gains: (draws, d, d), output per unit of each noise draw, in order.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    start_gain: Tensor
+    noise_gains: Tensor
 
     def w2(self, mean: Tensor, covariance: Tensor) -> float:
-        r"""Wasserstein-2 distance to N(m, S): |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)."""
+        r"""Wasserstein-2 distance to N(m, S) (Dowson & Landau 1982).
+
+        W^2 = |m - m'|^2 + tr(S + S' - 2 (S^(1/2) S' S^(1/2))^(1/2))
+        """
         root = matrix_root(covariance)
         cross = matrix_root(root @ self.covariance @ root)
         bures = (self.covariance + covariance - 2 * cross).trace()

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sde_diffusion import errors
 from sde_diffusion.networks.embeddings import Fourier
 
 __all__ = ["MLP"]
@@ -31,8 +32,13 @@ class MLP(nn.Module):
         context: int = 0,
     ) -> None:
         super().__init__()
-        if width < 1 or depth < 1:
-            raise ValueError(f"width and depth must be at least 1; got {width} and {depth}")
+        for side in shape:
+            errors.integer("the sides of shape", side)
+        errors.integer("width", width)
+        errors.integer("depth", depth)
+        errors.integer("context", context, 0)
+        if errors.integer("fourier", fourier, 0) % 2 or fourier == 2:
+            raise ValueError(f"fourier must be 0, or even and at least 4; got {fourier}")
         self.config = {
             "shape": list(shape),
             "width": width,
@@ -51,17 +57,17 @@ class MLP(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch *shape"],
+        x: Float[Tensor, " batch *shape"],
         c: Float[Tensor, " batch"],
         context: Float[Tensor, "batch context"] | None = None,
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Float[Tensor, " batch *shape"]:
         """x: noisy data; c: noise condition; context: condition vectors."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
         given = 0 if context is None else context.shape[-1]
         if given != self.context:
             raise ValueError(f"this network takes a context of width {self.context}; got {given}")
-        parts = [x.flatten(1), self.embed(c) if self.embed is not None else c[:, None]]
+        parts = [x.reshape(len(x), -1), self.embed(c) if self.embed is not None else c[:, None]]
         if context is not None:
             parts.append(context)
         return self.layers(torch.cat(parts, dim=1)).reshape(x.shape)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sde_diffusion import errors
 from sde_diffusion.networks.embeddings import Fourier
 
 __all__ = ["UNet"]
@@ -37,7 +38,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         in_channels: int = 1,
-        channels: Sequence[int] = (48, 96),
+        channels: Sequence[int] = (32, 64),
         blocks: int = 2,
         attention: Sequence[int] = (1,),
         patch: int = 2,
@@ -46,7 +47,14 @@ class UNet(nn.Module):
         heads: int = 4,
     ) -> None:
         super().__init__()
-        if not channels or any(width % 8 for width in channels):
+        errors.integer("in_channels", in_channels)
+        errors.integer("blocks", blocks)
+        errors.integer("patch", patch)
+        errors.integer("context", context, 0)
+        errors.integer("heads", heads)
+        if errors.integer("embedding", embedding, 4) % 2:
+            raise ValueError(f"embedding must be even; got {embedding}")
+        if not channels or any(width < 8 or width % 8 for width in channels):
             raise ValueError(f"channels must be non-empty multiples of 8; got {tuple(channels)}")
         if any(not 0 <= level < len(channels) for level in attention):
             raise ValueError(
@@ -116,10 +124,15 @@ class UNet(nn.Module):
         context: Float[Tensor, "batch context"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition in [0, 1]; context: condition vectors."""
-        if (context is None) != (self.context is None):
+        if x.shape[1] != self.config["in_channels"]:
             raise ValueError(
-                f"this network takes a context of width {self.config['context']}; "
-                f"got {'none' if context is None else tuple(context.shape)}"
+                f"this network takes images of {self.config['in_channels']} channels; "
+                f"got {x.shape[1]}"
+            )
+        given = 0 if context is None else context.shape[-1]
+        if given != self.config["context"]:
+            raise ValueError(
+                f"this network takes a context of width {self.config['context']}; got {given}"
             )
         e = self.noise(c)
         if self.context is not None and context is not None:

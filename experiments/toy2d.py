@@ -1,0 +1,123 @@
+"""Train a fully connected network on points in the plane, and sample it in every way.
+
+For TwoGaussians and Chequerboard: the data, 4,000 samples by ancestral sampling, the reverse SDE
+and the probability-flow ODE from the same starts, and some of the ODE's paths.
+
+    python experiments/toy2d.py
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import command
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import sde_diffusion as sd
+from sde_diffusion import data, errors, frames, plots, storage, toy, training
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw toy2d.png."""
+
+    data: Literal["both", "two-gaussians", "chequerboard"] = "both"
+    train_steps: int = 6000
+    """optimizer steps for each data set"""
+    batch_size: int = 512
+    num_samples: int = 4000
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    out: Path = Path("runs/toy2d")
+    """folder of everything written"""
+
+
+TOYS: dict[str, toy.Toy] = {
+    "two-gaussians": toy.TwoGaussians(),
+    "chequerboard": toy.Chequerboard(),
+}
+SAMPLERS: dict[str, sd.Sampler] = {
+    "ancestral": sd.Ancestral(),
+    "reverse SDE": sd.EulerMaruyama(),
+    "probability flow ODE": sd.TorchODE(rtol=1e-4, atol=1e-4),
+}
+STEPS = {"ancestral": 250, "reverse SDE": 250, "probability flow ODE": None}
+
+
+def main(config: Config) -> None:
+    errors.integer("--seed", config.seed, at_least=0)
+    for name in ("train_steps", "batch_size", "num_samples"):
+        errors.integer("--" + name.replace("_", "-"), getattr(config, name))
+    device = command.device(config.device)
+    out = command.folder(config.out)
+    chosen = TOYS if config.data == "both" else {config.data: TOYS[config.data]}
+    columns, losses = {}, {}
+    for name, distribution in chosen.items():
+        denoiser, losses[name] = train(config, name, distribution, device)
+        columns[name] = draw(config, denoiser, distribution, device)
+    storage.replace(out / "toy2d.png", plots.png(picture(columns)))
+    command.write_config(out, config, device=str(device), losses=losses)
+    print(f"-> {out / 'toy2d.png'}")
+
+
+def train(
+    config: Config, name: str, distribution: toy.Toy, device: torch.device
+) -> tuple[sd.Denoiser, float]:
+    """A denoiser of 50,000 points, and its mean loss over the last tenth of the run."""
+    points = data.Points(distribution.sample(50_000, config.seed))
+    torch.manual_seed(config.seed)  # the network's first weights
+    network = sd.networks.MLP(shape=(2,), width=128, depth=4, fourier=16)
+    denoiser = sd.Denoiser(network, sd.VP(), sd.V()).to(device)
+    recipe = training.Recipe(
+        steps=config.train_steps,
+        batch_size=config.batch_size,
+        learning_rate=3e-3,
+        warmup=min(200, config.train_steps),
+        ema=0.995,
+        seed=config.seed,
+    )
+    state = training.TrainState(denoiser, recipe)
+    times = sd.NormalLogSNR(denoiser.process, mean=0.0, std=3.0)
+    steps = tqdm(training.train(state, points, times), total=recipe.steps, desc=name)
+    losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]
+    return state.averaged, sum(losses) / len(losses)
+
+
+def draw(
+    config: Config, denoiser: sd.Denoiser, distribution: toy.Toy, device: torch.device
+) -> dict[str, Tensor]:
+    """Title of each column to points (N, 2); the flow's paths are (steps, N, 2)."""
+    n = config.num_samples
+    seeds = [config.seed * 2**32 + k for k in range(n)]
+    x = denoiser.process.prior((n, 2), seeds=seeds, device=device)
+    columns = {"data": distribution.sample(n, config.seed + 1)}
+    for name, sampler in SAMPLERS.items():
+        start = time.perf_counter()
+        columns[name] = sd.sample(denoiser, sampler, x, steps=STEPS[name], seeds=seeds)
+        print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
+    few = x[:200]
+    times = frames.grid(denoiser.process, 40)
+    states = sd.trajectory(denoiser, sd.TorchODE(rtol=1e-4, atol=1e-4), few, times=times)
+    columns["its paths"] = torch.stack([few, *(state.x for state in states)])
+    return columns
+
+
+def picture(rows: dict[str, dict[str, Tensor]]) -> object:
+    """One row per data set, one column per way to sample it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 2.8 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), 5, squeeze=False)
+    for axes, (name, columns) in zip(grid, rows.items(), strict=True):
+        for axis, (title, x) in zip(axes, columns.items(), strict=True):
+            plot = plots.paths if x.ndim == 3 else plots.scatter
+            plot(axis, x, title)
+        axes[0].set_ylabel(name)
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

@@ -1,0 +1,54 @@
+"""`import sde_diffusion` loads torch and nothing else heavy, and does nothing but import."""
+
+import subprocess
+import sys
+
+import sde_diffusion as sd
+
+# Each of these is imported where it is used.
+HEAVY = "torchvision torchdiffeq torchsde scipy matplotlib tyro accelerate diffusers PIL sklearn"
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_neither_the_package_nor_any_of_its_modules_loads_anything_heavy_but_torch():
+    loaded = run(
+        "import sys, torch; before = set(sys.modules);"
+        "import pkgutil, importlib, sde_diffusion as sd\n"
+        "for module in pkgutil.walk_packages(sd.__path__, 'sde_diffusion.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    assert not set(HEAVY.split()) & set(loaded.split())
+
+
+def test_import_takes_under_0_3_seconds_beyond_torch():
+    timed = (
+        "import time, torch; start = time.perf_counter(); import sde_diffusion;"
+        "print(time.perf_counter() - start)"
+    )
+    seconds = []
+    while not seconds or (min(seconds) >= 0.3 and len(seconds) < 3):  # a busy machine is no fault
+        seconds.append(float(run(timed)))
+    assert min(seconds) < 0.3
+
+
+def test_import_leaves_the_global_generators_and_settings_alone():
+    state = (
+        "import random, sys, numpy, torch;"
+        "state = lambda: (random.getstate(), str(numpy.random.get_state()), "
+        "torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(), "
+        "torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled());"
+        "before = state(); import sde_diffusion; print(state() == before)"
+    )
+    assert run(state).strip() == "True"
+
+
+def test_all_names_what_is_there():
+    assert sorted(set(sd.__all__)) == sorted(sd.__all__)
+    assert all(hasattr(sd, name) for name in sd.__all__)

@@ -131,6 +131,10 @@ class TrainState:
 
     def __init__(self, denoiser: Denoiser, recipe: Recipe) -> None:
         self.denoiser, self.recipe, self.step = denoiser, recipe, 0
+        if next(
+            denoiser.network.parameters()
+        ).is_cuda:  # on CPUs it made a step 1.2 to 1.7 x slower
+            denoiser.network.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(denoiser.network, multi_avg_fn=EMA(recipe.ema))
         parameters = list(denoiser.network.parameters())
         self.optimizer = torch.optim.AdamW(

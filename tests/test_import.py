@@ -27,17 +27,6 @@ def test_neither_the_package_nor_any_of_its_modules_loads_anything_heavy_but_tor
     assert not set(HEAVY.split()) & set(loaded.split())
 
 
-def test_import_takes_under_0_3_seconds_beyond_torch():
-    timed = (
-        "import time, torch; start = time.perf_counter(); import sde_diffusion;"
-        "print(time.perf_counter() - start)"
-    )
-    seconds = []
-    while not seconds or (min(seconds) >= 0.3 and len(seconds) < 3):  # a busy machine is no fault
-        seconds.append(float(run(timed)))
-    assert min(seconds) < 0.3
-
-
 def test_import_leaves_the_global_generators_and_settings_alone():
     state = (
         "import random, sys, numpy, torch;"

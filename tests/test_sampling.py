@@ -149,6 +149,18 @@ def test_memory_does_not_grow_with_the_number_of_steps():
     assert live(100) <= live(20) + 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", (FIXED_STEP | OWN_STEPS).values(), ids=str)
+def test_samples_on_a_gpu_are_those_of_the_cpu(sampler):
+    """The noise is drawn on the CPU; what is left is the rounding of matrix products."""
+    steps, x = None if sampler in OWN_STEPS.values() else 12, torch.randn(8, 3).double()
+    model = network().double()
+    here = sd.sample(model, sampler, x, steps=steps, seeds=range(8))
+    there = sd.sample(model.cuda(), sampler, x.cuda(), steps=steps, seeds=range(8))
+    assert there.is_cuda
+    assert_close(there.cpu(), here, rtol=1e-6, atol=1e-6)
+
+
 def test_the_grad_mode_of_the_caller_is_left_alone():
     states = sd.trajectory(network(), sd.Adams(1), torch.ones(2, 3), steps=3)
     for state in states:

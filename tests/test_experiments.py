@@ -1,0 +1,273 @@
+"""The scripts as a user runs them: what they write, and one line with exit 2 for what is wrong."""
+
+import gzip
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+import sde_diffusion as sd
+
+ROOT = Path(__file__).parent.parent
+SAMPLERS = ("ancestral", "ddim", "sde", "torchsde", "heun", "adams", "ode")
+
+
+def run(script, *arguments, data=None):
+    """The finished process; data is the value of SDE_DIFFUSION_DATA."""
+    environment = {k: v for k, v in os.environ.items() if k != "SDE_DIFFUSION_DATA"}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({"SDE_DIFFUSION_DATA": str(data)} if data else {})
+    command = [sys.executable, ROOT / "experiments" / f"{script}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def run_all(calls):
+    """Each call is (script, *arguments); two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda call: run(*call), calls))
+
+
+def frames(path):
+    """Size and number of frames of a picture that can be read to its end."""
+    with Image.open(path) as image:
+        image.load()
+        return image.size, getattr(image, "n_frames", 1)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module")
+def idx_root(scratch):
+    """scikit-learn's 8x8 digits, tripled and framed to 28x28, in MNIST's files."""
+    digits = load_digits()
+    pixels = np.pad(digits.images.repeat(3, 1).repeat(3, 2) * 15.9, ((0, 0), (2, 2), (2, 2)))
+    raw = scratch / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, rows in (("train", slice(0, 1500)), ("t10k", slice(1500, None))):
+        images = pixels[rows].astype(np.uint8)
+        labels = digits.target[rows].astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            path = raw / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+    return scratch / "data"
+
+
+# ---- sampling ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(scratch):
+    calls = []
+    for name in SAMPLERS:
+        few = ("--rtol", "0.1", "--atol", "0.1") if name == "ode" else ("--steps", 3)
+        calls.append(
+            ("mnist_vp", "--sampler", name, *few, "--num-samples", 5, "--out", scratch / name)
+        )
+    return dict(zip(SAMPLERS, run_all(calls), strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_writes_its_digits_and_says_what_it_took(sampled, scratch, name):
+    done, out = sampled[name], scratch / name
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    calls = config["network_calls"]
+    assert f"{name}: 5 digits, {calls} network calls, " in done.stdout
+    assert calls == {"heun": 5}.get(name, 3) or name == "ode"
+    assert config["flags"]["sampler"] == name
+    x = load_file(out / "samples.safetensors")["samples"]
+    assert x.shape == (5, 1, 28, 28)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+    assert frames(out / "samples.png")[0][0] > 5 * 28
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "samples.png", "samples.safetensors"
+    }  # fmt: skip
+
+
+def test_the_defaults_are_the_packaged_weights_and_what_python_gives(scratch, sampled):
+    """The script's samples are those of the library with seeds seed * 2^32 + k."""
+    denoiser = sd.pretrained("mnist_vp")
+    seeds = range(5)
+    x = denoiser.process.prior((5, 1, 28, 28), seeds=seeds)
+    ours = sd.sample(denoiser, sd.Ancestral(), x, steps=3, seeds=seeds)
+    theirs = load_file(scratch / "ancestral" / "samples.safetensors")["samples"]
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch_size_and_a_gif_changes_nothing(scratch, sampled):
+    out = scratch / "chunks"
+    done = run("mnist_vp", "--sampler", "adams", "--steps", 3, "--num-samples", 5,
+               "--batch-size", 2, "--gif", "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "9 network calls in 3 batches" in done.stdout
+    parts, whole = (
+        load_file(f / "samples.safetensors")["samples"] for f in (out, scratch / "adams")
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    assert frames(out / "trajectory.gif")[1] == 4
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+TRAIN = ("--train", "--batch-size", 4, "--num-samples", 2, "--sampler", "adams", "--steps", 2)
+
+
+def test_a_run_is_trained_resumed_and_sampled_from(idx_root, scratch):
+    out = scratch / "unet"
+
+    def train(*more, steps=4):
+        flags = (*TRAIN, "--train-steps", steps, "--checkpoint-every", 2, "--out", out)
+        return run("mnist_vp", *flags, *more, data=idx_root)
+
+    done = train()
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "checkpoint-00000002", "checkpoint-00000004", "metrics.csv", "loss.png", "config.json",
+        "mnist_vp.safetensors", "mnist_vp.json", "samples.png", "samples.safetensors",
+    }  # fmt: skip
+    record = json.loads((out / "mnist_vp.json").read_text())
+    assert record["steps"] == 4
+    assert "--train-steps 4" in record["command"]
+    assert {"commit", "seed", "loss_of_last_1000_steps", "sha256"} <= record.keys()
+    rows = (out / "metrics.csv").read_text().splitlines()
+    weights = (out / "mnist_vp.safetensors").read_bytes()
+
+    shutil.rmtree(out / "checkpoint-00000004")  # as if it had been killed at step 3
+    (out / "mnist_vp.safetensors").unlink()
+    again = train("--resume")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 2" in again.stdout
+    assert (out / "metrics.csv").read_text().splitlines() == rows
+    assert (out / "mnist_vp.safetensors").read_bytes() == weights
+
+    assert_refused(train(), "holds a run", out, kept=True)
+    assert_refused(train("--resume", steps=6), "steps 4 -> 6", out, kept=True)
+    average = out / "checkpoint-00000002" / "denoiser.safetensors"
+    few = ("--sampler", "heun", "--steps", 2, "--num-samples", 1, "--out", scratch / "average")
+    sampled = run("mnist_vp", "--checkpoint", average, *few)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so_and_overwrite_replaces(idx_root, scratch):
+    out = scratch / "mlp"
+    flags = (*TRAIN, "--train-steps", 1, "--network", "mlp", "--dtype", "bf16", "--out", out)
+    done = run("mnist_vp", *flags, "--resume", "--data-root", idx_root)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint in" in done.stdout
+    assert "starting at step 0" in done.stdout
+    again = run("mnist_vp", *flags, "--overwrite", "--data-root", idx_root)
+    assert again.returncode == 0, again.stderr
+    assert len((out / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_toy2d_trains_samples_and_draws(scratch):
+    out = scratch / "toy"
+    done = run("toy2d", "--train-steps", 20, "--num-samples", 50, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert frames(out / "toy2d.png")[0][0] > 1000
+    assert json.loads((out / "config.json").read_text())["losses"].keys() == {
+        "two-gaussians", "chequerboard"
+    }  # fmt: skip
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+
+def assert_refused(done, message, out, kept=False):
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert kept or not Path(out).exists()
+
+
+REFUSALS = {
+    "--sampler dpm": "invalid choice 'dpm'",
+    "--sampelr ode": "--sampelr",
+    "--steps 0 --sampler adams": "--steps",
+    "--steps -3": "--steps must be at least 1",
+    "--steps x --sampler adams": "--steps",
+    "--steps 5 --sampler ode": "--steps has no effect with --sampler ode",
+    "--rtol 0": "--rtol",
+    "--rtol nan": "--rtol",
+    "--atol 1e-3 --sampler heun": "--atol has no effect with --sampler heun",
+    "--num-samples 0": "--num-samples",
+    "--batch-size -1": "--batch-size",
+    "--seed -1": "--seed",
+    "--device tpu": "invalid choice 'tpu'",
+    "--dtype float16": "invalid choice 'float16'",
+    "--gif False": "False",
+    "--checkpoint nowhere.safetensors": "nowhere.safetensors",
+    "--checkpoint README.md": "README",
+    "--epochs 3": "--epochs has no effect without --train",
+    "--train-steps 3": "--train-steps has no effect without --train",
+    "--resume": "--resume has no effect without --train",
+    "--data-root .": "--data-root has no effect without --train",
+    "--network mlp": "--network has no effect without --train",
+    "--train --epochs 1 --train-steps 2": "not both",
+    "--train --resume --overwrite": "not both",
+    "--train --checkpoint x.safetensors": "--checkpoint has no effect with --train",
+    "--train --learning-rate 0": "--learning-rate",
+    "--train --data-root nowhere": "train-images-idx3-ubyte",
+}
+if not torch.cuda.is_available():
+    REFUSALS["--device cuda"] = "--device cuda"
+
+
+@pytest.fixture(scope="module")
+def refused(scratch):
+    calls = [("mnist_vp", *flags.split(), "--out", scratch / "none") for flags in REFUSALS]
+    return dict(zip(REFUSALS, run_all(calls), strict=True))
+
+
+@pytest.mark.parametrize("flags", REFUSALS)
+def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(refused, scratch, flags):
+    assert_refused(refused[flags], REFUSALS[flags], scratch / "none")
+
+
+def test_a_missing_data_set_names_files_places_and_remedies(refused):
+    message = refused["--train --data-root nowhere"].stderr
+    for word in ("t10k-labels-idx1-ubyte", "nowhere/MNIST/raw", "--data-root",
+                 "SDE_DIFFUSION_DATA", "--download"):  # fmt: skip
+        assert word in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "record of a list"])
+def test_a_damaged_checkpoint_is_one_line_and_exit_2(tmp_path, damage):
+    path = tmp_path / "net.safetensors"
+    sd.Denoiser(sd.networks.MLP((1, 28, 28), width=8), sd.VP()).save(path)
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[-5] ^= 4
+        path.write_bytes(data)
+    elif damage == "no record":
+        path.with_suffix(".json").unlink()
+    else:
+        path.with_suffix(".json").write_text("[]")
+    out = tmp_path / "out"
+    assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "net.", out)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("mnist_vp", "--out", tmp_path / "file")
+    assert_refused(done, "not a folder", tmp_path / "file", kept=True)

@@ -1,8 +1,10 @@
 """Solvers of the probability flow, all in the straight frame, dy/du = velocity (see frames.py)."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,9 +15,6 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.sampling import Memory
 
 __all__ = ["Heun", "Report", "ScipyODE", "SolverError", "TorchODE"]
-
-ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
-FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
 
 
 class SolverError(RuntimeError):
@@ -63,8 +62,56 @@ class Heun:
         return frames.leave(y + h / 2 * slope, s), None
 
 
+class OwnSteps(ABC):
+    """What the solvers that pick their own steps have in common."""
+
+    METHODS: ClassVar[tuple[str, ...]]
+    method: str
+    rtol: float
+    atol: float
+    max_calls: int
+
+    def __post_init__(self) -> None:
+        errors.choice("method", self.method, self.METHODS)
+        errors.number("rtol", self.rtol, 0, strict=True)
+        errors.number("atol", self.atol, 0, strict=True)
+        errors.integer("max_calls", self.max_calls)
+
+    @property
+    def order(self) -> int:
+        """1: once the interval is resolved the error follows the tolerances, not the grid."""
+        return 1
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """(1, 0): the steps between are the solver's to choose."""
+        if steps is not None:
+            raise ValueError(f"{type(self).__name__} chooses its own steps; leave out steps")
+        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Report]:  # fmt: skip
+        """From t to s in as many steps as it takes; the memory is a Report."""
+        slope, y = Slope(self, model, t), frames.enter(x, t)
+        if s.u > 0:
+            y = self.integrate(slope, y, t.u, s.u)
+        else:
+            # Stop a little short of sigma = 0, where no network has been trained and one that puts
+            # out x0 cannot say eps, and finish by Euler's rule. Its error there is u^2 |y''| / 2:
+            # for u = sqrt(tolerance) / 10 a two-hundredth of the tolerance times |y''|.
+            end = min(0.1 * min(self.rtol, self.atol) ** 0.5, t.u / 2)
+            y = self.integrate(slope, y, t.u, end)
+            y = y - end * slope(end, y)
+        return frames.leave(y, s).to(x), Report(slope.calls)
+
+    @abstractmethod
+    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
+        """The solution at u = end of dy/du = slope(u, y) from y at u = start."""
+
+
 @dataclass(frozen=True)
-class TorchODE:
+class TorchODE(OwnSteps):
     """Any method of torchdiffeq. One error norm and one step size serve the whole batch.
 
     Args:
@@ -75,56 +122,35 @@ class TorchODE:
         max_calls: network calls after which it gives up.
     """
 
+    ADAPTIVE: ClassVar = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+    FIXED: ClassVar = (
+        "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"
+    )  # fmt: skip
+    METHODS: ClassVar = ADAPTIVE + FIXED
+
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
     max_calls: int = 10_000
 
-    def __post_init__(self) -> None:
-        errors.choice("method", self.method, ADAPTIVE + FIXED)
-        check_tolerances(self)
-
-    @property
-    def order(self) -> int:
-        """1: once the interval is resolved the error follows the tolerances, not the grid."""
-        return 1
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        return whole_interval(self, steps)
-
-    def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from torchdiffeq import odeint
 
-        slope, end = Slope(self, model, t), end_of_integration(self, t, s)
-        span = torch.tensor([t.u, end], dtype=torch.float64, device=x.device)
-        # An adaptive method oversteps and interpolates unless told to stop; past u = 0 is nothing.
-        options = {"step_t": span[1:]} if self.method in ADAPTIVE else None
+        span = torch.tensor([start, end], dtype=torch.float64, device=y.device)
+        # An adaptive method oversteps and interpolates unless told where to stop.
+        options = {"step_t": span[1:]} if self.method in self.ADAPTIVE else None
         try:
-            y = odeint(
-                slope,
-                frames.enter(x, t),
-                span,
-                rtol=self.rtol,
-                atol=self.atol,
-                method=self.method,
-                options=options,
+            path = odeint(
+                slope, y, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options
             )
         except AssertionError as error:  # torchdiffeq's way to say that a step underflowed
             raise SolverError(f"{self} failed at {slope.where}: {error}") from None
-        assert isinstance(y, Tensor)
-        return frames.leave(slope.finish(y[-1], end, s), s), Report(slope.calls)
+        assert isinstance(path, Tensor)
+        return path[-1]
 
 
 @dataclass(frozen=True)
-class ScipyODE:
+class ScipyODE(OwnSteps):
     """Any method of scipy.integrate.solve_ivp, in float64: an oracle, slow on purpose.
 
     Args:
@@ -133,54 +159,31 @@ class ScipyODE:
         max_calls: network calls after which it gives up.
     """
 
+    METHODS: ClassVar = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+
     method: str = "DOP853"
     rtol: float = 1e-8
     atol: float = 1e-8
     max_calls: int = 100_000
 
-    def __post_init__(self) -> None:
-        errors.choice("method", self.method, ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA"))
-        check_tolerances(self)
-
-    @property
-    def order(self) -> int:
-        """As for TorchODE."""
-        return 1
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        return whole_interval(self, steps)
-
-    def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from scipy.integrate import solve_ivp
 
-        slope, end = Slope(self, model, t), end_of_integration(self, t, s)
-        y = frames.enter(x.to(torch.float64), t)
-
-        def flat(u: float, state: object) -> object:
-            here = torch.as_tensor(state, dtype=torch.float64).reshape(x.shape).to(x.device)
+        def flat(u: float, state: np.ndarray) -> np.ndarray:
+            here = torch.from_numpy(state).reshape(y.shape).to(y.device)
             return slope(u, here).flatten().cpu().numpy()
 
-        solution = solve_ivp(
-            flat, (t.u, end), y.flatten().cpu().numpy(), self.method, rtol=self.rtol, atol=self.atol
-        )
-        if not solution.success:
-            raise SolverError(f"{self} failed at {slope.where}: {solution.message}")
-        y = torch.from_numpy(solution.y[:, -1]).reshape(x.shape).to(x.device)
-        return frames.leave(slope.finish(y, end, s), s).to(x), Report(slope.calls)
+        begin = y.double().flatten().cpu().numpy()
+        path = solve_ivp(flat, (start, end), begin, self.method, rtol=self.rtol, atol=self.atol)
+        if not path.success:
+            raise SolverError(f"{self} failed at {slope.where}: {path.message}")
+        return torch.from_numpy(path.y[:, -1]).reshape(y.shape).to(y.device)
 
 
 class Slope:
     """dy/du as a function of (u, y), counting its calls."""
 
-    def __init__(self, solver: TorchODE | ScipyODE, model: Model, start: Level[float]) -> None:
+    def __init__(self, solver: OwnSteps, model: Model, start: Level[float]) -> None:
         self.solver, self.model, self.level, self.calls = solver, model, start, 0
 
     @property
@@ -197,31 +200,3 @@ class Slope:
         if not bool(torch.isfinite(velocity).all()):
             raise SolverError(f"{self.solver}: the model is not finite at {self.where}")
         return velocity
-
-    def finish(self, y: Tensor, end: float, s: Level[float]) -> Tensor:
-        """y at s, by Euler's rule from `end`, where the integration stopped."""
-        return y if end == s.u else y + (s.u - end) * self(end, y)
-
-
-def end_of_integration(solver: TorchODE | ScipyODE, t: Level[float], s: Level[float]) -> float:
-    """The u at which to stop: s.u, or a little short of 0, where no network has been trained.
-
-    At sigma = 0 eps is 0 for data that have a density and anything for data that have none, and a
-    network that puts out x0 cannot say it. Euler's rule covers the rest, an error u^2 |y''| / 2:
-    with u = sqrt(tolerance) / 10 it is a two-hundredth of the tolerance times |y''|.
-    """
-    return s.u if s.u > 0 else min(0.1 * min(solver.rtol, solver.atol) ** 0.5, t.u / 2)
-
-
-def whole_interval(solver: object, steps: int | None) -> Tensor:
-    """(1, 0): the steps between are the solver's to choose."""
-    if steps is not None:
-        raise ValueError(f"{type(solver).__name__} chooses its own steps; leave out steps")
-    return torch.tensor([1.0, 0.0], dtype=torch.float64)
-
-
-def check_tolerances(solver: TorchODE | ScipyODE) -> None:
-    """Raise unless the solver's settings make sense."""
-    errors.number("rtol", solver.rtol, 0, strict=True)
-    errors.number("atol", solver.atol, 0, strict=True)
-    errors.integer("max_calls", solver.max_calls)

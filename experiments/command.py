@@ -5,6 +5,7 @@ import io
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,10 +61,15 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def folder(path: Path) -> Path:
-    """The folder `path`, made if need be."""
+def check_out(path: Path) -> None:
+    """Refuse an --out that cannot become a folder, before any work is done."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {path}: not a folder")
+
+
+def folder(path: Path) -> Path:
+    """The folder `path`, made if need be; call it when there is something to write."""
+    check_out(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -88,12 +94,14 @@ def write_config(out: Path, config: Any, **facts: Any) -> None:
 
 def command() -> str:
     """The command line as it was given."""
-    return " ".join(["python", *sys.argv])
+    return shlex.join(["python", *sys.argv])
 
 
 def commit() -> str:
     """The commit of the checkout, or `unknown`."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    ask = ["git", "rev-parse", "HEAD"]
+    try:
+        asked = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return asked.stdout.strip() or "unknown"

@@ -75,6 +75,7 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
+    command.check_out(config.out)
     device = command.device(config.device)
     denoiser = train(config, device) if config.train else load(config, device)
     draw(config, denoiser, device)
@@ -82,12 +83,10 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     """Refuse values out of range, and flags that would have no effect."""
-    for name in ("steps", "train_steps", "epochs", "checkpoint_every"):
+    for name in ("steps", "train_steps", "epochs", "checkpoint_every", "num_samples", "batch_size"):
         if getattr(config, name) is not None:
-            errors.integer(flag(name), getattr(config, name))
-    errors.integer("--num-samples", config.num_samples)
-    errors.integer("--batch-size", config.batch_size)
-    errors.integer("--seed", config.seed, at_least=0)
+            errors.integer(flag(name), getattr(config, name), at_most=10**7)
+    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("rtol", "atol", "learning_rate"):
         if getattr(config, name) is not None:
             errors.number(flag(name), getattr(config, name), 0, 1, strict=True)
@@ -112,8 +111,17 @@ def flag(name: str) -> str:
 
 
 def load(config: Config, device: torch.device) -> sd.Denoiser:
-    path = config.checkpoint
-    denoiser = sd.Denoiser.load(path) if path else sd.pretrained("mnist_vp")
+    """The packaged denoiser, or the one of --checkpoint, which must be of 28x28 digits too."""
+    if not config.checkpoint:
+        return sd.pretrained("mnist_vp").to(device)
+    denoiser = sd.Denoiser.load(config.checkpoint)
+    x = torch.zeros(1, 1, 28, 28)
+    try:
+        denoiser(x, denoiser.process.level(torch.full((1,), 0.5), x))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--checkpoint {config.checkpoint}: not of 28x28 digits: {error}"
+        ) from None
     return denoiser.to(device)
 
 
@@ -133,7 +141,6 @@ def sampler(config: Config) -> sd.Sampler:
 
 def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
     """Sample in chunks and write samples.png, samples.safetensors, config.json."""
-    out = command.folder(config.out)
     chosen, steps = sampler(config), config.steps or STEPS.get(config.sampler)
     calls = 0
 
@@ -153,7 +160,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
             film = film or [plots.tiles(x[:64]) for x in states if config.gif]
     seconds = time.perf_counter() - start
     hook.remove()
-    x = torch.cat(drawn)
+    x, out = torch.cat(drawn), command.folder(config.out)
     storage.replace(out / "samples.safetensors", safetensors.torch.save({"samples": x}))
     storage.replace(out / "samples.png", plots.png(plots.tiles(x[:256])))
     if config.gif:
@@ -234,13 +241,15 @@ def run_training(
     config: Config, state: training.TrainState, digits: data.Images, out: Path
 ) -> None:
     record = {"command": command.command(), "commit": command.commit(), **asdict(state.recipe)}
-    log = out / "metrics.csv"
-    rows = [row for row in read_rows(log) if int(row[0]) <= state.step]
     times = sd.NormalLogSNR(state.denoiser.process, mean=0.0, std=2.8)
+    record["times"] = repr(times)
+    command.write_config(out, config)
+    rows = read_rows(out / "metrics.csv")[: state.step]
+    lines = [",".join(row) for row in [list(training.Metrics._fields), *rows]]
+    storage.replace(out / "metrics.csv", "".join(line + "\n" for line in lines).encode())
     bar = tqdm(training.train(state, digits, times), total=state.recipe.steps, initial=state.step)
-    with open(log, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerows([training.Metrics._fields, *rows])
+    with open(out / "metrics.csv", "a", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
         for metrics in bar:
             table.writerow(metrics)
             rows.append([str(value) for value in metrics])
@@ -255,11 +264,12 @@ def run_training(
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The rows of an earlier metrics.csv, without its header."""
+    """The whole rows of an earlier metrics.csv, steps 1, 2, ...; a kill may have cut the last."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [row for row in csv.reader(file) if row and row[0].isdigit()]
+        rows = [row for row in csv.reader(file) if len(row) == len(training.Metrics._fields)]
+    return [row for step, row in enumerate(rows[1:], 1) if row[0] == str(step)]
 
 
 def draw_loss(path: Path, rows: list[list[str]]) -> None:

@@ -48,16 +48,17 @@ STEPS = {"ancestral": 250, "reverse SDE": 250, "probability flow ODE": None}
 
 
 def main(config: Config) -> None:
-    errors.integer("--seed", config.seed, at_least=0)
+    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
     for name in ("train_steps", "batch_size", "num_samples"):
-        errors.integer("--" + name.replace("_", "-"), getattr(config, name))
+        errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
+    command.check_out(config.out)
     device = command.device(config.device)
-    out = command.folder(config.out)
     chosen = TOYS if config.data == "both" else {config.data: TOYS[config.data]}
     columns, losses = {}, {}
     for name, distribution in chosen.items():
         denoiser, losses[name] = train(config, name, distribution, device)
         columns[name] = draw(config, denoiser, distribution, device)
+    out = command.folder(config.out)
     storage.replace(out / "toy2d.png", plots.png(picture(columns)))
     command.write_config(out, config, device=str(device), losses=losses)
     print(f"-> {out / 'toy2d.png'}")

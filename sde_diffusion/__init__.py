@@ -13,11 +13,10 @@ from sde_diffusion.samplers import (
     EulerMaruyama,
     Heun,
     ScipyODE,
-    SolverError,
     TorchODE,
     TorchSDE,
 )
-from sde_diffusion.sampling import Sample, Sampler, sample, trajectory
+from sde_diffusion.sampling import Sample, Sampler, SolverError, sample, trajectory
 
 __version__ = "0.1.0"
 

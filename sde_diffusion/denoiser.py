@@ -54,10 +54,13 @@ class Time:
 
 @dataclass(frozen=True)
 class LogSNR:
-    """log(alpha^2 / sigma^2): the same for every process, infinite at its ends."""
+    """log(alpha^2 / sigma^2), the same for every process; held to [-20, 20], as it is infinite at
+    the ends, where no more can be told from a level with nothing but signal or noise."""
 
     def __call__(self, level: Level) -> Scalar:
-        return level.log_snr
+        if isinstance(level.log_snr, Tensor):
+            return level.log_snr.clamp(-20, 20)
+        return min(max(level.log_snr, -20.0), 20.0)
 
 
 class Denoiser(nn.Module):

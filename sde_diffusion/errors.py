@@ -6,17 +6,21 @@ in and not by a stack of tensor code.
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = ["choice", "integer", "number"]
 
 
-def integer(name: str, value: Any, at_least: int = 1) -> int:
-    """`value`, if it is an integer of at least `at_least`; bools and floats are not integers."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
+    """`value`, if it is an integer in the range; bools and floats are not integers."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
+    value = int(value)
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}; got {value}")
     return value
 
 
@@ -24,8 +28,9 @@ def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, strict: bool = False
 ) -> float:
     """`value`, if it is a finite number in [low, high], or in (low, high] where `strict`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
+    value = float(value)
     if not math.isfinite(value) or not (low < value <= high or (value == low and not strict)):
         raise ValueError(f"{name} must lie in {'(' if strict else '['}{low}, {high}]; got {value}")
     return value

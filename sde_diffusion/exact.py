@@ -41,6 +41,13 @@ class GaussianMixture:
                 f"weights, means and covariances must agree in their first dimension; got shapes "
                 f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(covariances.shape)}"
             )
+        if not len(weights):
+            raise ValueError("a mixture needs at least one component")
+        for name, value in (("means", means), ("covariances", covariances)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} must be finite; got {value.tolist()}")
+        if covariances.ndim == 3 and not torch.allclose(covariances, covariances.mT):
+            raise ValueError("covariances must be symmetric")
         if not bool((weights > 0).all()):
             raise ValueError(f"weights must be positive; got {weights.tolist()}")
         self.process = process

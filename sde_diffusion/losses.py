@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.prediction import Parameterization, truth
 from sde_diffusion.processes import Level, Process, Scalar
@@ -50,6 +51,8 @@ def denoising_loss(
     Returns:
         (B,) losses; take the mean to train.
     """
+    if eps.shape != x0.shape:
+        raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}; got {tuple(eps.shape)}")
     space = space or denoiser.parameterization
     level = denoiser.process.level(t, x0)
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
@@ -81,6 +84,9 @@ class DiscreteTimes:
 
     num_steps: int
 
+    def __post_init__(self) -> None:
+        errors.integer("num_steps", self.num_steps)
+
     def __call__(self, quantile: Tensor) -> Tensor:
         return (quantile * self.num_steps).ceil().clamp(1, self.num_steps) / self.num_steps
 
@@ -97,11 +103,14 @@ class NormalLogSNR:
     mean: float = 0.0
     std: float = 2.0
 
+    def __post_init__(self) -> None:
+        errors.number("mean", self.mean)
+        errors.number("std", self.std, 0, strict=True)
+
     def __call__(self, quantile: Tensor) -> Tensor:
         lowest = self.process.log_snr(torch.ones((), dtype=torch.float64)).item()
-        below = 0.5 * math.erfc((self.mean - lowest) / (self.std * math.sqrt(2)))
-        share = below + (1 - quantile) * (1 - below)
-        return self.process.time(self.mean + self.std * torch.special.ndtri(share))
+        above = 0.5 * math.erfc((lowest - self.mean) / (self.std * math.sqrt(2)))
+        return self.process.time(self.mean - self.std * torch.special.ndtri(quantile * above))
 
 
 def stratified(offset: float, positions: Tensor, batch_size: int) -> Tensor:

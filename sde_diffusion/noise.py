@@ -7,12 +7,13 @@ training step on the number of processes that share it.
 
 from collections.abc import Sequence
 from enum import IntEnum
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sde_diffusion import errors
 
 __all__ = ["Generated", "Noise", "Purpose", "Seeded", "stream"]
 
@@ -36,10 +37,9 @@ def stream(
     An address has 2^64 blocks that no other shares; a block is four 64-bit words, such as four
     float64 numbers in [0, 1).
     """
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed must be a non-negative integer; got {seed!r}")
+    seed = errors.integer("seed", seed, at_least=0, at_most=2**128 - 1)
     counter = [block, position, step, int(purpose)]
-    return np.random.Generator(np.random.Philox(key=int(seed), counter=counter))
+    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
 
 
 class Noise(Protocol):

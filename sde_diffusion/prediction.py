@@ -41,6 +41,8 @@ class Parameterization(Protocol):
 class Prediction:
     """x0, eps, score, v and velocity of a batch, each computed when asked for.
 
+    Every one is a fresh tensor, which a sampler may work on in place.
+
     Args:
         first, second: two tensors (B, ...) that span the prediction, usually x and the output.
         level: where the batch stands.

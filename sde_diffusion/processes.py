@@ -181,7 +181,8 @@ class Process(ABC):
         in_front = ratio > 80 and start == 1.0
         if in_front and steps == 1:
             return grids.uniform(1)
-        levels = grids.karras(steps - in_front, sigma_max=min(80.0, ratio))
+        high = min(80.0, ratio)
+        levels = grids.karras(steps - in_front, high, sigma_min=min(0.002, high / 100))
         times = self.time(-2 * levels.log())
         return torch.cat([end, times]) if in_front else times
 
@@ -201,7 +202,12 @@ class Process(ABC):
             f = slope_of(log_alpha, t)
             slope = slope_of(variance, t)
         log_alpha, variance = log_alpha.detach(), variance.detach()
-        return log_alpha, variance, f, (slope - 2 * f * variance).clamp(min=0)
+        diffusion2 = slope - 2 * f * variance
+        rounding = 1e-9 * (slope.abs() + (2 * f * variance).abs())
+        if t.device.type == "cpu" and bool((diffusion2 < -rounding).any()):
+            where = t[diffusion2 < -rounding].flatten()[0].item()
+            raise ValueError(f"{type(self).__name__}: log_snr must decrease; it rises at t={where}")
+        return log_alpha, variance, f, diffusion2.clamp(min=0)
 
 
 class VariancePreserving(Process):
@@ -223,7 +229,9 @@ class VP(VariancePreserving):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max < torch.inf:
+        errors.number("beta_min", self.beta_min)
+        errors.number("beta_max", self.beta_max)
+        if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(
                 f"need 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}"
             )

@@ -15,17 +15,24 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise, Seeded
 from sde_diffusion.processes import Level, Process
 
-__all__ = ["Memory", "Sample", "Sampler", "sample", "trajectory"]
+__all__ = ["Memory", "Sample", "Sampler", "SolverError", "sample", "trajectory"]
 
 Memory = Any  # what a sampler carries from step to step: None before the first
+
+
+class SolverError(RuntimeError):
+    """A solver with steps of its own gave up; the message says where and why."""
 
 
 class Sampler(Protocol):
     """A rule for one step. Implementations are frozen dataclasses of their hyper-parameters."""
 
     @property
-    def order(self) -> int:
-        """Order of convergence to the flow (or in law to the SDE) as the steps shrink."""
+    def order(self) -> int | None:
+        """Order of convergence to the flow (or in law to the SDE) as the steps shrink.
+
+        None for a solver whose error follows its tolerances.
+        """
         ...
 
     def grid(self, process: Process, steps: int | None) -> Tensor:

@@ -24,7 +24,11 @@ class BadFile(ValueError):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write path (.safetensors) and its JSON: both, or neither where the disk refuses."""
+    """Write path (.safetensors) and its JSON: both, or neither where the disk refuses.
+
+    A kill between the two renames leaves a pair that `read` refuses; a checkpoint, which is a
+    folder renamed whole, does not have that instant.
+    """
     from safetensors.torch import save
 
     taken = [name for name in OURS if name in record]
@@ -114,7 +118,7 @@ def build(kind: str, classes: Sequence[type], description: Any, given: Any = Non
     name = arguments.pop("class")
     made = next((made for made in classes if made.__name__ == name), None)
     if made is None:
-        raise ValueError(f"unknown {kind} class {name!r}")
+        raise ValueError(f"unknown {kind} class {name!r} (if it is yours, pass {kind}=)")
     if is_dataclass(made):
         unknown = arguments.keys() - {field.name for field in fields(made)}
         if unknown:

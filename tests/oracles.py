@@ -14,6 +14,11 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 
 
+def normal(*shape: int) -> Tensor:
+    """The same standard normal numbers every time, float64."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
 def vp_beta(t: Tensor | float, low: float = 0.1, high: float = 20.0) -> Tensor | float:
     """beta(t) of Song et al. 2021, eq. 32."""
     return low + t * (high - low)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import PROCESSES
+from oracles import normal
 from scipy.integrate import quad
 from torch.testing import assert_close
 
@@ -24,7 +25,7 @@ def mixture(process, d=3, k=4):
 @pytest.mark.parametrize("t", [0.01, 0.3, 0.9])
 def test_score_is_the_gradient_of_the_log_density(process, t):
     model = mixture(process)
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    x = normal(8, 3).requires_grad_()
     (gradient,) = torch.autograd.grad(model.log_prob(x, t).sum(), x)
     level = process.levels(torch.tensor([t], dtype=torch.float64))[0]
     assert_close(model(x.detach(), level).score, gradient, rtol=1e-9, atol=1e-9)
@@ -33,14 +34,14 @@ def test_score_is_the_gradient_of_the_log_density(process, t):
 def test_x0_and_eps_compose_to_x():
     """x = alpha E[x0 | x] + sigma E[eps | x], at the ends too."""
     for process in PROCESSES.values():
-        model, x = mixture(process), torch.randn(8, 3, dtype=torch.float64)
+        model, x = mixture(process), normal(8, 3)
         for level in process.levels(torch.tensor([1.0, 0.5, 1e-3, 0.0], dtype=torch.float64)):
             made = model(x, level)
             assert_close(level.alpha * made.x0 + level.sigma * made.eps, x, rtol=0, atol=1e-12)
 
 
 def test_per_sample_levels_agree_with_one_level_each():
-    model, x = mixture(sd.VP()), torch.randn(4, 3, dtype=torch.float64)
+    model, x = mixture(sd.VP()), normal(4, 3)
     t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
     together = model(x, sd.VP().level(t, x)).velocity
     apart = [model(x[i : i + 1], level).velocity for i, level in enumerate(sd.VP().levels(t))]
@@ -85,7 +86,7 @@ def test_the_gaussian_flow_carries_marginals_to_marginals_and_composes(process):
 
 
 def test_covariance_forms_agree():
-    x = torch.randn(5, 2, dtype=torch.float64)
+    x = normal(5, 2)
     level = sd.VP().levels(torch.tensor([0.3]))[0]
     mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
     made = [
@@ -100,7 +101,7 @@ def test_covariance_forms_agree():
 
 def test_a_scalar_gaussian_is_the_law_of_every_coordinate():
     model = sd.exact.Gaussian(sd.VP(), 1.0, 0.25)
-    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    x = normal(3, 2, 4)
     flat = sd.exact.Gaussian(sd.VP(), torch.ones(8), torch.tensor(0.25))
     level = sd.VP().levels(torch.tensor([0.3]))[0]
     assert_close(model(x, level).x0.flatten(1), flat(x.flatten(1), level).x0)

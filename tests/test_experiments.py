@@ -1,6 +1,7 @@
 """The scripts as a user runs them: what they write, and one line with exit 2 for what is wrong."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ SAMPLERS = ("ancestral", "ddim", "sde", "torchsde", "heun", "adams", "ode")
 def run(script, *arguments, data=None):
     """The finished process; data is the value of SDE_DIFFUSION_DATA."""
     environment = {k: v for k, v in os.environ.items() if k != "SDE_DIFFUSION_DATA"}
+    environment["PATH"] = ""  # nothing but Python: no git either
     environment |= {"OMP_NUM_THREADS": "1"} | ({"SDE_DIFFUSION_DATA": str(data)} if data else {})
     command = [sys.executable, ROOT / "experiments" / f"{script}.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -111,13 +113,11 @@ def test_the_defaults_are_the_packaged_weights_and_what_python_gives(scratch, sa
 
 def test_samples_do_not_depend_on_the_batch_size_and_a_gif_changes_nothing(scratch, sampled):
     out = scratch / "chunks"
-    done = run("mnist_vp", "--sampler", "adams", "--steps", 3, "--num-samples", 5,
+    done = run("mnist_vp", "--sampler", "sde", "--steps", 3, "--num-samples", 5,
                "--batch-size", 2, "--gif", "--out", out)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "9 network calls in 3 batches" in done.stdout
-    parts, whole = (
-        load_file(f / "samples.safetensors")["samples"] for f in (out, scratch / "adams")
-    )
+    parts, whole = (load_file(f / "samples.safetensors")["samples"] for f in (out, scratch / "sde"))
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     assert frames(out / "trajectory.gif")[1] == 4
 
@@ -211,6 +211,14 @@ REFUSALS = {
     "--num-samples 0": "--num-samples",
     "--batch-size -1": "--batch-size",
     "--seed -1": "--seed",
+    "--seed 100000000000000000000": "--seed",
+    "--steps 100000000000 --sampler sde": "--steps",
+    "--atol 0": "--atol",
+    "--train --epochs 0": "--epochs",
+    "--train --train-steps 0": "--train-steps",
+    "--train --checkpoint-every 0": "--checkpoint-every",
+    "--overwrite": "--overwrite has no effect without --train",
+    "--download": "--download has no effect without --train",
     "--device tpu": "invalid choice 'tpu'",
     "--dtype float16": "invalid choice 'float16'",
     "--gif False": "False",
@@ -231,15 +239,25 @@ if not torch.cuda.is_available():
     REFUSALS["--device cuda"] = "--device cuda"
 
 
+TOY_REFUSALS = {
+    "--data moons": "invalid choice 'moons'",
+    "--train-steps 0": "--train-steps",
+    "--num-samples -1": "--num-samples",
+    "--seed -1": "--seed",
+    "--device tpu": "invalid choice 'tpu'",
+}
+
+
 @pytest.fixture(scope="module")
 def refused(scratch):
     calls = [("mnist_vp", *flags.split(), "--out", scratch / "none") for flags in REFUSALS]
-    return dict(zip(REFUSALS, run_all(calls), strict=True))
+    calls += [("toy2d", *flags.split(), "--out", scratch / "none") for flags in TOY_REFUSALS]
+    return dict(zip([*REFUSALS, *TOY_REFUSALS], run_all(calls), strict=True))
 
 
-@pytest.mark.parametrize("flags", REFUSALS)
+@pytest.mark.parametrize("flags", REFUSALS | TOY_REFUSALS)
 def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(refused, scratch, flags):
-    assert_refused(refused[flags], REFUSALS[flags], scratch / "none")
+    assert_refused(refused[flags], (REFUSALS | TOY_REFUSALS)[flags], scratch / "none")
 
 
 def test_a_missing_data_set_names_files_places_and_remedies(refused):
@@ -247,6 +265,24 @@ def test_a_missing_data_set_names_files_places_and_remedies(refused):
     for word in ("t10k-labels-idx1-ubyte", "nowhere/MNIST/raw", "--data-root",
                  "SDE_DIFFUSION_DATA", "--download"):  # fmt: skip
         assert word in message
+
+
+def test_a_checkpoint_of_something_else_is_one_line_and_exit_2(tmp_path):
+    path, out = tmp_path / "toy.safetensors", tmp_path / "out"
+    sd.Denoiser(sd.networks.MLP((2,), width=8), sd.VP()).save(path)
+    assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "--checkpoint", out)
+
+
+def test_the_packaged_weights_say_how_they_were_made():
+    folder = ROOT / "sde_diffusion" / "weights"
+    record = json.loads((folder / "mnist_vp.json").read_text())
+    data = (folder / "mnist_vp.safetensors").read_bytes()
+    assert record["sha256"] == hashlib.sha256(data).hexdigest()
+    assert len(data) < 5e6
+    assert sum(p.numel() for p in sd.pretrained("mnist_vp").parameters()) <= 1.2e6
+    assert record["command"].startswith("python experiments/mnist_vp.py --train")
+    assert len(record["commit"]) == 40
+    assert {"seed", "steps", "loss_of_last_1000_steps", "times"} <= record.keys()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "record of a list"])

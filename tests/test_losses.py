@@ -66,6 +66,12 @@ def test_a_weight_multiplies_each_samples_loss():
     assert_close(weighted, sd.VP().diffusion(T) ** 2 * base, rtol=1e-12, atol=0)
 
 
+def test_noise_shared_by_the_batch_is_refused():
+    (x0, eps), model = problem(), denoiser(sd.Eps())
+    with pytest.raises(ValueError, match="eps must be shaped like x0"):
+        sd.denoising_loss(model, x0, T, eps[:1])
+
+
 def test_the_truth_has_no_loss_and_the_gradient_is_finite():
     class Oracle(torch.nn.Module):
         def __init__(self, eps):
@@ -142,3 +148,18 @@ def test_normal_log_snr_is_normal_within_the_processs_range(process):
     law = truncnorm((lowest - 0.5) / 2.0, math.inf, loc=0.5, scale=2.0)
     expected = torch.from_numpy(law.ppf(1 - quantiles.numpy()))
     assert_close(log_snr, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_normal_log_snr_of_a_path_far_in_the_tail_stays_on_the_path():
+    """VP(1e-8, 1e-8) never gets below a log-SNR of 18, which is 9 standard deviations out."""
+    t = sd.NormalLogSNR(sd.VP(1e-8, 1e-8))(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    assert bool((t > 0).all())
+    assert bool((t.diff() > 0).all())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: sd.NormalLogSNR(sd.VP(), std=0), lambda: sd.DiscreteTimes(0)]
+)
+def test_laws_of_time_that_are_none_are_refused(make):
+    with pytest.raises(ValueError, match=r"std|num_steps"):
+        make()

@@ -79,7 +79,7 @@ def test_no_seeds_for_no_samples():
 
 
 def test_a_negative_seed_is_refused_by_name():
-    with pytest.raises(ValueError, match="seed must be a non-negative integer; got -1"):
+    with pytest.raises(ValueError, match="seed must be at least 0; got -1"):
         Seeded([0, -1])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import PARAMETERIZATIONS, PROCESSES
+from oracles import normal
 from torch.testing import assert_close
 
 import sde_diffusion as sd
@@ -52,7 +53,7 @@ def test_quantities_are_the_published_combinations():
 
 def test_velocity_is_the_slope_of_the_straight_frame():
     """y = x / (alpha + sigma) = (1 - u) x0 + u eps, so a difference quotient is exact."""
-    process, (x0, eps) = sd.VP(), torch.randn(2, 4, dtype=torch.float64)
+    process, (x0, eps) = sd.VP(), normal(2, 4)
     a, b = process.levels(torch.tensor([0.31, 0.3]))
     y = [process.perturb(x0, level, eps) / (level.alpha + level.sigma) for level in (a, b)]
     assert_close((y[0] - y[1]) / (a.u - b.u), truth(x0, eps, a).velocity, rtol=1e-10, atol=1e-10)

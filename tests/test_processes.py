@@ -16,6 +16,7 @@ import sde_diffusion as sd
 from sde_diffusion.processes import Process
 
 TIMES = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.3, 0.7, 0.999], dtype=torch.float64)
+TO_ONE = torch.cat([TIMES, torch.ones(1, dtype=torch.float64)])
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
@@ -31,9 +32,9 @@ class OU(Process):
 
 
 def test_vp_drift_and_diffusion_are_the_published_ones():
-    beta = vp_beta(TIMES)
-    assert_close(sd.VP().diffusion(TIMES) ** 2, beta, rtol=1e-10, atol=0)
-    assert_close(sd.VP().drift(TIMES), -beta / 2, rtol=1e-10, atol=0)
+    beta = vp_beta(TO_ONE)
+    assert_close(sd.VP().diffusion(TO_ONE) ** 2, beta, rtol=1e-10, atol=0)
+    assert_close(sd.VP().drift(TO_ONE), -beta / 2, rtol=1e-10, atol=0)
 
 
 def test_rectified_flow_drift_and_diffusion_follow_from_the_straight_path():
@@ -180,6 +181,8 @@ def test_a_chains_own_grids_stand_on_its_times():
         (lambda: sd.VP(-0.1, 20), "beta_min"),
         (lambda: sd.VP(1.0, 0.5), "beta_min"),
         (lambda: sd.VP(0.1, math.nan), "beta_max"),
+        (lambda: sd.VP("0.1", 20), "beta_min"),
+        (lambda: sd.VP(True, 20), "beta_min"),
         (lambda: sd.Discrete(()), "betas"),
         (lambda: sd.Discrete((0.1, 1.5)), "betas"),
         (lambda: sd.Discrete((0.1, math.nan)), "betas"),
@@ -195,6 +198,19 @@ def test_a_chains_own_grids_stand_on_its_times():
 def test_bad_values_are_named(make, named):
     with pytest.raises((ValueError, TypeError), match=named):
         make()
+
+
+@dataclass(frozen=True)
+class Backward(OU):
+    """Two formulas whose noise shrinks: no SDE has them."""
+
+    def variance(self, t: torch.Tensor) -> torch.Tensor:
+        return t * (1 - t)
+
+
+def test_formulas_whose_log_snr_rises_are_refused_by_name():
+    with pytest.raises(ValueError, match="Backward: log_snr must decrease"):
+        Backward().drift(torch.tensor(0.9, dtype=torch.float64))
 
 
 def test_derivatives_work_inside_inference_mode_and_leave_no_graph():

@@ -71,7 +71,7 @@ def test_the_start_is_independent_of_the_path_that_the_same_seeds_drive():
 def test_sampling_is_pure(sampler):
     """Global generators, the input and its layout are untouched; layout does not matter."""
     model = network()
-    base = torch.randn(3, 4, dtype=torch.float64)
+    base = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     before = base.clone()
     states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     steps = None if sampler in OWN_STEPS.values() else 6
@@ -134,6 +134,46 @@ def test_batches_of_any_rank_and_size(shape):
     x = sd.VP().prior(shape, seeds=range(shape[0]), dtype=torch.float64)
     for sampler in FIXED_STEP.values():
         assert sd.sample(model, sampler, x, steps=3, seeds=range(shape[0])).shape == shape
+    for solver in (*OWN_STEPS.values(), sd.AdaptiveTorchSDE()):
+        made = sd.sample(model, solver, x, generator=torch.Generator().manual_seed(0))
+        assert made.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", (FIXED_STEP | OWN_STEPS).values(), ids=str)
+def test_half_precision_batches_keep_their_type(sampler, dtype):
+    """States of a Gaussian's path stay within 6; half precision holds 3 digits of them."""
+    model = sd.exact.Gaussian(sd.VP(), 0.2, 0.5)
+    x = sd.VP().prior((4, 2), seeds=range(4), dtype=dtype)
+    made = sd.sample(
+        model, sampler, x, steps=None if sampler in OWN_STEPS.values() else 8, seeds=range(4)
+    )
+    assert made.dtype == dtype
+    assert made.abs().max() < 6
+
+
+def test_a_network_told_the_log_snr_is_finite_at_the_ends_too():
+    model = network(sd.RectifiedFlow())
+    model.condition = sd.LogSNR()
+    x = sd.RectifiedFlow().prior((2, 3), seeds=[0, 1])
+    for sampler in (sd.Adams(3), sd.Heun(), sd.Ancestral(), sd.TorchODE()):
+        steps = None if isinstance(sampler, sd.TorchODE) else 5
+        assert sd.sample(model, sampler, x, steps=steps, seeds=[0, 1]).isfinite().all()
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+def test_the_levels_of_a_grid_are_computed_in_one_call_before_the_loop(process, monkeypatch):
+    asked = []
+    times, rates = process.times(50, process.t_max), type(process)._rates
+    model, x = network(process), torch.ones(2, 3)
+    monkeypatch.setattr(
+        type(process), "_rates", lambda self, t: asked.append(len(t)) or rates(self, t)
+    )
+    for sampler in FIXED_STEP.values():
+        asked.clear()
+        if not isinstance(sampler, sd.TorchSDE):  # whose library asks by time
+            sd.sample(model, sampler, x, times=times, seeds=[0, 1])
+            assert asked == [len(times)]
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():
@@ -153,7 +193,8 @@ def test_memory_does_not_grow_with_the_number_of_steps():
 @pytest.mark.parametrize("sampler", (FIXED_STEP | OWN_STEPS).values(), ids=str)
 def test_samples_on_a_gpu_are_those_of_the_cpu(sampler):
     """The noise is drawn on the CPU; what is left is the rounding of matrix products."""
-    steps, x = None if sampler in OWN_STEPS.values() else 12, torch.randn(8, 3).double()
+    steps = None if sampler in OWN_STEPS.values() else 12
+    x = sd.VP().prior((8, 3), seeds=range(8), dtype=torch.float64)
     model = network().double()
     here = sd.sample(model, sampler, x, steps=steps, seeds=range(8))
     there = sd.sample(model.cuda(), sampler, x.cuda(), steps=steps, seeds=range(8))
@@ -202,6 +243,8 @@ def test_an_injected_source_gets_every_interval():
         ({"steps": 3, "times": [1.0, 0.0]}, "not both"),
         ({"steps": 3, "seeds": [1]}, "seeds"),
         ({"steps": 3, "seeds": [1, -2]}, "seed"),
+        ({"steps": 3, "seeds": [1.5, 2]}, "seed"),
+        ({"steps": 3, "seeds": [2**128, 2]}, "seed"),
         ({"steps": 3, "seeds": [1, 2], "generator": torch.Generator()}, "one of"),
     ],
 )

@@ -74,9 +74,7 @@ class UNet(nn.Module):
         }
         self.patch = patch
         self.stride = patch * 2 ** (len(channels) - 1)
-        self.noise = nn.Sequential(
-            Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU(), nn.Identity()
-        )
+        self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())
         self.context = nn.Linear(context, embedding) if context else None
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
 

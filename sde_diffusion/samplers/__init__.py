@@ -2,7 +2,7 @@
 
 from sde_diffusion.samplers.adams import Adams
 from sde_diffusion.samplers.ancestral import Ancestral
-from sde_diffusion.samplers.ode import Heun, ScipyODE, SolverError, TorchODE
+from sde_diffusion.samplers.ode import Heun, ScipyODE, TorchODE
 from sde_diffusion.samplers.sde import AdaptiveTorchSDE, EulerMaruyama, TorchSDE
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "EulerMaruyama",
     "Heun",
     "ScipyODE",
-    "SolverError",
     "TorchODE",
     "TorchSDE",
 ]

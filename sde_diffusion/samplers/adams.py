@@ -69,7 +69,9 @@ class Adams:
         s: Level[float],
         noise: Noise,
         memory: History | None,
-    ) -> tuple[Tensor, History]:
+    ) -> tuple[Tensor, History | None]:
+        if s.u == t.u:  # alpha has underflowed at both: one level of the straight frame
+            return frames.leave(frames.enter(x, t), s), memory
         slope = model(x, t).velocity
         if memory is None:
             y, nodes, slopes = frames.enter(x, t), (t.u,), (slope,)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,13 +12,9 @@ from sde_diffusion import errors, frames
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Noise
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Memory
+from sde_diffusion.sampling import Memory, SolverError
 
-__all__ = ["Heun", "Report", "ScipyODE", "SolverError", "TorchODE"]
-
-
-class SolverError(RuntimeError):
-    """An adaptive solver gave up; the message says where and why."""
+__all__ = ["Heun", "Report", "ScipyODE", "TorchODE"]
 
 
 class Report(NamedTuple):
@@ -65,6 +61,12 @@ class Heun:
 class OwnSteps(ABC):
     """What the solvers that pick their own steps have in common."""
 
+    # An embedded error estimate can vanish by chance where there are few, large steps (measured: an
+    # error of 157 tolerances). With steps of at most 1/8 and 0.3 of the tolerance the worst of 72
+    # Gaussian problems was 6.5.
+    LARGEST_STEP: ClassVar = 0.125
+    SAFETY: ClassVar = 0.3
+
     METHODS: ClassVar[tuple[str, ...]]
     method: str
     rtol: float
@@ -78,9 +80,9 @@ class OwnSteps(ABC):
         errors.integer("max_calls", self.max_calls)
 
     @property
-    def order(self) -> int:
-        """1: once the interval is resolved the error follows the tolerances, not the grid."""
-        return 1
+    def order(self) -> None:
+        """None: the error follows the tolerances, not the grid."""
+        return None
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         """(1, 0): the steps between are the solver's to choose."""
@@ -93,7 +95,10 @@ class OwnSteps(ABC):
         memory: Memory,
     ) -> tuple[Tensor, Report]:  # fmt: skip
         """From t to s in as many steps as it takes; the memory is a Report."""
-        slope, y = Slope(self, model, t), frames.enter(x, t)
+        slope = Slope(self, model, t)
+        if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
+            return frames.leave(frames.enter(x, t), s), Report(0)
+        y = frames.enter(x.to(torch.promote_types(x.dtype, torch.float32)), t)
         if s.u > 0:
             y = self.integrate(slope, y, t.u, s.u)
         else:
@@ -136,17 +141,17 @@ class TorchODE(OwnSteps):
     def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from torchdiffeq import odeint
 
-        span = torch.tensor([start, end], dtype=torch.float64, device=y.device)
-        # An adaptive method oversteps and interpolates unless told where to stop.
-        options = {"step_t": span[1:]} if self.method in self.ADAPTIVE else None
+        real = torch.float32 if y.device.type == "mps" else torch.float64
+        span = torch.tensor([start, end], dtype=real, device=y.device)
+        options = None
+        if self.method in self.ADAPTIVE:  # which would overstep the end and interpolate
+            options = {"step_t": span[1:], "max_step": self.LARGEST_STEP, "dtype": real}
+        rtol, atol = self.SAFETY * self.rtol, self.SAFETY * self.atol
         try:
-            path = odeint(
-                slope, y, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options
-            )
+            path = odeint(slope, y, span, rtol=rtol, atol=atol, method=self.method, options=options)
         except AssertionError as error:  # torchdiffeq's way to say that a step underflowed
-            raise SolverError(f"{self} failed at {slope.where}: {error}") from None
-        assert isinstance(path, Tensor)
-        return path[-1]
+            raise SolverError(f"{self} failed at {slope.where}: {error}") from error
+        return cast(Tensor, path)[-1]
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,9 @@ class ScipyODE(OwnSteps):
             return slope(u, here).flatten().cpu().numpy()
 
         begin = y.double().flatten().cpu().numpy()
-        path = solve_ivp(flat, (start, end), begin, self.method, rtol=self.rtol, atol=self.atol)
+        rtol, atol = max(self.SAFETY * self.rtol, 3e-14), self.SAFETY * self.atol  # 3e-14: scipy's
+        span, step = (start, end), self.LARGEST_STEP
+        path = solve_ivp(flat, span, begin, self.method, rtol=rtol, atol=atol, max_step=step)
         if not path.success:
             raise SolverError(f"{self} failed at {slope.where}: {path.message}")
         return torch.from_numpy(path.y[:, -1]).reshape(y.shape).to(y.device)

@@ -4,6 +4,7 @@ Anderson 1982; Song et al. 2021, eq. 6. They step in t and use drift and diffusi
 at `process.t_max`.
 """
 
+import math
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -15,7 +16,7 @@ from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Memory
+from sde_diffusion.sampling import Memory, SolverError
 
 __all__ = ["AdaptiveTorchSDE", "EulerMaruyama", "TorchSDE"]
 
@@ -99,21 +100,25 @@ class AdaptiveTorchSDE:
         method: "srk" or "euler".
         rtol, atol: tolerances of a step.
         dt_min: smallest step in t; torchsde warns and accepts when it gets there.
+        max_calls: network calls after which it gives up.
     """
 
     method: str = "srk"
     rtol: float = 1e-3
     atol: float = 1e-3
     dt_min: float = 1e-5
+    max_calls: int = 100_000
 
     def __post_init__(self) -> None:
         errors.choice("method", self.method, ("srk", "euler"))
+        errors.integer("max_calls", self.max_calls)
         for name in ("rtol", "atol", "dt_min"):
             errors.number(name, getattr(self, name), 0, strict=True)
 
     @property
-    def order(self) -> int:
-        return 1
+    def order(self) -> None:
+        """None: the error follows the tolerances."""
+        return None
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         """(t_max, 0): the steps between are torchsde's to choose."""
@@ -130,10 +135,13 @@ class AdaptiveTorchSDE:
         noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:
-        sde = ReverseSDE(model, x, t, "additive")
-        brownian = torchsde_path(self, noise, x, t, s)
+        if not x.numel():
+            return x.clone(), 0
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot be controlled
+        sde = ReverseSDE(model, y, t, "additive", self.max_calls)
+        brownian = torchsde_path(self, noise, y, t, s)
         first = (t.t - s.t) / 100
-        return integrate(sde, x, t, s, brownian, self.method, first, self), sde.calls
+        return integrate(sde, y, t, s, brownian, self.method, first, self).to(x), sde.calls
 
 
 def reverse_drift(model: Model, x: Tensor, t: Level[float]) -> Tensor:
@@ -155,8 +163,16 @@ class ReverseSDE:
 
     sde_type = "ito"
 
-    def __init__(self, model: Model, x: Tensor, start: Level[float], noise_type: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        start: Level[float],
+        noise_type: str,
+        max_calls: float = math.inf,
+    ) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
+        self.max_calls = max_calls
         self.last: tuple[Any, Any, Tensor] | None = None
         self.start, self.calls = start, 0
 
@@ -169,6 +185,8 @@ class ReverseSDE:
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         if self.last is not None and self.last[0] == float(tau) and self.last[1] is y:
             return self.last[2]  # torchsde asks once to learn the shape and once more to step
+        if self.calls >= self.max_calls:
+            raise SolverError(f"torchsde reached max_calls={self.calls} at t={-float(tau):.3g}")
         self.calls += 1
         drift = reverse_drift(self.model, y.reshape(self.shape), self.level(tau)).reshape(y.shape)
         self.last = (float(tau), y, drift)
@@ -232,5 +250,8 @@ def integrate(
     control = {} if adaptive is None else {
         "adaptive": True, "rtol": adaptive.rtol, "atol": adaptive.atol, "dt_min": adaptive.dt_min
     }  # fmt: skip
-    path = sdeint(sde, y, ts, bm=brownian, method=method, dt=dt, **control)
+    try:
+        path = sdeint(sde, y, ts, bm=brownian, method=method, dt=dt, **control)
+    except AssertionError as error:  # torchsde's way to say that an error estimate is not finite
+        raise SolverError(f"torchsde failed after {sde.calls} calls: {error}") from error
     return path[-1].reshape(x.shape)

@@ -2,7 +2,8 @@
 
 For Gaussian data the exact model is affine, so a sampler's output is affine in its start and in
 each of its noise draws. Running its real code once on a batch of basis inputs (nothing; a unit
-start; a unit impulse in each draw) therefore gives its exact law, with no Monte Carlo.
+start; a unit impulse in each draw) therefore gives its exact law, with no Monte Carlo; one more
+input, all of them together, shows whether it is affine.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from sde_diffusion.exact import Gaussian
 from sde_diffusion.sampling import Sampler, sample
 
 __all__ = ["Law", "law"]
+
+
+EVERYTHING = -2.0  # size of the input that is all others together; neither 0 nor 1
 
 
 class Law(NamedTuple):
@@ -56,17 +60,25 @@ def law(
         sampler: any sampler that is affine for an affine model and takes its noise from `noise`.
         data: the exact model; d is its number of coordinates.
         steps, times: as in `sample`.
+    Raises:
+        ValueError: if the output for all inputs together is not that of the affine map.
     """
     d = data.means.shape[1]
     counter = Impulses(d)
     shape = data.shape or (1,)
     sample(data, sampler, torch.zeros(1, *shape, dtype=torch.float64),
            steps=steps, times=times, noise=counter)  # fmt: skip
-    basis = torch.zeros(1 + d + d * counter.draws, d, dtype=torch.float64)
+    basis = torch.zeros(2 + d + d * counter.draws, d, dtype=torch.float64)
     basis[1 : 1 + d] = torch.eye(d, dtype=torch.float64)
+    basis[-1] = EVERYTHING
     x = basis.reshape(len(basis), *shape)
     out = sample(data, sampler, x, steps=steps, times=times, noise=Impulses(d)).reshape(-1, d)
-    gains = (out[1:] - out[0]).reshape(1 + counter.draws, d, d).transpose(1, 2)
+    effects, together = out[1:-1] - out[0], out[-1] - out[0]
+    if not torch.allclose(EVERYTHING * effects.sum(0), together, rtol=1e-6, atol=1e-6):
+        raise ValueError(
+            f"{sampler} is not affine on {type(data).__name__}: it has no Gaussian law"
+        )
+    gains = effects.reshape(1 + counter.draws, d, d).transpose(1, 2)
     start, noises = gains[0], gains[1:]
     covariance = data.process.prior_std**2 * start @ start.T
     covariance = covariance + torch.einsum("nij,nkj->ik", noises, noises)
@@ -74,7 +86,10 @@ def law(
 
 
 class Impulses:
-    """Noise that is a unit impulse, draw j in rows 1 + d + j d + i, coordinate i; 0 elsewhere."""
+    """Noise that is a unit impulse: draw j in row 1 + d + j d + i, coordinate i.
+
+    The last row has all of them, times EVERYTHING.
+    """
 
     def __init__(self, d: int) -> None:
         self.d, self.draws = d, 0
@@ -85,6 +100,7 @@ class Impulses:
         self.draws += 1
         if first < len(draw):
             draw[first : first + self.d] = torch.eye(self.d, dtype=like.dtype)
+            draw[-1] = EVERYTHING
         return draw.reshape(like.shape)
 
 

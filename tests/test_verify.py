@@ -49,6 +49,13 @@ def test_w2_is_the_one_dimensional_formula():
     )
 
 
+def test_what_is_not_affine_is_refused_by_name():
+    mixture = sd.exact.GaussianMixture(sd.VP(), [0.5, 0.5], [[-1.0], [1.0]], [0.1, 0.1])
+    for sampler in (sd.Adams(), sd.Ancestral()):
+        with pytest.raises(ValueError, match="not affine on GaussianMixture"):
+            sd.verify.law(sampler, mixture, steps=20)
+
+
 @dataclass(frozen=True)
 class Faulty(sd.Ancestral):
     """Ho et al.'s chain with one planted fault."""

@@ -100,18 +100,18 @@ class OwnSteps(ABC):
             return frames.leave(frames.enter(x, t), s), Report(0)
         y = frames.enter(x.to(torch.promote_types(x.dtype, torch.float32)), t)
         if s.u > 0:
-            y = self.integrate(slope, y, t.u, s.u)
+            y = self._integrate(slope, y, t.u, s.u)
         else:
             # Stop a little short of sigma = 0, where no network has been trained and one that puts
             # out x0 cannot say eps, and finish by Euler's rule. Its error there is u^2 |y''| / 2:
             # for u = sqrt(tolerance) / 10 a two-hundredth of the tolerance times |y''|.
             end = min(0.1 * min(self.rtol, self.atol) ** 0.5, t.u / 2)
-            y = self.integrate(slope, y, t.u, end)
+            y = self._integrate(slope, y, t.u, end)
             y = y - end * slope(end, y)
         return frames.leave(y, s).to(x), Report(slope.calls)
 
     @abstractmethod
-    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
+    def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         """The solution at u = end of dy/du = slope(u, y) from y at u = start."""
 
 
@@ -138,7 +138,7 @@ class TorchODE(OwnSteps):
     atol: float = 1e-5
     max_calls: int = 10_000
 
-    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
+    def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from torchdiffeq import odeint
 
         real = torch.float32 if y.device.type == "mps" else torch.float64
@@ -171,7 +171,7 @@ class ScipyODE(OwnSteps):
     atol: float = 1e-8
     max_calls: int = 100_000
 
-    def integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
+    def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from scipy.integrate import solve_ivp
 
         def flat(u: float, state: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ class Config:
     out: Path = Path("runs/mnist_vp")
     """folder of everything written"""
     checkpoint: Path | None = None
-    """a .safetensors file to sample from [the packaged weights]"""
+    """a .safetensors file to sample from [the packaged weights]; (train) to start from"""
     gif: bool = False
     """write trajectory.gif too"""
     train: bool = False
@@ -59,6 +59,10 @@ class Config:
     """(train) optimizer steps [20,000]"""
     learning_rate: float | None = None
     """(train) its largest value [2e-3]"""
+    log_snr_mean: float | None = None
+    """(train) mean of the log-SNR of the levels trained on [0]"""
+    log_snr_std: float | None = None
+    """(train) its standard deviation [2.8]"""
     network: Literal["unet", "mlp"] | None = None
     """(train) what to train [unet]"""
     checkpoint_every: int | None = None
@@ -90,15 +94,19 @@ def check(config: Config) -> None:
     for name in ("rtol", "atol", "learning_rate"):
         if getattr(config, name) is not None:
             errors.number(flag(name), getattr(config, name), 0, 1, strict=True)
+    errors.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
+    if config.log_snr_std is not None:
+        errors.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
     for name in ("rtol", "atol") if config.sampler != "ode" else ("steps",):
         if getattr(config, name) is not None:
             raise ValueError(f"{flag(name)} has no effect with --sampler {config.sampler}")
-    if config.train and config.checkpoint:
-        raise ValueError("--checkpoint has no effect with --train (see --resume)")
-    needs_train = ("epochs", "train_steps", "learning_rate", "network", "checkpoint_every",
-                   "resume", "overwrite", "data_root", "download")  # fmt: skip
+    if config.checkpoint and config.network:
+        raise ValueError("--network has no effect with --checkpoint, which has its own")
+    needs_train = ("epochs", "train_steps", "learning_rate", "log_snr_mean", "log_snr_std",
+                   "network", "checkpoint_every", "resume", "overwrite", "data_root",
+                   "download")  # fmt: skip
     for name in needs_train if not config.train else ():
-        if getattr(config, name):
+        if getattr(config, name) not in (None, False):
             raise ValueError(f"{flag(name)} has no effect without --train")
     if config.epochs and config.train_steps:
         raise ValueError("give --epochs or --train-steps, not both")
@@ -201,7 +209,9 @@ def train(config: Config, device: torch.device) -> sd.Denoiser:
     out = prepared(config)
     torch.manual_seed(config.seed)  # the network's first weights
     network: torch.nn.Module
-    if config.network == "mlp":
+    if config.checkpoint:
+        network = load(config, device).network
+    elif config.network == "mlp":
         network = sd.networks.MLP(shape=(1, 28, 28), width=512, depth=3, fourier=64)
     else:
         network = sd.networks.UNet(channels=(32, 64), blocks=2)
@@ -241,7 +251,8 @@ def run_training(
     config: Config, state: training.TrainState, digits: data.Images, out: Path
 ) -> None:
     record = {"command": command.command(), "commit": command.commit(), **asdict(state.recipe)}
-    times = sd.NormalLogSNR(state.denoiser.process, mean=0.0, std=2.8)
+    mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
+    times = sd.NormalLogSNR(state.denoiser.process, mean, std)
     record["times"] = repr(times)
     command.write_config(out, config)
     rows = read_rows(out / "metrics.csv")[: state.step]

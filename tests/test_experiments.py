@@ -162,6 +162,21 @@ def test_a_run_is_trained_resumed_and_sampled_from(idx_root, scratch):
     few = ("--sampler", "heun", "--steps", 2, "--num-samples", 1, "--out", scratch / "average")
     sampled = run("mnist_vp", "--checkpoint", average, *few)
     assert sampled.returncode == 0, sampled.stderr
+    more = (
+        "--train-steps",
+        1,
+        "--checkpoint",
+        average,
+        "--log-snr-std",
+        1,
+        "--out",
+        scratch / "on",
+    )
+    tuned = run("mnist_vp", *TRAIN, *more, data=idx_root)
+    assert tuned.returncode == 0, tuned.stderr
+    before, after = (load_file(path) for path in (average, scratch / "on" / "mnist_vp.safetensors"))
+    gap = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < gap <= 2e-3 / 500 + 1e-7  # Adam's first step of the warm-up, and rounding
 
 
 def test_resume_without_a_checkpoint_starts_and_says_so_and_overwrite_replaces(idx_root, scratch):
@@ -231,7 +246,11 @@ REFUSALS = {
     "--network mlp": "--network has no effect without --train",
     "--train --epochs 1 --train-steps 2": "not both",
     "--train --resume --overwrite": "not both",
-    "--train --checkpoint x.safetensors": "--checkpoint has no effect with --train",
+    "--train --checkpoint x.safetensors --network mlp": "--network has no effect with",
+    "--log-snr-std 2": "--log-snr-std has no effect without --train",
+    "--log-snr-mean 0": "--log-snr-mean has no effect without --train",
+    "--train --log-snr-std 0": "--log-snr-std",
+    "--train --log-snr-mean nan": "--log-snr-mean",
     "--train --learning-rate 0": "--learning-rate",
     "--train --data-root nowhere": "train-images-idx3-ubyte",
 }

@@ -106,7 +106,8 @@ def check(config: Config) -> None:
                    "network", "checkpoint_every", "resume", "overwrite", "data_root",
                    "download")  # fmt: skip
     for name in needs_train if not config.train else ():
-        if getattr(config, name) not in (None, False):
+        value = getattr(config, name)
+        if value is not None and value is not False:  # 0.0 is a value given
             raise ValueError(f"{flag(name)} has no effect without --train")
     if config.epochs and config.train_steps:
         raise ValueError("give --epochs or --train-steps, not both")

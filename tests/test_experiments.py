@@ -269,14 +269,14 @@ TOY_REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refused(scratch):
-    calls = [("mnist_vp", *flags.split(), "--out", scratch / "none") for flags in REFUSALS]
-    calls += [("toy2d", *flags.split(), "--out", scratch / "none") for flags in TOY_REFUSALS]
+    calls = [("mnist_vp", *flags.split(), "--out", scratch / flags) for flags in REFUSALS]
+    calls += [("toy2d", *flags.split(), "--out", scratch / flags) for flags in TOY_REFUSALS]
     return dict(zip([*REFUSALS, *TOY_REFUSALS], run_all(calls), strict=True))
 
 
 @pytest.mark.parametrize("flags", REFUSALS | TOY_REFUSALS)
 def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(refused, scratch, flags):
-    assert_refused(refused[flags], (REFUSALS | TOY_REFUSALS)[flags], scratch / "none")
+    assert_refused(refused[flags], (REFUSALS | TOY_REFUSALS)[flags], scratch / flags)
 
 
 def test_a_missing_data_set_names_files_places_and_remedies(refused):

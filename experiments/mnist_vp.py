@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -209,14 +209,7 @@ def train(config: Config, device: torch.device) -> sd.Denoiser:
     digits = data.mnist(config.data_root, download=config.download)
     out = prepared(config)
     torch.manual_seed(config.seed)  # the network's first weights
-    network: torch.nn.Module
-    if config.checkpoint:
-        network = load(config, device).network
-    elif config.network == "mlp":
-        network = sd.networks.MLP(shape=(1, 28, 28), width=512, depth=3, fourier=64)
-    else:
-        network = sd.networks.UNet(channels=(32, 64), blocks=2)
-    denoiser = sd.Denoiser(network, sd.VP(), sd.V()).to(device)
+    denoiser = load(config, device) if config.checkpoint else new(config).to(device)
     epoch = -(-len(digits) // config.batch_size)
     recipe = training.Recipe(
         steps=config.train_steps or (config.epochs * epoch if config.epochs else 20_000),
@@ -225,7 +218,9 @@ def train(config: Config, device: torch.device) -> sd.Denoiser:
         seed=config.seed,
         dtype=config.dtype,
     )
-    state = training.TrainState(denoiser, recipe)
+    mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
+    times = sd.NormalLogSNR(denoiser.process, mean, std)
+    state = training.TrainState(denoiser, recipe, times)
     newest = training.newest_checkpoint(out)
     if config.resume and newest:
         state.restore(newest)
@@ -234,6 +229,15 @@ def train(config: Config, device: torch.device) -> sd.Denoiser:
         print(f"no checkpoint in {out}: starting at step 0")
     run_training(config, state, digits, out)
     return state.averaged
+
+
+def new(config: Config) -> sd.Denoiser:
+    """An untrained denoiser."""
+    if config.network == "mlp":
+        network = sd.networks.MLP(shape=(1, 28, 28), width=512, depth=3, fourier=64)
+    else:
+        network = sd.networks.UNet(channels=(32, 64), blocks=2)
+    return sd.Denoiser(network, sd.VP(), sd.V())
 
 
 def prepared(config: Config) -> Path:
@@ -251,15 +255,12 @@ def prepared(config: Config) -> Path:
 def run_training(
     config: Config, state: training.TrainState, digits: data.Images, out: Path
 ) -> None:
-    record = {"command": command.command(), "commit": command.commit(), **asdict(state.recipe)}
-    mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
-    times = sd.NormalLogSNR(state.denoiser.process, mean, std)
-    record["times"] = repr(times)
+    record = {"command": command.command(), "commit": command.commit(), **state.settings}
     command.write_config(out, config)
     rows = read_rows(out / "metrics.csv")[: state.step]
     lines = [",".join(row) for row in [list(training.Metrics._fields), *rows]]
     storage.replace(out / "metrics.csv", "".join(line + "\n" for line in lines).encode())
-    bar = tqdm(training.train(state, digits, times), total=state.recipe.steps, initial=state.step)
+    bar = tqdm(training.train(state, digits), total=state.recipe.steps, initial=state.step)
     with open(out / "metrics.csv", "a", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         for metrics in bar:

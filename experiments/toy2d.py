@@ -80,9 +80,9 @@ def train(
         ema=0.995,
         seed=config.seed,
     )
-    state = training.TrainState(denoiser, recipe)
     times = sd.NormalLogSNR(denoiser.process, mean=0.0, std=3.0)
-    steps = tqdm(training.train(state, points, times), total=recipe.steps, desc=name)
+    state = training.TrainState(denoiser, recipe, times)
+    steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]
     return state.averaged, sum(losses) / len(losses)
 

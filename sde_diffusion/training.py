@@ -31,7 +31,7 @@ PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run besides the data, the network and the law of t."""
+    """The numbers that decide a training run; data, network and the law of t come beside it."""
 
     steps: int = 10_000
     batch_size: int = 128
@@ -127,10 +127,14 @@ class TrainState:
     Args:
         denoiser: trained in place; on the device where training is to happen.
         recipe: the settings of the run.
+        times: the law of t; uniform by default.
     """
 
-    def __init__(self, denoiser: Denoiser, recipe: Recipe) -> None:
+    def __init__(
+        self, denoiser: Denoiser, recipe: Recipe, times: TimeDistribution | None = None
+    ) -> None:
         self.denoiser, self.recipe, self.step = denoiser, recipe, 0
+        self.times = times or UniformTimes()
         if next(denoiser.network.parameters()).is_cuda:
             # CPUs do not gain: a step of the packaged U-Net took 1.2 to 1.7 times as long there.
             denoiser.network.to(memory_format=torch.channels_last)
@@ -139,6 +143,11 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(
             parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a resumed run must have in common with the one that it goes on from."""
+        return {**asdict(self.recipe), "times": repr(self.times)}
 
     @property
     def averaged(self) -> Denoiser:
@@ -192,7 +201,7 @@ class TrainState:
         tensors = {f"network.{k}": v for k, v in self.denoiser.network.state_dict().items()}
         for number, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items()}
-        progress = {"step": self.step, "recipe": asdict(self.recipe)}
+        progress = {"step": self.step, "settings": self.settings}
         storage.write(scratch / "training.safetensors", tensors, progress)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(scratch, target)
@@ -209,10 +218,13 @@ class TrainState:
         """
         path = checkpoint / "training.safetensors"
         tensors, record = storage.read(path)
-        ours, theirs = asdict(self.recipe), record.get("recipe", {})
+        ours, theirs = self.settings, record.get("settings", {})
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in ours.items() if theirs.get(k) != v]
         if changed:
             raise storage.BadFile(f"{path}: the run was started otherwise: {', '.join(changed)}")
+        step = record.get("step")
+        if not isinstance(step, int):
+            raise storage.BadFile(f"{path.with_suffix('.json')}: says nothing of the step")
         network = {k[8:]: v for k, v in tensors.items() if k.startswith("network.")}
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -232,23 +244,19 @@ class TrainState:
             raise storage.BadFile(f"{path}: {' '.join(str(error).split())}") from None
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.step = int(record["step"])
+        self.step = step
         self.ema.n_averaged.fill_(self.step)
 
 
-def train(
-    state: TrainState, data: Data, times: TimeDistribution | None = None
-) -> Iterator[Metrics]:
+def train(state: TrainState, data: Data) -> Iterator[Metrics]:
     """Steps from where `state` stands to the end of its recipe, one Metrics each.
 
     Args:
         state: advanced in place; save it whenever it pleases.
         data: what to learn.
-        times: the law of t; uniform by default.
     """
-    times = times or UniformTimes()
     while state.step < state.recipe.steps:
-        yield state.advance(draw(data, state.recipe, times, state.step))
+        yield state.advance(draw(data, state.recipe, state.times, state.step))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from sde_diffusion.data import Images, Points, dequantize, order
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import DiscreteTimes, UniformTimes, denoising_loss
+from sde_diffusion.losses import DiscreteTimes, NormalLogSNR, UniformTimes, denoising_loss
 from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.prediction import V
 from sde_diffusion.processes import VP, RectifiedFlow
@@ -467,3 +467,10 @@ def test_dequantization_is_part_of_the_draw():
     low, high = dequantize(pixels, torch.zeros(())), dequantize(pixels, torch.ones(()))
     assert ((low <= batch.x0) & (batch.x0 <= high)).all()
     assert len(batch.x0.unique()) > 16 * 36 * 0.99
+
+
+def test_a_resume_with_another_law_of_times_is_refused_by_name(tmp_path):
+    checkpoint = fresh().save(tmp_path)
+    other = TrainState(Denoiser(mlp(), VP(), V()), RECIPE, NormalLogSNR(VP()))
+    with pytest.raises(BadFile, match=r"times UniformTimes\(\) -> NormalLogSNR"):
+        other.restore(checkpoint)

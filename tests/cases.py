@@ -1,4 +1,6 @@
-"""The processes and samplers that tests are parametrized over."""
+"""The processes, samplers and models that tests are parametrized over."""
+
+import torch
 
 import sde_diffusion as sd
 
@@ -20,3 +22,23 @@ FIXED_STEP = {
 }
 OWN_STEPS = {"torch-ode": sd.TorchODE(), "scipy-ode": sd.ScipyODE()}
 PARAMETERIZATIONS = {"eps": sd.Eps(), "x0": sd.X0(), "v": sd.V(), "score": sd.Score()}
+
+MEAN = 0.7
+
+
+def gaussian(process, variance=0.25):
+    return sd.exact.Gaussian(process, torch.tensor([MEAN], dtype=torch.float64), variance)
+
+
+class Recorded:
+    """A model that remembers the levels it was asked about."""
+
+    def __init__(self, model):
+        self.model, self.process, self.levels = model, model.process, []
+
+    def __call__(self, x, level):
+        self.levels.append(level)
+        return self.model(x, level)
+
+    def rows(self, index):
+        return self

@@ -2,68 +2,27 @@
 
 import itertools
 import random
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from runs import (
+    IMAGES,
+    POINTS,
+    RECIPE,
+    RUNS,
+    TIMES,
+    assert_same_bits,
+    content,
+    fresh,
+    ran,
+    unet,
+)
 from torch.testing import assert_close
 
 from sde_diffusion.data import Images, Points, dequantize, order
-from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import DiscreteTimes, NormalLogSNR, UniformTimes, denoising_loss
-from sde_diffusion.networks import MLP, UNet
-from sde_diffusion.prediction import V
-from sde_diffusion.processes import VP, RectifiedFlow
-from sde_diffusion.storage import BadFile
-from sde_diffusion.toy import TwoGaussians
-from sde_diffusion.training import EMA, Recipe, TrainState, draw, newest_checkpoint, train
-
-POINTS = Points(TwoGaussians().sample(50, 0))
-PIXELS = torch.arange(40 * 36).reshape(40, 1, 6, 6) % 256
-IMAGES = Images(PIXELS.to(torch.uint8), torch.zeros(40, dtype=torch.long))
-RECIPE = Recipe(steps=12, batch_size=16, warmup=3, ema=0.9, weight_decay=0.01)
-TIMES = UniformTimes()
-
-
-def mlp():
-    return MLP(width=16, depth=2)
-
-
-def unet():
-    return UNet(channels=(8, 16), blocks=1, embedding=8, heads=2)
-
-
-RUNS = {"mlp": (mlp, POINTS), "unet": (unet, IMAGES)}
-
-
-def fresh(network=mlp, recipe=RECIPE, seed=0, process=None):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # initial weights are all that torch draws from its global state
-        return TrainState(Denoiser(network(), process or VP(), V()), recipe)
-
-
-def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE):
-    state = fresh(network, recipe)
-    for _ in range(steps):
-        state.advance(draw(data, state.recipe, TIMES, state.step))
-    return state
-
-
-def content(state):
-    """Everything that training changes: weights, average, moments and counters, copied."""
-    tensors = {f"network.{k}": v for k, v in state.denoiser.network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.averaged.network.state_dict().items()}
-    for number, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items()}
-    tensors |= {"updates": state.ema.n_averaged, "step": torch.tensor(state.step)}
-    return {name: value.clone() for name, value in tensors.items()}
-
-
-def assert_same_bits(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+from sde_diffusion.losses import DiscreteTimes, denoising_loss
+from sde_diffusion.training import EMA, Recipe, draw, train
 
 
 def repr_shape(data):
@@ -314,152 +273,6 @@ def test_a_gradient_need_not_be_clipped():
     assert Recipe(clip=float("inf")).clip == float("inf")
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("cut", [0, 5])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, run, cut):
-    network, data = RUNS[run]
-    stopped = ran(cut, network=network, data=data)
-    checkpoint = stopped.save(tmp_path)
-    resumed = fresh(network, seed=99)
-    resumed.restore(checkpoint)
-    assert_same_bits(content(resumed), content(stopped))
-    for _ in range(4):
-        resumed.advance(draw(data, RECIPE, TIMES, resumed.step))
-    assert_same_bits(content(resumed), content(ran(cut + 4, network=network, data=data)))
-
-
-def test_saving_changes_nothing(tmp_path):
-    state = ran(3)
-    before = content(state)
-    state.save(tmp_path)
-    assert_same_bits(content(state), before)
-    state.advance(draw(POINTS, RECIPE, TIMES, 3))
-    assert_same_bits(content(state), content(ran(4)))
-
-
-def test_a_checkpoint_holds_the_averaged_denoiser(tmp_path):
-    state = ran(5)
-    checkpoint = state.save(tmp_path, command="as typed")
-    loaded = Denoiser.load(checkpoint / "denoiser.safetensors")
-    assert_same_bits(loaded.network.state_dict(), state.averaged.network.state_dict())
-    assert loaded.process == VP()
-    different = zip(loaded.network.parameters(), state.denoiser.network.parameters(), strict=True)
-    assert all(not torch.equal(a, b) for a, b in different)
-    assert "as typed" in (checkpoint / "denoiser.json").read_text()
-
-
-def test_only_the_last_two_checkpoints_are_kept(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "absent") is None
-    state = fresh()
-    for _ in range(4):
-        state.advance(draw(POINTS, RECIPE, TIMES, state.step))
-        assert newest_checkpoint(tmp_path) != (saved := state.save(tmp_path))
-        assert newest_checkpoint(tmp_path) == saved
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-00000003", "checkpoint-00000004"]
-
-
-def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
-    for name in ("checkpoint-best", "samples", "checkpoint-00000001.old"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-notes.txt").write_text("mine")
-    assert newest_checkpoint(tmp_path) is None
-    for steps in (1, 2, 3):
-        ran(steps).save(tmp_path)
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-00000003"
-    assert (tmp_path / "checkpoint-best").is_dir()
-    assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_what_a_broken_save_left_is_ignored_and_cleared(tmp_path):
-    whole = ran(1).save(tmp_path)
-    leftover = tmp_path / ".checkpoint-00000002.part"
-    leftover.mkdir()
-    (leftover / "denoiser.safetensors.part").write_bytes(b"half")
-    assert newest_checkpoint(tmp_path) == whole
-    saved = ran(2).save(tmp_path)
-    assert newest_checkpoint(tmp_path) == saved
-    assert not leftover.exists()
-    assert len(list(saved.iterdir())) == 4
-
-
-def test_the_same_step_can_be_saved_again(tmp_path):
-    state = ran(2)
-    assert state.save(tmp_path) == state.save(tmp_path)
-    resumed = fresh(seed=99)
-    resumed.restore(newest_checkpoint(tmp_path))
-    assert_same_bits(content(resumed), content(state))
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def remove(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("damage", [flip, truncate, remove])
-@pytest.mark.parametrize("file", ["training", "denoiser"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(
-    tmp_path, damage, file, suffix
-):
-    older, newest = ran(2).save(tmp_path), ran(3).save(tmp_path)
-    damage(newest / (file + suffix))
-    state = fresh(seed=99)
-    before = content(state)
-    with pytest.raises(BadFile) as caught:
-        state.restore(newest_checkpoint(tmp_path))
-    assert str(newest / file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert_same_bits(content(state), before)
-    state.restore(older)
-    assert_same_bits(content(state), content(ran(2)))
-
-
-def test_a_checkpoint_of_another_recipe_is_refused_by_its_differences(tmp_path):
-    checkpoint = ran(2).save(tmp_path)
-    other = {**asdict(RECIPE), "learning_rate": 2e-3, "seed": 7}
-    with pytest.raises(BadFile) as caught:
-        fresh(recipe=Recipe(**other)).restore(checkpoint)
-    message = str(caught.value)
-    assert "learning_rate 0.001 -> 0.002" in message
-    assert "seed 0 -> 7" in message
-    assert "batch_size" not in message
-    assert str(checkpoint / "training.safetensors") in message
-
-
-@pytest.mark.parametrize("other", [lambda: MLP(width=8, depth=2), lambda: MLP(width=16), unet])
-def test_a_checkpoint_of_another_network_is_refused(tmp_path, other):
-    checkpoint = ran(2).save(tmp_path)
-    with pytest.raises(BadFile, match=str(checkpoint)) as caught:
-        fresh(other).restore(checkpoint)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_of_another_process_is_refused(tmp_path):
-    """The weights would fit, and go on training for another problem."""
-    checkpoint = ran(2).save(tmp_path)
-    with pytest.raises(BadFile, match=r"process.*VP.*RectifiedFlow"):
-        fresh(process=RectifiedFlow()).restore(checkpoint)
-
-
-def test_an_absent_checkpoint_is_refused_by_name(tmp_path):
-    with pytest.raises(BadFile, match="checkpoint-00000007"):
-        fresh().restore(tmp_path / "checkpoint-00000007")
-
-
 def test_dequantization_is_part_of_the_draw():
     """The images of a batch are the data's pixels, each with a uniform of its own."""
     batch = draw(IMAGES, RECIPE, TIMES, 0)
@@ -467,10 +280,3 @@ def test_dequantization_is_part_of_the_draw():
     low, high = dequantize(pixels, torch.zeros(())), dequantize(pixels, torch.ones(()))
     assert ((low <= batch.x0) & (batch.x0 <= high)).all()
     assert len(batch.x0.unique()) > 16 * 36 * 0.99
-
-
-def test_a_resume_with_another_law_of_times_is_refused_by_name(tmp_path):
-    checkpoint = fresh().save(tmp_path)
-    other = TrainState(Denoiser(mlp(), VP(), V()), RECIPE, NormalLogSNR(VP()))
-    with pytest.raises(BadFile, match=r"times UniformTimes\(\) -> NormalLogSNR"):
-        other.restore(checkpoint)

@@ -206,10 +206,10 @@ def path(
 
 def train(config: Config, device: torch.device) -> sd.Denoiser:
     """Train, writing checkpoints, metrics.csv, loss.png and the averaged weights."""
-    digits = data.mnist(config.data_root, download=config.download)
-    out = prepared(config)
     torch.manual_seed(config.seed)  # the network's first weights
     denoiser = load(config, device) if config.checkpoint else new(config).to(device)
+    digits = data.mnist(config.data_root, download=config.download)
+    out = prepared(config)  # last: what cannot start must not delete the run before it
     epoch = -(-len(digits) // config.batch_size)
     recipe = training.Recipe(
         steps=config.train_steps or (config.epochs * epoch if config.epochs else 20_000),

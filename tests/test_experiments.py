@@ -252,6 +252,7 @@ REFUSALS = {
     "--train --log-snr-std 0": "--log-snr-std",
     "--train --log-snr-mean nan": "--log-snr-mean",
     "--train --learning-rate 0": "--learning-rate",
+    "--train --checkpoint nowhere.safetensors --overwrite": "nowhere.safetensors",
     "--train --data-root nowhere": "train-images-idx3-ubyte",
 }
 if not torch.cuda.is_available():

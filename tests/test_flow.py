@@ -8,9 +8,7 @@ import torch
 from cases import PROCESSES, Recorded, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    fitted_order,
-)
+from oracles import fitted_order
 from torch.testing import assert_close
 
 import sde_diffusion as sd

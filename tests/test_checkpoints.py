@@ -4,7 +4,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from runs import POINTS, RECIPE, RUNS, TIMES, assert_same_bits, content, fresh, mlp, ran, unet
+from training_runs import (
+    POINTS,
+    RECIPE,
+    RUNS,
+    TIMES,
+    assert_same_bits,
+    content,
+    fresh,
+    mlp,
+    ran,
+    unet,
+)
 
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.losses import NormalLogSNR

@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from runs import (
+from torch.testing import assert_close
+from training_runs import (
     IMAGES,
     POINTS,
     RECIPE,
@@ -18,7 +19,6 @@ from runs import (
     ran,
     unet,
 )
-from torch.testing import assert_close
 
 from sde_diffusion.data import Images, Points, dequantize, order
 from sde_diffusion.losses import DiscreteTimes, denoising_loss

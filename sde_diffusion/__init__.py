@@ -1,11 +1,39 @@
 """Continuous-time SDE and score-based diffusion, with the DDPM as its Euler discretization."""
 
-from sde_diffusion import exact, grids, networks, verify
-from sde_diffusion.denoiser import Denoiser, LogSNR, Time, pretrained
-from sde_diffusion.equivalence import continuous, discretize
-from sde_diffusion.losses import DiscreteTimes, NormalLogSNR, UniformTimes, denoising_loss
-from sde_diffusion.prediction import X0, Eps, Prediction, Score, V
-from sde_diffusion.processes import VP, Discrete, Interpolated, Level, Process, RectifiedFlow
+from sde_diffusion import exact, grids, losses, networks, score_matching, verify
+from sde_diffusion.ddpm import DDPM
+from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pretrained
+from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
+from sde_diffusion.losses import (
+    L1,
+    L2,
+    SNR,
+    VLB,
+    DiscreteTimes,
+    EDMWeight,
+    Huber,
+    Likelihood,
+    LikelihoodTimes,
+    MinSNR,
+    NormalLogSNR,
+    Simple,
+    UniformTimes,
+    denoising_loss,
+)
+from sde_diffusion.prediction import X0, Eps, Karras, Prediction, Score, V, Velocity
+from sde_diffusion.processes import (
+    EDM,
+    OU,
+    VE,
+    VP,
+    Cosine,
+    Discrete,
+    Interpolated,
+    Level,
+    Process,
+    RectifiedFlow,
+    SubVP,
+)
 from sde_diffusion.samplers import (
     Adams,
     AdaptiveTorchSDE,
@@ -21,20 +49,37 @@ from sde_diffusion.sampling import Sample, Sampler, SolverError, sample, traject
 __version__ = "0.1.0"
 
 __all__ = [
+    "DDPM",
+    "EDM",
+    "L1",
+    "L2",
+    "OU",
+    "SNR",
+    "VE",
+    "VLB",
     "VP",
     "X0",
     "Adams",
     "AdaptiveTorchSDE",
     "Ancestral",
+    "Cosine",
     "Denoiser",
     "Discrete",
     "DiscreteTimes",
+    "EDMWeight",
     "Eps",
     "EulerMaruyama",
     "Heun",
+    "Huber",
+    "Index",
     "Interpolated",
+    "Karras",
     "Level",
+    "Likelihood",
+    "LikelihoodTimes",
+    "LogRatio",
     "LogSNR",
+    "MinSNR",
     "NormalLogSNR",
     "Prediction",
     "Process",
@@ -43,20 +88,28 @@ __all__ = [
     "Sampler",
     "ScipyODE",
     "Score",
+    "Simple",
     "SolverError",
+    "SubVP",
     "Time",
     "TorchODE",
     "TorchSDE",
     "UniformTimes",
     "V",
+    "Velocity",
+    "adopt",
+    "agreement",
     "continuous",
     "denoising_loss",
     "discretize",
     "exact",
     "grids",
+    "losses",
+    "match",
     "networks",
     "pretrained",
     "sample",
+    "score_matching",
     "trajectory",
     "verify",
 ]

@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import networks, prediction, processes, storage
+from sde_diffusion import errors, networks, prediction, processes, storage
 from sde_diffusion.prediction import Eps, Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.storage import public
 
-__all__ = ["Condition", "Denoiser", "LogSNR", "Model", "Time", "pretrained"]
+__all__ = ["Condition", "Denoiser", "Index", "LogRatio", "LogSNR", "Model", "Time", "pretrained"]
 
 
 class Model(Protocol):
@@ -63,11 +63,43 @@ class LogSNR:
         return min(max(level.log_snr, -20.0), 20.0)
 
 
+@dataclass(frozen=True)
+class LogRatio:
+    """c_noise = log(sigma / alpha) / 4 of Karras et al. 2022, Table 1: -1/8 of LogSNR."""
+
+    def __call__(self, level: Level) -> Scalar:
+        return LogSNR()(level) / -8
+
+
+@dataclass(frozen=True)
+class Index:
+    """t N - first: the step of a chain as its network counts it, a real number.
+
+    Args:
+        num_steps: N.
+        first: 1 if the network counts 0 .. N - 1, as those of other libraries do; 0 for 1 .. N.
+    """
+
+    num_steps: int
+    first: int = 1
+
+    def __post_init__(self) -> None:
+        errors.integer("num_steps", self.num_steps)
+        errors.integer("first", self.first, 0, 1)
+
+    def __call__(self, level: Level) -> Scalar:
+        return level.t * self.num_steps - self.first
+
+
+CONDITIONS: list[type] = [Time, LogSNR, LogRatio, Index]
+
+
 class Denoiser(nn.Module):
     """A network with what is needed to read it: process, parameterization, condition.
 
     Args:
-        network: called as network(x, c) or network(x, c, cond), x (B, ...), c (B,).
+        network: called as network(x, c) or network(x, c, cond), x (B, ...), c (B,); it answers with
+            a tensor shaped like x, or with twice the channels (see `prediction.read`).
         process: the process it is trained on.
         parameterization: the meaning of its output.
         condition: how it is told the noise level.
@@ -97,8 +129,9 @@ class Denoiser(nn.Module):
             c = c.reshape(-1).expand(len(x)).to(dtype)
         else:
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
-        inputs = (x.to(dtype), c) if cond is None else (x.to(dtype), c, cond)
-        return Prediction(x, self.network(*inputs).to(x.dtype), level, self.parameterization)
+        seen = (x * self.parameterization.input_scale(level)).to(dtype)
+        inputs = (seen, c) if cond is None else (seen, c, cond)
+        return prediction.read(x, self.network(*inputs), level, self.parameterization)
 
     def rows(self, index: Tensor) -> "Denoiser":
         return self
@@ -158,7 +191,7 @@ class Denoiser(nn.Module):
                     parts["parameterization"],
                     parameterization,
                 ),
-                storage.build("condition", [Time, LogSNR], parts["condition"], condition),
+                storage.build("condition", CONDITIONS, parts["condition"], condition),
             )
             made.network.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -1,13 +1,37 @@
-"""Discrete and continuous as one: the chain of an SDE, and the SDE through a chain."""
+r"""Discrete and continuous as one: chains of an SDE, SDEs through a chain, models moved between.
 
-from typing import Literal
+What a model knows at a noise-to-signal ratio sigma / alpha does not depend on the process that
+led there: x / (alpha + sigma) has one law, and x0 and eps are the same. So a network trained on one
+process serves any other, by a change of time (log-SNR) and a rescaling of x.
+"""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
 import torch
+from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.processes import Discrete, Interpolated, Process
+from sde_diffusion import errors, frames, verify
+from sde_diffusion.denoiser import Model
+from sde_diffusion.exact import Gaussian
+from sde_diffusion.prediction import Eps, Parameterization, Prediction, Row, read
+from sde_diffusion.processes import Discrete, Interpolated, Level, Process
+from sde_diffusion.samplers import Ancestral
+from sde_diffusion.sampling import Sampler
 
-__all__ = ["continuous", "discretize"]
+__all__ = [
+    "Adopted",
+    "Agreement",
+    "Matched",
+    "Shortened",
+    "adopt",
+    "agreement",
+    "continuous",
+    "discretize",
+    "match",
+]
 
 
 def discretize(
@@ -23,7 +47,7 @@ def discretize(
         num_steps: N.
         rule: "euler" or "exact".
     Raises:
-        ValueError: if the process is not variance-preserving, or a beta reaches 1.
+        ValueError: if the process is not variance-preserving, or a beta exceeds 1.
     """
     errors.integer("num_steps", num_steps)
     errors.choice("rule", rule, ("euler", "exact"))
@@ -38,7 +62,7 @@ def discretize(
         betas = -2 * process.drift(t[1:]) / num_steps
     else:
         betas = -torch.expm1(2 * log_alpha.diff())
-    if bool((betas >= 1).any()):
+    if bool((betas[:-1] >= 1).any()) or bool(betas[-1] > 1):
         raise ValueError(
             f"rule {rule!r} gives beta = {betas.max():.3g} >= 1 with num_steps={num_steps}; "
             f"take more steps"
@@ -52,3 +76,267 @@ def continuous(discrete: Discrete) -> Interpolated:
     It is the same path, but its own grids go anywhere between the chain's times.
     """
     return Interpolated(discrete.betas)
+
+
+# ---- models from elsewhere ---------------------------------------------------------------------
+
+
+def adopt(
+    network: Callable[[Tensor, Tensor], Any],
+    process: Discrete,
+    parameterization: Parameterization | None = None,
+) -> "Adopted":
+    """The model of a network that another library trained on a chain.
+
+    Args:
+        network: called as network(x, step) with step (B,) counting 0 .. N - 1, our index less 1. It
+            answers with a tensor, or with a record that has it as `sample`, as diffusers'
+            `UNet2DModel` does.
+        process: the chain it was trained on, such as `Discrete(scheduler.betas)`.
+        parameterization: the meaning of its output, Eps() by default.
+    """
+    return Adopted(network, process, parameterization or Eps())
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """See `adopt`. A step is fed as an integer at the chain's times, as a real number between."""
+
+    network: Callable[[Tensor, Tensor], Any]
+    process: Discrete
+    parameterization: Parameterization
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        t = torch.as_tensor(level.t, dtype=None if isinstance(level.t, Tensor) else torch.float64)
+        step = t * self.process.num_steps - 1
+        near = 1e-6 if t.dtype == torch.float64 else 1e-3
+        if bool((step < -near).any()):
+            raise ValueError(
+                f"the network was trained from t = 1/N = {1 / self.process.num_steps:g} on; got "
+                f"t={float(t.min()):g}: let the grid go from there to 0, as the chain's own do"
+            )
+        whole = step.round().long()
+        step = whole if bool(((step - whole).abs() <= near).all()) else step.to(torch.float32)
+        out = self.network(x, step.reshape(-1).expand(len(x)).to(x.device))
+        return read(x, getattr(out, "sample", out), level, self.parameterization)
+
+    def rows(self, index: Tensor) -> "Adopted":
+        return self
+
+
+def match(model: Model, process: Process) -> "Matched":
+    r"""The same model on another process, by log-SNR time change and rescaling.
+
+    At a level of `process` the model is asked at its own level of equal log-SNR about
+
+        x (alpha' + sigma') / (alpha + sigma),        the primed ones its own,
+
+    and its x0 and eps are the answer. Where `process` starts noisier than the model was trained,
+    the result's process is `Shortened`: sampling starts at the largest common noise.
+
+    Args:
+        model: a Denoiser, an `Adopted` network, an exact model, ...
+        process: where it is to go.
+    Raises:
+        ValueError: from the result, at levels less noisy than the model was trained on, which a
+            chain's model is from i = 1 on; `Matched.times` gives grids that keep to it.
+    """
+    most = model.process.log_snr(1.0)
+    if not bool(process.log_snr(1.0) < most - 1e-9 * most.abs()):
+        return Matched(model, process)
+    end = process.time(most)
+    (own,), (to,) = model.process.levels(torch.ones(1)), process.levels(end.reshape(1))
+    std = model.process.prior_std * (to.alpha + to.sigma) / (own.alpha + own.sigma)
+    return Matched(model, Shortened(process, end.item(), std))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """See `match`."""
+
+    model: Model
+    process: Process
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        own = self._own_level(x, level)
+        prediction = self.model(frames.leave(frames.enter(x, level), own), own)
+        meaning = Elsewhere(prediction.meaning, own)
+        return Prediction(prediction.first, prediction.second, level, meaning, prediction.extra)
+
+    def rows(self, index: Tensor) -> "Matched":
+        return Matched(self.model.rows(index), self.process)
+
+    def times(self, steps: int) -> Tensor:
+        """The model's own grid of n steps, carried over, from this process's t = 1 on.
+
+        For a chain's model all times between 1 and 0 are the chain's. There are fewer than n + 1 if
+        this process starts less noisy than the model's.
+        """
+        log_snr = self.model.process.log_snr(self.model.process.times(steps))
+        times = self.process.time(log_snr[log_snr > self.process.log_snr(1.0) + 1e-6])
+        return torch.cat([torch.ones(1, dtype=torch.float64), times])
+
+    def _own_level(self, x: Tensor, level: Level) -> Level:
+        """The level of the model's process at the same log-SNR, if the model was trained there."""
+        own, slack = self.model.process, 1e-9
+        log_snr = torch.as_tensor(level.log_snr).to(torch.float64)
+        if isinstance(level.log_snr, Tensor):
+            slack = 8 * torch.finfo(level.log_snr.dtype).eps
+        low, high = own.log_snr(1.0).item(), own.log_snr(own.first_time).item()
+        outside = (log_snr < low - slack * abs(low)) | (log_snr > high + slack * abs(high))
+        if log_snr.device.type == "cpu" and bool(outside.any()):
+            raise ValueError(
+                f"the model was trained at log_snr from {low:.4g} to {high:.4g}, t = 1 to "
+                f"{own.first_time:g} of its {type(own).__name__}; got "
+                f"{log_snr[outside].flatten()[0]:.4g}: keep the grid between them and then go to "
+                f"0, as that of times(steps) does"
+            )
+        t = own.time(log_snr).clamp(min=own.first_time)
+        if isinstance(level.log_snr, Tensor):
+            return own.level(t.flatten() if t.numel() == len(x) else t.reshape(()), x)
+        return own.levels(t.reshape(1))[0]
+
+
+@dataclass(frozen=True)
+class Elsewhere(Parameterization):
+    """A meaning at the level where its network was asked, which is not that of the prediction."""
+
+    meaning: Parameterization
+    level: Level
+
+    def x0(self, level: Level) -> Row:
+        return self.meaning.x0(self.level)
+
+    def eps(self, level: Level) -> Row:
+        return self.meaning.eps(self.level)
+
+    def target(self, prediction: Prediction) -> Tensor:
+        raise TypeError("a matched model is trained on its own process: train that")
+
+
+@dataclass(frozen=True)
+class Shortened(Process):
+    """A process up to time `end`, on a slower clock that reads 1 there: t is its time t end.
+
+    Args:
+        process: the whole path.
+        end: in (0, 1].
+        std: standard deviation of the prior there.
+    """
+
+    process: Process
+    end: float
+    std: float
+
+    def __post_init__(self) -> None:
+        errors.number("end", self.end, 0, 1, strict=True)
+        errors.number("std", self.std, 0, strict=True)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return self.process.log_alpha(t * self.end)
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.process.variance(t * self.end)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return (self.process.time(log_snr) / self.end).clamp(max=1)
+
+    @property
+    def t_max(self) -> float:
+        return min(1.0, self.process.t_max / self.end)
+
+    @property
+    def prior_std(self) -> float:
+        return self.std
+
+
+# ---- how far apart -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far chains are from a process; print it. Distances are 0 up to rounding where they agree.
+
+    Attributes:
+        sizes: N of each chain.
+        marginals: largest |difference| of alpha and sigma over the chain's times.
+        transitions: largest |difference| of the kernels' scales and variances from i-1 to i.
+        losses: largest |difference| of the least eps-loss that a model of the data can have.
+        laws: W2 between the chain's exact output law and that of the reverse SDE.
+    """
+
+    sizes: tuple[int, ...]
+    marginals: tuple[float, ...]
+    transitions: tuple[float, ...]
+    losses: tuple[float, ...]
+    laws: tuple[float, ...]
+
+    @property
+    def rates(self) -> dict[str, float | None]:
+        """Fitted p of distance ~ N^-p; None where it is rounding, or there is one size only."""
+        return {name: self._rate(getattr(self, name)) for name in QUANTITIES}
+
+    def _rate(self, distances: Sequence[float]) -> float | None:
+        if len(self.sizes) < 2 or min(distances) < 1e-12:
+            return None
+        return -float(np.polyfit(np.log(self.sizes), np.log(distances), 1)[0])
+
+    def __str__(self) -> str:
+        rows = [f"{'N':>6}" + "".join(f"{name:>14}" for name in QUANTITIES)]
+        for k, size in enumerate(self.sizes):
+            rows.append(f"{size:6d}" + "".join(f"{getattr(self, q)[k]:14.2e}" for q in QUANTITIES))
+        cells = ["-" if rate is None else f"{rate:.3f}" for rate in self.rates.values()]
+        return "\n".join([*rows, f"{'rate':>6}" + "".join(f"{cell:>14}" for cell in cells)])
+
+
+QUANTITIES = ("marginals", "transitions", "losses", "laws")
+
+
+def agreement(
+    a: Process,
+    b: Process | Callable[[int], Process],
+    *,
+    sizes: Sequence[int] = (1024, 2048, 4096),
+    mean: float = 1.0,
+    variance: float = 0.25,
+    sampler: Sampler | None = None,
+) -> Agreement:
+    """How far b is from a on the grids i/N, and the rate at which it comes nearer.
+
+    Laws and losses are those of data N(mean, variance) and its exact model, computed and not
+    estimated: no random numbers.
+
+    Args:
+        a: the process.
+        b: another; or a family of them, N -> process, such as `partial(discretize, VP())`.
+        sizes: the N; a single Discrete has its own.
+        mean, variance: of the data.
+        sampler: whose law on b is compared with the reverse SDE's on a; Ancestral("beta").
+    """
+    sampler = sampler or Ancestral("beta")
+    if isinstance(b, Process):
+        fixed, family = b, lambda n: fixed
+        sizes = [b.num_steps] if isinstance(b, Discrete) else sizes
+    else:
+        family = b
+    rows = [distances(a, family(n), n, mean, variance, sampler) for n in sizes]
+    return Agreement(tuple(sizes), *zip(*rows, strict=True))
+
+
+def distances(
+    a: Process, b: Process, n: int, mean: float, variance: float, sampler: Sampler
+) -> tuple[float, float, float, float]:
+    """The four distances of `Agreement` for one N."""
+    t = torch.arange(n + 1, dtype=torch.float64) / n
+    marginals = [(a.alpha(t) - b.alpha(t)).abs().max(), (a.sigma(t) - b.sigma(t)).abs().max()]
+    (scale_a, std_a), (scale_b, std_b) = (p.transition(t[:-1], t[1:]) for p in (a, b))
+    transitions = [(scale_a - scale_b).abs().max(), (std_a**2 - std_b**2).abs().max()]
+    center = torch.tensor([mean], dtype=torch.float64)
+    data_a, data_b = (Gaussian(p, center, variance) for p in (a, b))
+    losses = [
+        abs(data_a.eps_loss(level_a) - data_b.eps_loss(level_b))
+        for level_a, level_b in zip(a.levels(t[1:]), b.levels(t[1:]), strict=True)
+    ]
+    law = verify.law(sampler, data_b, times=t.flip(0))
+    w2 = law.w2(*data_a.reverse_sde())
+    return float(max(marginals)), float(max(transitions)), max(losses), w2

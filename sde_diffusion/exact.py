@@ -149,6 +149,26 @@ class Gaussian(GaussianMixture):
             return torch.diag(self.variances[0].expand(self.means.shape[1]))
         return self.axes[0] * self.variances[0] @ self.axes[0].T
 
+    def eps_loss(self, level: Level[float]) -> float:
+        """E |eps - E[eps | x]|^2 per coordinate: the least eps-loss that any model can have."""
+        signal = level.alpha**2 * self.variances[0]
+        return float((signal / (signal + level.sigma**2)).mean())
+
+    def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
+        r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.
+
+        The SDE carries x_t to a draw of x_0 given x_t, so with K = alpha S (alpha^2 S + sigma^2)^-1
+
+            mean = m - K alpha m,   covariance = (1 - K alpha) S + prior_std^2 K^2
+        """
+        level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]
+        variances = self.variances[0].expand(self.means.shape[1])
+        gain = level.alpha * variances / (level.alpha**2 * variances + level.sigma**2)
+        spread = (1 - gain * level.alpha) * variances + (self.process.prior_std * gain) ** 2
+        axes = torch.eye(len(spread), dtype=torch.float64) if self.axes is None else self.axes[0]
+        mean = self.mean - axes * (gain * level.alpha) @ axes.T @ self.mean
+        return mean, axes * spread @ axes.T
+
     def flow(self, x: Tensor, t: float, s: float) -> Tensor:
         r"""The exact probability-flow map from time t to time s, either way; x (B, *shape).
 

@@ -15,15 +15,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.processes import Level, Scalar
 
-__all__ = ["X0", "Eps", "Parameterization", "Prediction", "Score", "V", "truth"]
+__all__ = [
+    "X0",
+    "Eps",
+    "Karras",
+    "Parameterization",
+    "Prediction",
+    "Score",
+    "V",
+    "Velocity",
+    "read",
+    "truth",
+]
 
 Row = tuple[Scalar, Scalar]  # (a, b) stands for  a first + b second
 
 
 class Parameterization(Protocol):
     """What the network's output means. Implementations are frozen dataclasses."""
+
+    def input_scale(self, level: Level) -> Scalar:
+        """The network sees this times x; 1 unless the parameterization says otherwise."""
+        return 1.0
 
     def x0(self, level: Level) -> Row:
         """x0 as a combination of (x, out)."""
@@ -47,14 +63,21 @@ class Prediction:
         first, second: two tensors (B, ...) that span the prediction, usually x and the output.
         level: where the batch stands.
         meaning: how x0 and eps are combined from them.
+        extra: what else the network put out (B, ...), such as the variance's interpolation.
     """
 
-    __slots__ = ("first", "level", "meaning", "second")
+    __slots__ = ("extra", "first", "level", "meaning", "second")
 
     def __init__(
-        self, first: Tensor, second: Tensor, level: Level, meaning: Parameterization
+        self,
+        first: Tensor,
+        second: Tensor,
+        level: Level,
+        meaning: Parameterization,
+        extra: Tensor | None = None,
     ) -> None:
         self.first, self.second, self.level, self.meaning = first, second, level, meaning
+        self.extra = extra
 
     def combine(self, of_x0: Scalar, of_eps: Scalar) -> Tensor:
         """of_x0 * x0 + of_eps * eps, without forming either."""
@@ -100,7 +123,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Eps:
+class Eps(Parameterization):
     """out = eps (Ho et al. 2020). Says nothing of x0 where alpha = 0."""
 
     def x0(self, level: Level) -> Row:
@@ -115,7 +138,7 @@ class Eps:
 
 
 @dataclass(frozen=True)
-class X0:
+class X0(Parameterization):
     """out = x0. Where sigma = 0 its eps is 0, the limit for data that have a density."""
 
     def x0(self, level: Level) -> Row:
@@ -133,7 +156,7 @@ class X0:
 
 
 @dataclass(frozen=True)
-class V:
+class V(Parameterization):
     """out = v = alpha eps - sigma x0 (Salimans & Ho 2022), well posed at both ends."""
 
     def x0(self, level: Level) -> Row:
@@ -149,7 +172,7 @@ class V:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Parameterization):
     """out = grad log p_t(x) = -eps / sigma (Song et al. 2021)."""
 
     def x0(self, level: Level) -> Row:
@@ -164,7 +187,69 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Velocity(Parameterization):
+    """out = eps - x0, the slope in the straight frame; what flow matching trains on its path.
+
+    Lipman et al. 2023; Liu et al. 2023. Well posed at both ends, on every process.
+    """
+
+    def x0(self, level: Level) -> Row:
+        total = level.alpha + level.sigma
+        return 1 / total, -level.sigma / total
+
+    def eps(self, level: Level) -> Row:
+        total = level.alpha + level.sigma
+        return 1 / total, level.alpha / total
+
+    def target(self, prediction: Prediction) -> Tensor:
+        return prediction.velocity
+
+
+@dataclass(frozen=True)
+class Karras(Parameterization):
+    r"""The preconditioning of Karras et al. 2022, eq. 7 and Table 1, for any process.
+
+    With s = sigma_data and power = alpha^2 s^2 + sigma^2, the variance of x:
+
+        x0 = alpha s^2 / power x + sigma s / sqrt(power) out,    network input x / sqrt(power)
+
+    For alpha = 1 these are their c_skip, c_out and c_in. Input and target have unit variance at
+    every level, and both ends are well posed. On a variance-preserving process with s = 1 it is -V.
+
+    Args:
+        sigma_data: standard deviation of the data.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        errors.number("sigma_data", self.sigma_data, 0, strict=True)
+
+    def power(self, level: Level) -> Scalar:
+        """Variance of x_t for data of variance sigma_data^2."""
+        return level.alpha**2 * self.sigma_data**2 + level.sigma**2
+
+    def input_scale(self, level: Level) -> Scalar:
+        return self.power(level) ** -0.5
+
+    def x0(self, level: Level) -> Row:
+        power = self.power(level)
+        return level.alpha * self.sigma_data**2 / power, level.sigma * self.sigma_data / power**0.5
+
+    def eps(self, level: Level) -> Row:
+        power = self.power(level)
+        return level.sigma / power, -level.alpha * self.sigma_data / power**0.5
+
+    def target(self, prediction: Prediction) -> Tensor:
+        level = prediction.level
+        root = self.power(level) ** 0.5
+        return prediction.combine(
+            level.sigma / (self.sigma_data * root), -level.alpha * self.sigma_data / root
+        )
+
+
+@dataclass(frozen=True)
+class Pair(Parameterization):
     """The span is (x0, eps) itself: what is known in closed form, or known because it was drawn."""
 
     def x0(self, level: Level) -> Row:
@@ -180,6 +265,23 @@ class Pair:
 def truth(x0: Tensor, eps: Tensor, level: Level) -> Prediction:
     """The prediction that is right: the x0 and eps a noisy batch was made from."""
     return Prediction(x0, eps, level, Pair())
+
+
+def read(x: Tensor, out: Tensor, level: Level, meaning: Parameterization) -> Prediction:
+    """The prediction of a network that answered `out` for x (B, C, ...).
+
+    Args:
+        out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`.
+    """
+    out = out.to(x.dtype)
+    if out.shape == x.shape:
+        return Prediction(x, out, level, meaning)
+    if x.ndim < 2 or out.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
+        raise ValueError(
+            f"the network answered with shape {tuple(out.shape)} for x of shape {tuple(x.shape)}"
+        )
+    out, extra = out.chunk(2, dim=1)
+    return Prediction(x, out, level, meaning, extra)
 
 
 def is_zero(scalar: Scalar) -> bool:

@@ -7,12 +7,13 @@ input, all of them together, shows whether it is affine.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.exact import Gaussian
+from sde_diffusion.denoiser import Model
 from sde_diffusion.sampling import Sampler, sample
 
 __all__ = ["Law", "law"]
@@ -49,23 +50,25 @@ class Law(NamedTuple):
 
 def law(
     sampler: Sampler,
-    data: Gaussian,
+    data: Model,
     *,
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
+    shape: Sequence[int] | None = None,
 ) -> Law:
     """The exact output law of a fixed-step sampler on Gaussian data, started from the prior.
 
     Args:
         sampler: any sampler that is affine for an affine model and takes its noise from `noise`.
-        data: the exact model; d is its number of coordinates.
+        data: the exact model of Gaussian data, or any other affine one.
         steps, times: as in `sample`.
+        shape: of one sample, of d coordinates; an exact model knows its own.
     Raises:
         ValueError: if the output for all inputs together is not that of the affine map.
     """
-    d = data.means.shape[1]
+    shape = tuple(getattr(data, "shape", ()) if shape is None else shape) or (1,)
+    d = prod(shape)
     counter = Impulses(d)
-    shape = data.shape or (1,)
     sample(data, sampler, torch.zeros(1, *shape, dtype=torch.float64),
            steps=steps, times=times, noise=counter)  # fmt: skip
     basis = torch.zeros(2 + d + d * counter.draws, d, dtype=torch.float64)

@@ -6,6 +6,11 @@ import sde_diffusion as sd
 
 PROCESSES = {
     "vp": sd.VP(),
+    "sub-vp": sd.SubVP(),
+    "ve": sd.VE(),
+    "ou": sd.OU(),
+    "cosine": sd.Cosine(),
+    "edm": sd.EDM(),
     "rectified": sd.RectifiedFlow(),
     "discrete": sd.Discrete.linear(),
     "interpolated": sd.continuous(sd.Discrete.linear()),
@@ -21,7 +26,14 @@ FIXED_STEP = {
     "adams3": sd.Adams(3),
 }
 OWN_STEPS = {"torch-ode": sd.TorchODE(), "scipy-ode": sd.ScipyODE()}
-PARAMETERIZATIONS = {"eps": sd.Eps(), "x0": sd.X0(), "v": sd.V(), "score": sd.Score()}
+PARAMETERIZATIONS = {
+    "eps": sd.Eps(),
+    "x0": sd.X0(),
+    "v": sd.V(),
+    "score": sd.Score(),
+    "velocity": sd.Velocity(),
+    "karras": sd.Karras(0.8),
+}
 
 MEAN = 0.7
 

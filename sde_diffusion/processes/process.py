@@ -1,4 +1,4 @@
-r"""Processes: how data becomes noise.
+r"""What all processes share: two formulas, and everything that follows from them.
 
 Convention: t in [0, 1], t = 0 is data, t = 1 is noise;  x_t = alpha(t) x_0 + sigma(t) eps.
 
@@ -11,23 +11,24 @@ found by automatic differentiation in float64, so that drift and marginal cannot
 The variance is 0 at t = 0 for every process: the end of a path is data, not nearly data.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, grids
+from sde_diffusion import grids
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
-__all__ = ["VP", "Discrete", "Interpolated", "Level", "Process", "RectifiedFlow"]
+__all__ = ["Level", "Process", "Scalar", "VariancePreserving"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
+
+SLACK = 1e-6  # t_max in float32 may be above t_max
 
 
 class Level(NamedTuple, Generic[S]):
@@ -40,7 +41,7 @@ class Level(NamedTuple, Generic[S]):
     Attributes:
         t, alpha, sigma: x_t = alpha x_0 + sigma eps.
         log_snr: log(alpha^2 / sigma^2).
-        drift, diffusion2: f and g^2 of dx = f x dt + g dW.
+        drift, diffusion2: f and g^2 of dx = f x dt + g dW; nan above the process's t_max.
     """
 
     t: S
@@ -60,8 +61,20 @@ class Level(NamedTuple, Generic[S]):
 class Process(ABC):
     """A linear-Gaussian noising process. A new one defines `log_alpha` and `variance`."""
 
-    t_max: ClassVar[float] = 1.0  # drift and diffusion are promised on [0, t_max]
-    prior_std: ClassVar[float] = 1.0  # sampling starts from N(0, prior_std^2 I)
+    @property
+    def t_max(self) -> float:
+        """Drift and diffusion are promised on [0, t_max]; below 1 where alpha(1) = 0."""
+        return 1.0
+
+    @property
+    def prior_std(self) -> float:
+        """Sampling starts from N(0, prior_std^2 I)."""
+        return 1.0
+
+    @property
+    def first_time(self) -> float:
+        """The smallest time at which a model of this process is trained: 1/N on a chain, or 0."""
+        return 0.0
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -71,25 +84,34 @@ class Process(ABC):
     def variance(self, t: Tensor) -> Tensor:
         """sigma^2(t), 0 at t = 0 and smooth there, as sigma is not; shaped like t."""
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data in x_t."""
-        return self.log_alpha(t).exp()
+    def alpha(self, t: Scalar) -> Tensor:
+        """Scale of the data in x_t; like every schedule below shaped like t, float64 inside."""
+        return to_type(self.log_alpha(double(t)).exp(), t)
 
-    def sigma(self, t: Tensor) -> Tensor:
+    def sigma(self, t: Scalar) -> Tensor:
         """Standard deviation of the noise in x_t."""
-        return self.variance(t).sqrt()
+        return to_type(self.variance(double(t)).sqrt(), t)
 
-    def log_snr(self, t: Tensor) -> Tensor:
+    def log_snr(self, t: Scalar) -> Tensor:
         """log(alpha^2 / sigma^2), decreasing in t; +inf at t = 0."""
-        return 2 * self.log_alpha(t) - self.variance(t).log()
+        t64 = double(t)
+        return to_type(2 * self.log_alpha(t64) - self.variance(t64).log(), t)
 
-    def drift(self, t: Tensor) -> Tensor:
-        """f(t) of dx = f x dt + g dW, for t in [0, t_max]."""
-        return self._rates(t)[2].to(t.dtype)
+    def drift(self, t: Scalar) -> Tensor:
+        """f(t) of dx = f x dt + g dW.
 
-    def diffusion(self, t: Tensor) -> Tensor:
-        """g(t) of dx = f x dt + g dW, for t in [0, t_max]."""
-        return self._rates(t)[3].sqrt().to(t.dtype)
+        Raises:
+            ValueError: for negative times, and above t_max where alpha(1) = 0.
+        """
+        return to_type(self._rates(self._promised(double(t)))[2], t)
+
+    def diffusion(self, t: Scalar) -> Tensor:
+        """g(t) of dx = f x dt + g dW.
+
+        Raises:
+            ValueError: for negative times, and above t_max where alpha(1) = 0.
+        """
+        return to_type(self._rates(self._promised(double(t)))[3].sqrt(), t)
 
     def time(self, log_snr: Tensor) -> Tensor:
         """The t in [0, 1] with this log-SNR, by bisection in float64; shaped like log_snr.
@@ -104,25 +126,26 @@ class Process(ABC):
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return high.to(log_snr.dtype)
 
-    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(self, s: Scalar, t: Scalar) -> tuple[Tensor, Tensor]:
         r"""Scale a and standard deviation b of the forward kernel  x_t | x_s ~ N(a x_s, b^2 I).
 
         a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2        (Kingma et al. 2021, App. A)
 
         Args:
-            s: earlier time, () or (B,), in [0, t], with alpha(s) > 0.
-            t: later time, same shape.
+            s: earlier time, () or (B,), at least 0, with alpha(s) > 0.
+            t: later time, same shape. Beyond 1 the formulas go on.
         Returns:
             (a, b), each shaped like t; b = 0 where s = t.
         Raises:
-            ValueError: if s > t anywhere.
+            ValueError: unless 0 <= s <= t and alpha(s) > 0 everywhere.
         """
-        if bool((s > t).any()):
-            raise ValueError(f"transition runs forward: need s <= t; got s={s}, t={t}")
-        s64, t64 = s.to(torch.float64), t.to(torch.float64)
-        a = (self.log_alpha(t64) - self.log_alpha(s64)).exp()
-        b2 = (self.variance(t64) - a**2 * self.variance(s64)).clamp(min=0)
-        return a.to(t.dtype), b2.sqrt().to(t.dtype)
+        s64, t64 = double(s), double(t)
+        if not bool(((s64 >= 0) & (s64 <= t64)).all()):
+            raise ValueError(f"transition runs forward: need 0 <= s <= t; got s={s}, t={t}")
+        if bool(self.log_alpha(s64).isneginf().any()):
+            raise ValueError(f"no kernel starts where alpha(s) = 0; got s={s}")
+        log_a, b2 = self._kernel(s64, t64)
+        return to_type(log_a.exp(), t), to_type(b2.sqrt(), t)
 
     def prior(
         self,
@@ -178,26 +201,47 @@ class Process(ABC):
         """
         end = torch.tensor([start], dtype=torch.float64)
         ratio = (-self.log_snr(end) / 2).exp().item()
-        in_front = ratio > 80 and start == 1.0
+        above = ratio > 80 * (1 + 1e-9)  # EDM's own 80 is reached with rounding
+        in_front = above and start == 1.0
         if in_front and steps == 1:
             return grids.uniform(1)
         high = min(80.0, ratio)
         levels = grids.karras(steps - in_front, high, sigma_min=min(0.002, high / 100))
         times = self.time(-2 * levels.log())
-        return torch.cat([end, times]) if in_front else times
+        if in_front:
+            return torch.cat([end, times])
+        return times if above else torch.cat([end, times[1:]])
+
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log a and b^2 of the kernel from s to t, float64."""
+        log_a = self.log_alpha(t) - self.log_alpha(s)
+        b2 = self.variance(t) - (2 * log_a).exp() * self.variance(s)
+        return log_a, b2.clamp(min=0)
+
+    def _promised(self, t: Tensor) -> Tensor:
+        last = self.t_max + SLACK if self.t_max < 1 else math.inf  # beyond 1 the formulas go on
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= last)).all()):
+            raise ValueError(
+                f"{type(self).__name__} promises drift and diffusion on [0, {self.t_max}]; "
+                f"got t={t.tolist()}"
+            )
+        return t
 
     def _fields(self, t: Tensor) -> tuple[Tensor, ...]:
-        t = t.detach().to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+        t = double(t).detach()
         if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):  # a GPU would stall
             raise ValueError(f"times must lie in [0, 1]; got {t.tolist()}")
-        log_alpha, variance, drift, diffusion2 = self._rates(t)
+        log_alpha, variance, *rates = self._rates(t)
+        drift, diffusion2 = (
+            torch.where(t <= self.t_max + SLACK, rate, torch.nan) for rate in rates
+        )
         log_snr = 2 * log_alpha - variance.log()
         return t, log_alpha.exp(), variance.sqrt(), log_snr, drift, diffusion2
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log alpha, sigma^2 and, by differentiating them, f and g^2; all float64."""
         with torch.inference_mode(False), torch.enable_grad():
-            t = t.detach().to(torch.float64, copy=True).requires_grad_()
+            t = t.detach().clone().requires_grad_()
             log_alpha, variance = self.log_alpha(t), self.variance(t)
             f = slope_of(log_alpha, t)
             slope = slope_of(variance, t)
@@ -220,134 +264,20 @@ class VariancePreserving(Process):
         """Evenly spaced times."""
         return grids.uniform(steps, start)
 
-
-@dataclass(frozen=True)
-class VP(VariancePreserving):
-    """The variance-preserving SDE of Song et al. 2021, eq. 32: beta(t) linear, f = -beta / 2."""
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def __post_init__(self) -> None:
-        errors.number("beta_min", self.beta_min)
-        errors.number("beta_max", self.beta_max)
-        if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(
-                f"need 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}"
-            )
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return -self.beta_min * t / 2 - (self.beta_max - self.beta_min) * t**2 / 4
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """The positive root of the quadratic in `log_alpha`; alpha^2 = sigmoid(log_snr)."""
-        half, slope = self.beta_min / 2, self.beta_max - self.beta_min
-        minus_log_alpha = torch.nn.functional.softplus(-log_snr.to(torch.float64)) / 2
-        minus_log_alpha = minus_log_alpha.clamp(max=half + slope / 4)  # its value at t = 1
-        root = 2 * minus_log_alpha / (half + (half**2 + slope * minus_log_alpha).sqrt())
-        return root.clamp(max=1).to(log_snr.dtype)
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_a = self.log_alpha(t) - self.log_alpha(s)
+        return log_a, 0.0 - torch.expm1(2 * log_a)  # no difference of variances: exact for t near s
 
 
-@dataclass(frozen=True)
-class RectifiedFlow(Process):
-    """The straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023; Lipman et al. 2023).
-
-    alpha(1) = 0, so drift and diffusion, which divide by alpha, are promised on [0, 0.999].
-    """
-
-    t_max: ClassVar[float] = 0.999
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.log1p(-t)
-
-    def variance(self, t: Tensor) -> Tensor:
-        return t**2
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """t / (1 - t) = e^(-log_snr / 2)."""
-        return torch.sigmoid(-log_snr / 2)
+def double(t: Scalar) -> Tensor:
+    """t in float64, on the CPU if its device has none."""
+    t = torch.as_tensor(t)
+    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 
-@dataclass(frozen=True)
-class Interpolated(VariancePreserving):
-    """The SDE that passes through a discrete chain: beta(t) constant between the chain's times i/N.
-
-    log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
-    transitions at the times i/N are the chain's own.
-
-    Args:
-        betas: (N,) variances of the chain's kernels, each in (0, 1).
-    """
-
-    betas: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        given = self.betas
-        betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).cpu()
-        if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
-            raise ValueError(
-                f"betas must be a non-empty 1-D sequence of floats; "
-                f"got shape {tuple(betas.shape)}, {betas.dtype}"
-            )
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must lie in (0, 1); got {betas.min():g} to {betas.max():g}")
-        object.__setattr__(self, "betas", tuple(betas.to(torch.float64).tolist()))
-
-    @property
-    def num_steps(self) -> int:
-        """N."""
-        return len(self.betas)
-
-    @cached_property
-    def table(self) -> Tensor:
-        """log alpha at i/N, i = 0 .. N, float64."""
-        betas = torch.tensor((0.0, *self.betas), dtype=torch.float64)
-        return torch.log1p(-betas).cumsum(0) / 2
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        table = self.table.to(t)
-        position = t * self.num_steps
-        left = position.detach().floor().clamp(0, self.num_steps - 1).long()
-        return table[left] + (position - left) * (table[left + 1] - table[left])
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """Inverse interpolation in the table; alpha^2 = sigmoid(log_snr)."""
-        table = self.table.to(log_snr.device)
-        target = torch.nn.functional.logsigmoid(log_snr.to(torch.float64)) / 2
-        right = torch.searchsorted(-table, -target.contiguous()).clamp(1, self.num_steps)
-        fraction = (target - table[right - 1]) / (table[right] - table[right - 1])
-        return ((right - 1 + fraction) / self.num_steps).clamp(0, 1).to(log_snr.dtype)
-
-
-@dataclass(frozen=True)
-class Discrete(Interpolated):
-    """The DDPM chain of Ho et al. 2020 as a process: index i in 1 .. N is the time i/N.
-
-    Its own grids stand on the chain's times, where a network trained on the chain has been; a grid
-    of n < N steps is the nearest sub-chain. `equivalence.continuous` gives the SDE between them.
-
-    Args:
-        betas: (N,) variances of the chain's kernels, each in (0, 1).
-    """
-
-    @classmethod
-    def linear(
-        cls, num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
-    ) -> "Discrete":
-        """beta_i evenly spaced from beta_min to beta_max (Ho et al. 2020, sec. 4)."""
-        errors.integer("num_steps", num_steps)
-        return cls(
-            tuple(torch.linspace(beta_min, beta_max, num_steps, dtype=torch.float64).tolist())
-        )
-
-    def times(self, steps: int, start: float = 1.0) -> Tensor:
-        """n + 1 of the chain's own times, as evenly spaced as they can be."""
-        if steps > self.num_steps:
-            raise ValueError(
-                f"a chain of {self.num_steps} steps has no grid of {steps}; "
-                f"use equivalence.continuous(process) to go between its times"
-            )
-        return (grids.uniform(steps, start) * self.num_steps).round() / self.num_steps
+def to_type(value: Tensor, t: Scalar) -> Tensor:
+    """A float64 value with the dtype and device of t, if t is a tensor of floats."""
+    return value.to(t) if isinstance(t, Tensor) and t.is_floating_point() else value
 
 
 def slope_of(y: Tensor, t: Tensor) -> Tensor:

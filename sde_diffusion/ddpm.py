@@ -1,0 +1,355 @@
+r"""The discrete face: denoising diffusion in the letters of Ho et al. 2020.
+
+Convention: an index i in 1 .. N, the time i/N of the `Discrete` process; x_0 is data. With
+alpha_i = 1 - beta_i and abar_i = alpha_1 ... alpha_i,
+
+    q(x_i | x_(i-1)) = N(sqrt(alpha_i) x_(i-1), beta_i)
+    q(x_i | x_0) = N(sqrt(abar_i) x_0, 1 - abar_i)
+
+Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of the process's alpha.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import pi, sqrt
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.denoiser import Model
+from sde_diffusion.losses import L2, Penalty
+from sde_diffusion.noise import Generated, Noise
+from sde_diffusion.prediction import Prediction, truth
+from sde_diffusion.processes import Discrete, Level
+from sde_diffusion.sampling import chosen_noise
+
+__all__ = ["DDPM", "Bound", "Variance"]
+
+Variance = Literal["beta", "posterior", "learned"]
+Index = int | Tensor
+
+
+class Bound(NamedTuple):
+    """-log p(x_0) <= L_N + ... + L_1 + L_0 (Ho et al. 2020, eq. 5), in nats per sample.
+
+    Attributes:
+        prior: L_N, (B,): what x_N still knows of x_0.
+        terms: L_(i-1) for i = 2 .. N, (B, N - 1), each with one draw of x_i.
+        reconstruction: L_0, (B,), with one draw of x_1.
+    """
+
+    prior: Tensor
+    terms: Tensor
+    reconstruction: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound, (B,)."""
+        return self.prior + self.terms.sum(1) + self.reconstruction
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """A model of a `Discrete` process, seen as Ho et al. see it; it shares the model's network.
+
+    Wherever an index i is asked for: an integer for the whole batch, or (B,) integers, in 1 .. N.
+
+    Args:
+        model: a Denoiser on a Discrete process, or any other model of one.
+    """
+
+    model: Model
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.model.process, "posterior_variances"):
+            raise ValueError(
+                f"a DDPM needs a model of a Discrete process; got one of {self.model.process}: "
+                f"equivalence.discretize and equivalence.match make it one"
+            )
+
+    @property
+    def process(self) -> Discrete:
+        return self.model.process  # pyright: ignore[reportReturnType] (checked above)
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return self.process.num_steps
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_i for i = 1 .. N: (N,) float64, entry i - 1."""
+        return torch.tensor(self.process.betas, dtype=torch.float64)
+
+    @property
+    def alphas(self) -> Tensor:
+        """alpha_i = 1 - beta_i, likewise."""
+        return 1 - self.betas
+
+    @property
+    def alphas_bar(self) -> Tensor:
+        """abar_i, likewise."""
+        return (2 * self.process.table[1:]).exp()
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def q_sample(self, x0: Tensor, i: Index, eps: Tensor) -> Tensor:
+        """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
+        same_shape("eps", eps, x0)
+        return self.process.perturb(x0, self.level(i, x0), eps)
+
+    def q_chain(
+        self,
+        x0: Tensor,
+        i: Index,
+        *,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """x_i by i kernels one after the other (eq. 2): equal in law to `q_sample`, in O(i)."""
+        source = chosen_noise(x0, generator, seeds, noise)
+        i = self.index(i, x0)
+        last = i.reshape(i.shape + (1,) * (x0.ndim - i.ndim)).to(x0.device)
+        x = x0
+        for j, beta in enumerate(self.process.betas[: int(i.max()) if len(x0) else 0], 1):
+            z = source(j / self.num_steps, (j - 1) / self.num_steps, x)
+            x = torch.where(j <= last, sqrt(1 - beta) * x + sqrt(beta) * z, x)
+        return x
+
+    def q_posterior(self, x0: Tensor, x: Tensor, i: Index) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
+
+            mean = sqrt(abar_(i-1)) beta_i / (1 - abar_i) x_0
+                   + sqrt(alpha_i) (1 - abar_(i-1)) / (1 - abar_i) x_i
+            variance = (1 - abar_(i-1)) / (1 - abar_i) beta_i
+
+        Returns:
+            the mean, shaped like x = x_i, and the variance, which broadcasts against it.
+        """
+        same_shape("x", x, x0)
+        i = self.index(i, x)
+        root = self.process.table.exp()  # sqrt(abar_i), i = 0 .. N
+        noise = 0.0 - torch.expm1(2 * self.process.table)  # 1 - abar_i
+        of_x0 = root[:-1] * self.betas / noise[1:]
+        of_x = self.alphas.sqrt() * noise[:-1] / noise[1:]
+        mean = entry(of_x0, i, x) * x0 + entry(of_x, i, x) * x
+        return mean, entry(self.process.posterior_variances, i, x)
+
+    # ---- backward ------------------------------------------------------------------------------
+
+    def predict_x0(
+        self, x: Tensor, i: Index, *, clamp: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
+
+        Args:
+            clamp: hold x_0 to [-clamp, clamp]; eps is then recomputed, so that the pair still
+                belongs to x_i.
+        """
+        prediction = self._predict(x, i, clamp)
+        return prediction.x0, prediction.eps
+
+    def p_mean_variance(
+        self, x: Tensor, i: Index, *, variance: Variance = "beta", clamp: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance of p(x_(i-1) | x_i): q's posterior at the model's x_0.
+
+        variance "beta": beta_i. "posterior": that of `q_posterior`, 0 at i = 1. "learned":
+        exp(v log beta_i + (1 - v) log posterior_i) with v = (extra + 1) / 2 from the second half of
+        the network's output channels (Nichol & Dhariwal 2021, eq. 15).
+
+        Returns:
+            the mean, shaped like x = x_i, and the variance, which broadcasts against it.
+        """
+        i = self.index(i, x)
+        prediction = self._predict(x, i, clamp)
+        mean, posterior = self.q_posterior(prediction.x0, x, i)
+        if variance == "posterior":
+            return mean, posterior
+        return mean, self._model_variance(variance, prediction, x, i)
+
+    def p_sample(
+        self,
+        x: Tensor,
+        i: Index,
+        *,
+        variance: Variance = "beta",
+        clamp: float | None = None,
+        generator: torch.Generator | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2)."""
+        source = chosen_noise(x, generator, None, noise)
+        i = self.index(i, x)
+        mean, of_step = self.p_mean_variance(x, i, variance=variance, clamp=clamp)
+        t = float(i.max() if i.numel() else 1) / self.num_steps
+        z = source(t, t - 1 / self.num_steps, x)
+        noisy = (i > 1).reshape(i.shape + (1,) * (x.ndim - i.ndim)).to(x.device)
+        return torch.where(noisy, mean + of_step.sqrt() * z, mean)
+
+    @torch.no_grad()
+    def p_chain(
+        self,
+        x: Tensor,
+        i: int,
+        *,
+        variance: Variance = "beta",
+        clamp: float | None = None,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Noise | None = None,
+    ) -> Iterator[Tensor]:
+        """x_(i-1), ..., x_0 from x = x_i, one after the other."""
+        source = chosen_noise(x, generator, seeds, noise)
+        for j in range(errors.integer("i", i, 1, self.num_steps), 0, -1):
+            x = self.p_sample(x, j, variance=variance, clamp=clamp, noise=source)
+            yield x
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        variance: Variance = "beta",
+        clamp: float | None = None,
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """A batch of this shape from x_N ~ N(0, I): Ho et al.'s Algorithm 2, all N steps.
+
+        `sampling.sample` with `Ancestral` has the same law, on any sub-chain too.
+        """
+        x = self.process.prior(shape, generator=generator, seeds=seeds, dtype=dtype, device=device)
+        chain = self.p_chain(
+            x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
+        )
+        *_, x = chain
+        return x
+
+    # ---- losses --------------------------------------------------------------------------------
+
+    def p_loss(
+        self, x0: Tensor, i: Index, eps: Tensor, *, penalty: Penalty | None = None
+    ) -> Tensor:
+        """penalty(eps - eps_model(x_i, i)), the mean over a sample's coordinates: (B,).
+
+        Args:
+            penalty: L2(), the default, or L1(), that of the CMU sheet.
+        """
+        x = self.q_sample(x0, i, eps)
+        error = self.model(x, self.level(i, x)).eps - eps
+        return (penalty or L2())(error).flatten(1).mean(1)
+
+    def negative_elbo(self, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
+
+        The simplified bound of Ho et al. 2020, eq. 14, as Algorithm 1 descends it: a sum over
+        coordinates, every step with weight 1. `bound` has the weights of the bound itself.
+        """
+        source = Generated(generator)
+        draw = source.generator
+        i = torch.randint(1, self.num_steps + 1, (len(x0),), generator=draw, device=draw.device)
+        eps = source(1.0, 0.0, x0)
+        return self.p_loss(x0, i, eps) * x0[:1].numel()
+
+    def bound_term(
+        self, x0: Tensor, i: Index, eps: Tensor, *, variance: Variance = "beta"
+    ) -> Tensor:
+        """L_(i-1) at x_i = q_sample(x0, i, eps), in nats, (B,) (Ho et al. 2020, eq. 5).
+
+        i > 1:   KL(q(x_(i-1) | x_i, x_0) || p(x_(i-1) | x_i))
+        i = 1:   -log p(x_0 | x_1), for which "posterior" takes the variance of i = 2
+        """
+        x, i = self.q_sample(x0, i, eps), self.index(i, x0)
+        prediction = self.model(x, self.level(i, x))
+        of_p = self._model_variance(variance, prediction, x, i)
+        gap, of_q = self.q_posterior(x0 - prediction.x0, torch.zeros_like(x), i)  # of the two means
+        distance = gap**2 / of_p
+        ratio = of_q / of_p
+        first = (i == 1).reshape(of_q.shape).to(x.device)
+        divergence = ratio - 1 - torch.where(first, 1, ratio).log()
+        cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
+        return cost.flatten(1).sum(1) / 2
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
+        abar = self.alphas_bar[-1].to(x0)
+        return (abar * (x0**2 - 1) - torch.log1p(-abar)).flatten(1).sum(1) / 2
+
+    @torch.no_grad()
+    def bound(
+        self,
+        x0: Tensor,
+        *,
+        variance: Variance = "beta",
+        generator: torch.Generator | None = None,
+        seeds: Sequence[int] | None = None,
+        noise: Noise | None = None,
+    ) -> Bound:
+        """Every term of the variational bound, by N calls of the model: see `Bound`."""
+        source = chosen_noise(x0, generator, seeds, noise)
+        terms: list[Tensor] = []
+        for i in range(1, self.num_steps + 1):
+            eps = source(i / self.num_steps, 0.0, x0)
+            terms.append(self.bound_term(x0, i, eps, variance=variance))
+        return Bound(self.prior_term(x0), torch.stack(terms, dim=1)[:, 1:], terms[0])
+
+    # ---- indices -------------------------------------------------------------------------------
+
+    def index(self, i: Index, like: Tensor) -> Tensor:
+        """i as a tensor of integers, () or (B,), or an error that says what is wrong with it."""
+        if not isinstance(i, Tensor):
+            return torch.tensor(errors.integer("i", i, 1, self.num_steps))
+        if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
+            raise TypeError(f"i must hold integers; got {i.dtype}")
+        if i.ndim > 1 or (i.ndim == 1 and len(i) != len(like)):
+            raise ValueError(f"i must have shape () or ({len(like)},); got {tuple(i.shape)}")
+        i = i.detach().cpu().long()
+        if not bool(((i >= 1) & (i <= self.num_steps)).all()):
+            raise ValueError(f"i must lie in 1 .. {self.num_steps}; got {i.tolist()}")
+        return i
+
+    def level(self, i: Index, like: Tensor) -> Level[Tensor]:
+        """The level of index i for a batch shaped like `like`."""
+        return self.process.level(self.index(i, like).double() / self.num_steps, like)
+
+    def _predict(self, x: Tensor, i: Index, clamp: float | None) -> Prediction:
+        level = self.level(i, x)
+        prediction = self.model(x, level)
+        if clamp is None:
+            return prediction
+        errors.number("clamp", clamp, 0, strict=True)
+        x0 = prediction.x0.clamp(-clamp, clamp)
+        clamped = truth(x0, (x - level.alpha * x0) / level.sigma, level)
+        clamped.extra = prediction.extra
+        return clamped
+
+    def _model_variance(
+        self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
+    ) -> Tensor:
+        errors.choice("variance", variance, ("beta", "posterior", "learned"))
+        if variance != "learned":
+            return entry(self.process.model_variances(variance), i, x)
+        if prediction.extra is None:
+            raise ValueError(
+                "variance 'learned' needs a network with twice the channels of x in its output"
+            )
+        low = entry(self.process.model_variances("posterior").log(), i, x)
+        high = entry(self.betas.log(), i, x)
+        return torch.lerp(low, high, (prediction.extra + 1) / 2).exp()
+
+
+def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
+    """table[i - 1] for a table over 1 .. N, broadcast against `like`."""
+    return table[i - 1].reshape(i.shape + (1,) * (like.ndim - i.ndim)).to(like)
+
+
+def same_shape(name: str, given: Tensor, like: Tensor) -> None:
+    if given.shape != like.shape:
+        raise ValueError(
+            f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"
+        )

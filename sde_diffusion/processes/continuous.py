@@ -1,0 +1,235 @@
+r"""The processes of the literature, as their two formulas.
+
+Convention: t in [0, 1]; x_t = alpha(t) x_0 + sigma(t) eps; sigma(0) = 0 for every one of them.
+
+At t = 1 a batch is N(0, prior_std^2 I), nearly (alpha(1) or 1 / sigma(1) small) or exactly
+(alpha(1) = 0: Cosine, RectifiedFlow). Where alpha(1) = 0 the drift has a pole there, and drift and
+diffusion are promised up to t_max < 1 only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors, grids
+from sde_diffusion.processes.process import Process, VariancePreserving
+
+__all__ = ["EDM", "OU", "VE", "VP", "Cosine", "RectifiedFlow", "SubVP"]
+
+
+@dataclass(frozen=True)
+class LinearRate(Process):
+    """alpha of  dx = -beta(t) x / 2 dt + ...,  beta(t) = beta_min + t (beta_max - beta_min)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        errors.number("beta_min", self.beta_min)
+        errors.number("beta_max", self.beta_max)
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(
+                f"need 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}"
+            )
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -self.beta_min * t / 2 - (self.beta_max - self.beta_min) * t**2 / 4
+
+    def _time_at(self, log_alpha: Tensor) -> Tensor:
+        """The t in [0, 1] with this log alpha: the positive root of a quadratic."""
+        half, slope = self.beta_min / 2, self.beta_max - self.beta_min
+        fall = (-log_alpha).clamp(max=half + slope / 4)  # its value at t = 1
+        root = 2 * fall / (half + (half**2 + slope * fall).sqrt())
+        return root.clamp(max=1)
+
+
+@dataclass(frozen=True)
+class VP(VariancePreserving, LinearRate):
+    """Variance-preserving:  dx = -beta x / 2 dt + sqrt(beta) dW  (Song et al. 2021, eq. 11, 32).
+
+    VP(b, b) is the Ornstein-Uhlenbeck process OU(b / 2).
+    """
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """alpha^2 = sigmoid(log_snr)."""
+        return self._time_at(log_alpha_of(log_snr)).to(log_snr)
+
+
+@dataclass(frozen=True)
+class SubVP(LinearRate):
+    """dx = -beta x / 2 dt + sqrt(beta (1 - e^(-2 int beta))) dW  (Song et al. 2021, eq. 12).
+
+    The alpha of VP, and sigma = 1 - alpha^2, the square of VP's; g(0) = 0.
+    """
+
+    def variance(self, t: Tensor) -> Tensor:
+        return torch.expm1(2 * self.log_alpha(t)) ** 2
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)."""
+        ratio = (-log_snr.to(torch.float64) / 2).exp()
+        return self._time_at(-torch.asinh(ratio / 2)).to(log_snr)
+
+    def times(self, steps: int, start: float = 1.0) -> Tensor:
+        """Evenly spaced times."""
+        return grids.uniform(steps, start)
+
+
+@dataclass(frozen=True)
+class OU(VariancePreserving):
+    """Ornstein-Uhlenbeck:  dx = -rate x dt + sqrt(2 rate) dW.
+
+    Its kernel over any dt >= 0 is  N(e^(-rate dt) x, 1 - e^(-2 rate dt)),  and `transition` gives
+    it at any real times; [0, 1] is the stretch that samplers use. With the default rate alpha(1) is
+    0.0067, that of VP. TTIC 31230's w(t) is OU(1.0).
+    """
+
+    rate: float = 5.0
+
+    def __post_init__(self) -> None:
+        errors.number("rate", self.rate, 0, strict=True)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return -self.rate * t
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """alpha^2 = sigmoid(log_snr)."""
+        return (log_alpha_of(log_snr) / -self.rate).clamp(max=1).to(log_snr)
+
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_a = -self.rate * (t - s)
+        return log_a, 0.0 - torch.expm1(2 * log_a)
+
+
+@dataclass(frozen=True)
+class Cosine(VariancePreserving):
+    r"""alpha = cos(pi/2 (t + s) / (1 + s)) / cos(pi/2 s / (1 + s)).
+
+    Nichol & Dhariwal 2021, eq. 17. With c = (pi/2) / (1 + s) it is  sin(c (1 - t)) / sin(c),  which
+    is 0 at t = 1 exactly: drift and diffusion are promised on [0, 0.999]. `Discrete.cosine` is its
+    chain, clipped as published.
+
+    Args:
+        s: offset, which keeps the noise from growing too slowly at t = 0.
+    """
+
+    s: float = 0.008
+
+    def __post_init__(self) -> None:
+        errors.number("s", self.s, 0)
+
+    @property
+    def t_max(self) -> float:
+        return 0.999
+
+    @property
+    def c(self) -> float:
+        """The angle at t = 0, from the end of the path."""
+        return math.pi / 2 / (1 + self.s)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        # Each form keeps its digits at one end: the second is log1p(alpha - 1), expanded.
+        late, early = self.c * (1 - t.clamp(min=0.5)), self.c * t.clamp(max=0.5)
+        fall = 2 * (early / 2).sin() ** 2 + early.sin() / math.tan(self.c)
+        return torch.where(
+            t < 0.5, torch.log1p(-fall), late.sin().log() - math.log(math.sin(self.c))
+        )
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """alpha^2 = sigmoid(log_snr); the angle by atan2, well conditioned at both ends."""
+        x = log_snr.to(torch.float64)
+        opposite = math.sin(self.c) * torch.sigmoid(x).sqrt()
+        adjacent = (math.cos(self.c) ** 2 + math.sin(self.c) ** 2 * torch.sigmoid(-x)).sqrt()
+        return (1 - torch.atan2(opposite, adjacent) / self.c).clamp(0, 1).to(log_snr)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """The straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023; Lipman et al. 2023).
+
+    alpha(1) = 0, so drift and diffusion, which divide by alpha, are promised on [0, 0.999].
+    """
+
+    @property
+    def t_max(self) -> float:
+        return 0.999
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t)
+
+    def variance(self, t: Tensor) -> Tensor:
+        return t**2
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """t / (1 - t) = e^(-log_snr / 2)."""
+        return torch.sigmoid(-log_snr / 2)
+
+
+class VarianceExploding(Process):
+    """alpha = 1: the data stay as they are, and noise is added to them."""
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    @property
+    def prior_std(self) -> float:
+        """sigma(1)."""
+        return self.sigma(torch.ones((), dtype=torch.float64)).item()
+
+
+@dataclass(frozen=True)
+class VE(VarianceExploding):
+    r"""dx = sigma_min r^t sqrt(2 log r) dW,  r = sigma_max / sigma_min.
+
+    Song et al. 2021, eq. 9 and 31.
+    sigma^2(t) = sigma_min^2 (r^(2t) - 1) is the exact kernel of that SDE from t = 0, where it is 0;
+    the paper's sigma_min^2 r^(2t) has its first level added to the data.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        errors.number("sigma_min", self.sigma_min)
+        errors.number("sigma_max", self.sigma_max)
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
+            )
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.sigma_min**2 * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """sigma^2 = e^(-log_snr)."""
+        variance = (-log_snr.to(torch.float64)).exp()
+        growth = 2 * math.log(self.sigma_max / self.sigma_min)
+        return (torch.log1p(variance / self.sigma_min**2) / growth).clamp(max=1).to(log_snr)
+
+
+@dataclass(frozen=True)
+class EDM(VarianceExploding):
+    """sigma = sigma_max t:  dx = sigma_max sqrt(2 t) dW  (Karras et al. 2022, on the clock t).
+
+    Their clock is sigma itself; their sigma_min = 0.002 belongs to the grid. g(0) = 0.
+    """
+
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        errors.number("sigma_max", self.sigma_max, 0, strict=True)
+
+    def variance(self, t: Tensor) -> Tensor:
+        return (self.sigma_max * t) ** 2
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """sigma = e^(-log_snr / 2)."""
+        sigma = (-log_snr.to(torch.float64) / 2).exp()
+        return (sigma / self.sigma_max).clamp(max=1).to(log_snr)
+
+
+def log_alpha_of(log_snr: Tensor) -> Tensor:
+    """log alpha of a variance-preserving process, alpha^2 = sigmoid(log_snr); float64."""
+    return torch.nn.functional.logsigmoid(log_snr.to(torch.float64)) / 2

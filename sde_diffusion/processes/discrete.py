@@ -1,0 +1,226 @@
+r"""Chains: the DDPM's table of betas as a process, and the SDE that passes through it.
+
+Convention: index i in 1 .. N is the time t = i/N; x_i = sqrt(1 - beta_i) x_(i-1) + sqrt(beta_i) z.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors, grids
+from sde_diffusion.processes.continuous import Cosine
+from sde_diffusion.processes.process import VariancePreserving
+
+__all__ = ["Discrete", "Interpolated"]
+
+
+@dataclass(frozen=True)
+class Interpolated(VariancePreserving):
+    """The SDE that passes through a discrete chain: beta(t) constant between the chain's times i/N.
+
+    log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
+    transitions at the times i/N are the chain's own. Where beta_N = 1 (zero terminal SNR) it is
+    alpha that falls linearly to 0 over the last interval; t_max is then (N - 1) / N.
+
+    Args:
+        betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
+    """
+
+    betas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", checked_betas(self.betas))
+
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.betas)
+
+    @property
+    def t_max(self) -> float:
+        return 1.0 if self.betas[-1] < 1 else 1 - 1 / self.num_steps
+
+    @cached_property
+    def table(self) -> Tensor:
+        """log alpha at i/N, i = 0 .. N, float64."""
+        betas = torch.tensor((0.0, *self.betas), dtype=torch.float64)
+        return torch.log1p(-betas).cumsum(0) / 2
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        table, last = self.table.to(t), self.num_steps - 1
+        position = t * self.num_steps
+        left = position.detach().floor().clamp(0, last).long()
+        fraction = position - left
+        if self.betas[-1] < 1:
+            return table[left] + fraction * (table[left + 1] - table[left])
+        rise = torch.cat([table[1:-1], table[-2:-1]]) - table[:-1]  # 0 over the last interval
+        return table[left] + fraction * rise[left] + torch.log1p(-fraction * (left == last))
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        """Inverse interpolation in the table; alpha^2 = sigmoid(log_snr)."""
+        table = self.table.to(log_snr.device)
+        target = torch.nn.functional.logsigmoid(log_snr.to(torch.float64)) / 2
+        right = torch.searchsorted(-table, -target.contiguous()).clamp(1, self.num_steps)
+        fraction = (target - table[right - 1]) / (table[right] - table[right - 1])
+        if self.betas[-1] == 1:
+            fall = -torch.expm1(target - table[-2])
+            fraction = torch.where(right == self.num_steps, fall, fraction)
+        return ((right - 1 + fraction) / self.num_steps).clamp(0, 1).to(log_snr.dtype)
+
+
+@dataclass(frozen=True)
+class Discrete(Interpolated):
+    """The DDPM chain of Ho et al. 2020 as a process: index i in 1 .. N is the time i/N.
+
+    Its own grids stand on the chain's times, where a network trained on the chain has been; a grid
+    of n < N steps is the nearest sub-chain. `equivalence.continuous` gives the SDE between them.
+
+    Args:
+        betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
+    """
+
+    @classmethod
+    def linear(
+        cls, num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
+    ) -> "Discrete":
+        """beta_i evenly spaced from beta_min to beta_max (Ho et al. 2020, sec. 4)."""
+        return cls(tuple(rising(num_steps, beta_min, beta_max).tolist()))
+
+    @classmethod
+    def scaled_linear(
+        cls, num_steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
+    ) -> "Discrete":
+        """sqrt(beta_i) evenly spaced (Rombach et al. 2022; the table of Stable Diffusion)."""
+        rising(num_steps, beta_min, beta_max)  # refuses what is no range
+        return cls(tuple((rising(num_steps, beta_min**0.5, beta_max**0.5) ** 2).tolist()))
+
+    @classmethod
+    def sigmoid(
+        cls,
+        num_steps: int = 1000,
+        beta_min: float = 1e-4,
+        beta_max: float = 0.02,
+        span: float = 6.0,
+    ) -> "Discrete":
+        """beta_i = beta_min + (beta_max - beta_min) / (1 + e^(-z_i)), z_i even in [-span, span].
+
+        Xu et al. 2022 (GeoDiff); in diffusers, beta_schedule="sigmoid".
+        """
+        rising(num_steps, beta_min, beta_max)
+        errors.number("span", span, 0, strict=True)
+        z = torch.linspace(-span, span, num_steps, dtype=torch.float64)
+        return cls(tuple((beta_min + (beta_max - beta_min) * torch.sigmoid(z)).tolist()))
+
+    @classmethod
+    def cosine(cls, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "Discrete":
+        """beta_i = min(1 - abar(i/N) / abar((i-1)/N), max_beta) of `Cosine(s)`.
+
+        Nichol & Dhariwal 2021, eq. 17. It is the CMU sheet's clip of alpha_i to [0.001, 1], too.
+        """
+        errors.integer("num_steps", num_steps)
+        errors.number("max_beta", max_beta, 0, 1, strict=True)
+        t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        betas = -torch.expm1(2 * Cosine(s).log_alpha(t).diff())
+        return cls(tuple(betas.clamp(max=max_beta).tolist()))
+
+    @classmethod
+    def constant(cls, num_steps: int = 1000, alpha: float | None = None) -> "Discrete":
+        """z_i = alpha z_(i-1) + sqrt(1 - alpha^2) eps, with the same alpha in every step.
+
+        beta = 1 - alpha^2: TTIC's alpha is the square root of Ho et al.'s.
+
+        Args:
+            num_steps: N.
+            alpha: in (0, 1); e^(-1/N) by default, whose limit is OU(1.0) and which agrees with it.
+        """
+        errors.integer("num_steps", num_steps)
+        if alpha is None:
+            beta = -math.expm1(-2 / num_steps)
+        else:
+            beta = 1 - errors.number("alpha", alpha, 0, 1, strict=True) ** 2
+        return cls((beta,) * num_steps)
+
+    def zero_terminal_snr(self) -> "Discrete":
+        """The chain rescaled so that alpha(1) = 0 exactly (Lin et al. 2024, Alg. 1).
+
+        sqrt(abar_i) is shifted by -sqrt(abar_N) and scaled to keep sqrt(abar_1). Eps and Score
+        cannot say x0 at t = 1 of it: train V or X0.
+        """
+        if self.num_steps == 1:
+            raise ValueError("a chain of 1 step cannot keep its only level and have it at zero SNR")
+        alpha = self.table.exp()
+        scale = alpha[1] / (alpha[1] - alpha[-1])
+        alpha = torch.cat([alpha[:1], (alpha[1:] - alpha[-1]) * scale])
+        return Discrete(tuple((1 - (alpha[1:] / alpha[:-1]) ** 2).tolist()))
+
+    @property
+    def first_time(self) -> float:
+        return 1 / self.num_steps
+
+    @property
+    def posterior_variances(self) -> Tensor:
+        """Variance of q(x_(i-1) | x_i, x_0) for i = 1 .. N: (N,) float64 (Ho et al. 2020, eq. 7).
+
+        beta_i (1 - abar_(i-1)) / (1 - abar_i), which is 0 at i = 1.
+        """
+        noise = 0.0 - torch.expm1(2 * self.table)  # 1 - abar_i
+        return torch.tensor(self.betas, dtype=torch.float64) * noise[:-1] / noise[1:]
+
+    def model_variances(self, kind: Literal["beta", "posterior"]) -> Tensor:
+        """sigma_i^2 of the model's kernels p(x_(i-1) | x_i), i = 1 .. N: (N,) float64, positive.
+
+        beta_i, or the posterior's (Ho et al. 2020, sec. 3.2), in which at i = 1, where that is 0,
+        the value of i = 2 stands in, as in the authors' code: a density needs some variance.
+        """
+        if errors.choice("variance", kind, ("beta", "posterior")) == "beta":
+            return torch.tensor(self.betas, dtype=torch.float64)
+        variances = self.posterior_variances
+        variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
+        return variances
+
+    def times(self, steps: int, start: float = 1.0) -> Tensor:
+        """n + 1 of the chain's own times, as evenly spaced as they can be."""
+        if steps > self.num_steps:
+            raise ValueError(
+                f"a chain of {self.num_steps} steps has no grid of {steps}; "
+                f"use equivalence.continuous(process) to go between its times"
+            )
+        return (grids.uniform(steps, start) * self.num_steps).round() / self.num_steps
+
+
+def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
+    """A table of betas as Python floats, or a ValueError that says what is wrong with it."""
+    try:
+        betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"betas must be a 1-D sequence of floats; got {given!r:.80}") from None
+    if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
+        raise ValueError(
+            f"betas must be a non-empty 1-D sequence of floats; "
+            f"got shape {tuple(betas.shape)}, {betas.dtype}"
+        )
+    betas = betas.to(torch.float64)
+    allowed = (betas > 0) & (betas < 1)
+    allowed[-1] |= betas[-1] == 1
+    if not bool(allowed.all()):
+        i = int((~allowed).nonzero()[0]) + 1
+        raise ValueError(
+            f"betas must lie in (0, 1), the last one in (0, 1]; got beta_{i} = {betas[i - 1]:g}"
+        )
+    return tuple(betas.tolist())
+
+
+def rising(num_steps: int, low: float, high: float) -> Tensor:
+    """num_steps numbers evenly spaced from beta_min to beta_max."""
+    errors.integer("num_steps", num_steps)
+    errors.number("beta_min", low)
+    errors.number("beta_max", high)
+    if not 0 < low <= high < 1:
+        raise ValueError(f"need 0 < beta_min <= beta_max < 1; got {low} and {high}")
+    return torch.linspace(low, high, num_steps, dtype=torch.float64)

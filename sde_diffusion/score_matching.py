@@ -1,0 +1,69 @@
+r"""Score matching without the clean data: a check on any model from noisy batches alone.
+
+For a model's score s and x ~ p_t, integration by parts gives (Hyvarinen 2005, Theorem 1)
+
+    E |s - grad log p_t|^2 = E[ |s|^2 + 2 div s ] + constant,
+
+and the denoising loss in Score() space is the same up to another constant (Vincent 2011): all
+three have one gradient in the model's parameters. As there, losses are means over coordinates.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.denoiser import Model
+
+__all__ = ["implicit_loss", "sliced_loss"]
+
+
+def implicit_loss(model: Model, x: Tensor, t: Tensor) -> Tensor:
+    """|s|^2 + 2 div s, the mean over coordinates, with the divergence exact.
+
+    One backward pass for each of the d coordinates of a sample: for small d.
+
+    Args:
+        model: whose score is judged; samples must not see each other (no batch norm).
+        x: noisy batch (B, ...), drawn from p_t.
+        t: its times, () or (B,), with sigma(t) > 0.
+    Returns:
+        (B,) losses, differentiable in the model's parameters.
+    """
+    basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
+    score, slopes = score_and_slopes(model, x, t, [row.reshape(x[:1].shape) for row in basis])
+    return (score**2).flatten(1).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
+
+
+def sliced_loss(model: Model, x: Tensor, t: Tensor, probes: Sequence[Tensor]) -> Tensor:
+    """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, eq. 8).
+
+    For probes of unit covariance an unbiased estimate of `implicit_loss` (Hutchinson 1990), at one
+    backward pass a probe. Signs, +1 or -1 with equal chance, have the least variance.
+
+    Args:
+        model, x, t: as in `implicit_loss`.
+        probes: at least one v, shaped like x or, shared by the batch, (1, ...).
+    Returns:
+        (B,) losses, differentiable in the model's parameters.
+    """
+    if not len(probes):
+        raise ValueError("probes must hold at least one tensor shaped like x")
+    score, slopes = score_and_slopes(model, x, t, probes)
+    divergence = torch.stack(slopes).mean(0)
+    return (score**2).flatten(1).mean(1) + 2 * divergence / x[0].numel()
+
+
+def score_and_slopes(
+    model: Model, x: Tensor, t: Tensor, directions: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        score = model(x, model.process.level(t, x)).score
+        slopes: list[Tensor] = []
+        for v in directions:
+            v = v.expand_as(x)
+            along = torch.autograd.grad((score * v).sum(), x, create_graph=True)[0]
+            slopes.append((along * v).flatten(1).sum(1))
+    return score, slopes

@@ -9,6 +9,7 @@ alpha_i = 1 - beta_i and abar_i = alpha_1 ... alpha_i,
 Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of the process's alpha.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import pi, sqrt
@@ -227,8 +228,7 @@ class DDPM:
         chain = self.p_chain(
             x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
         )
-        *_, x = chain
-        return x
+        return deque(chain, maxlen=1).pop()
 
     # ---- losses --------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from sde_diffusion import errors, frames, verify
 from sde_diffusion.denoiser import Model
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.prediction import Eps, Parameterization, Prediction, Row, read
-from sde_diffusion.processes import Discrete, Interpolated, Level, Process
+from sde_diffusion.processes import Discrete, Interpolated, Level, Process, double
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.sampling import Sampler
 
@@ -107,9 +107,9 @@ class Adopted:
     parameterization: Parameterization
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        t = torch.as_tensor(level.t, dtype=None if isinstance(level.t, Tensor) else torch.float64)
+        t = double(level.t)
         step = t * self.process.num_steps - 1
-        near = 1e-6 if t.dtype == torch.float64 else 1e-3
+        near = 1e-6 if isinstance(level.t, float) else 1e-3  # float32 times have fewer digits
         if bool((step < -near).any()):
             raise ValueError(
                 f"the network was trained from t = 1/N = {1 / self.process.num_steps:g} on; got "
@@ -179,7 +179,7 @@ class Matched:
     def _own_level(self, x: Tensor, level: Level) -> Level:
         """The level of the model's process at the same log-SNR, if the model was trained there."""
         own, slack = self.model.process, 1e-9
-        log_snr = torch.as_tensor(level.log_snr).to(torch.float64)
+        log_snr = double(level.log_snr)
         if isinstance(level.log_snr, Tensor):
             slack = 8 * torch.finfo(level.log_snr.dtype).eps
         low, high = own.log_snr(1.0).item(), own.log_snr(own.first_time).item()

@@ -23,7 +23,7 @@ from torch import Tensor
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.prediction import X0, Eps, Parameterization, Score, truth
-from sde_diffusion.processes import Discrete, Level, Process, Scalar
+from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
 
 __all__ = [
     "L1",
@@ -225,14 +225,16 @@ class VLB:
         self.process.model_variances(self.variance)
 
     def __call__(self, level: Level) -> Scalar:
-        t = torch.as_tensor(level.t)
+        t = double(level.t)
         i = (t * self.process.num_steps).round().long().cpu()
         if t.device.type == "cpu" and bool(((t * self.process.num_steps - i).abs() > 1e-3).any()):
             raise ValueError(f"VLB weighs the chain's times i / N alone; got t={t.flatten()}")
         betas = torch.tensor(self.process.betas, dtype=torch.float64)
         weights = betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))
-        weight = weights[i - 1].to(t) / torch.as_tensor(level.sigma) ** 2
-        return weight if isinstance(level.t, Tensor) else weight.item()
+        weight = weights[i - 1]
+        if isinstance(level.sigma, Tensor):
+            return weight.to(level.sigma) / level.sigma**2
+        return weight.item() / level.sigma**2
 
 
 # ---- laws of t ---------------------------------------------------------------------------------

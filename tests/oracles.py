@@ -3,6 +3,7 @@
 Nothing in this file calls the package's own schedules, kernels or samplers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -22,6 +23,37 @@ def normal(*shape: int) -> Tensor:
 def vp_beta(t: Tensor | float, low: float = 0.1, high: float = 20.0) -> Tensor | float:
     """beta(t) of Song et al. 2021, eq. 32."""
     return low + t * (high - low)
+
+
+def cosine_angle(t: float, s: float = 0.008) -> float:
+    return math.pi / 2 * (t + s) / (1 + s)
+
+
+def vp_integral(t: float) -> float:
+    """The integral of beta from 0 to t."""
+    return 0.1 * t + 19.9 * t**2 / 2
+
+
+# Drift and squared diffusion of dx = f x dt + g dW, as published, at the parameters of cases.py.
+SDES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+    # Song et al. 2021, eq. 11, 12, 9
+    "vp": (lambda t: -vp_beta(t) / 2, vp_beta),
+    "sub-vp": (
+        lambda t: -vp_beta(t) / 2, lambda t: vp_beta(t) * -math.expm1(-2 * vp_integral(t))
+    ),
+    "ve": (
+        lambda t: 0.0,
+        lambda t: (0.01 * 5000.0**t) ** 2 * 2 * math.log(5000.0),
+    ),
+    "ou": (lambda t: -5.0, lambda t: 10.0),
+    # Nichol & Dhariwal 2021, eq. 17: beta = -2 d/dt log cos(angle) = 2 tan(angle) angle'
+    "cosine": (
+        lambda t: -math.tan(cosine_angle(t)) * math.pi / 2 / 1.008,
+        lambda t: 2 * math.tan(cosine_angle(t)) * math.pi / 2 / 1.008,
+    ),
+    "edm": (lambda t: 0.0, lambda t: 2 * 80.0**2 * t),  # Karras et al. 2022: g^2 = 2 sigma sigma'
+    "rectified": (lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)),
+}  # fmt: skip
 
 
 def ddpm_moments(

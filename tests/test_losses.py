@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from cases import PARAMETERIZATIONS
+from oracles import fitted_order, vp_beta
+from scipy.integrate import quad
 from torch.testing import assert_close
 
 import sde_diffusion as sd
@@ -45,7 +47,7 @@ def test_the_eps_loss_is_the_variance_weighted_denoising_score_matching_loss(dty
 
 @pytest.mark.parametrize("space", PARAMETERIZATIONS)
 def test_losses_in_different_spaces_differ_by_a_factor_of_the_level(space):
-    """With eps_hat - eps = e: x0 - sigma/alpha e, score - e/sigma, v - e/alpha (VP)."""
+    """With eps_hat - eps = e: x0 - sigma/alpha e, score - e/sigma, v - e/alpha (VP), ..."""
     (x0, eps), model = problem(), denoiser(sd.Eps())
     level = sd.VP().level(T, x0)
     factor = {
@@ -53,6 +55,9 @@ def test_losses_in_different_spaces_differ_by_a_factor_of_the_level(space):
         "x0": (level.sigma / level.alpha).flatten(),
         "score": (1 / level.sigma).flatten(),
         "v": (1 / level.alpha).flatten(),
+        "velocity": (1 + level.sigma / level.alpha).flatten(),
+        # F = (x0 - c_skip x) / c_out, and x is given: c_out = sigma s / sqrt(alpha^2 s^2 + sigma^2)
+        "karras": ((0.64 * level.alpha**2 + level.sigma**2).sqrt() / 0.8 / level.alpha).flatten(),
     }[space]
     base = sd.denoising_loss(model, x0, T, eps)
     other = sd.denoising_loss(model, x0, T, eps, space=PARAMETERIZATIONS[space])
@@ -120,6 +125,114 @@ def test_a_trained_loss_reaches_the_floor_of_a_known_law_and_does_not_beat_it():
     assert float(gap.mean()) > -4.5 * float(gap.std()) / math.sqrt(len(gap))
 
 
+# ---- penalties and weights -------------------------------------------------------------------
+
+
+def test_penalties_are_their_formulas():
+    (x0, eps), model = problem(), denoiser(sd.Eps())
+    level = sd.VP().level(T, x0)
+    with torch.no_grad():
+        error = model.network(level.alpha * x0 + level.sigma * eps, T) - eps
+    for penalty, expected in (
+        (None, error**2),
+        (sd.L2(), error**2),
+        (sd.L1(), error.abs()),
+        (sd.Huber(0.5), torch.where(error.abs() < 0.5, error**2 / 2, 0.5 * (error.abs() - 0.25))),
+        (lambda e: e**4, error**4),
+    ):
+        made = sd.denoising_loss(model, x0, T, eps, penalty=penalty)
+        assert_close(made.detach(), expected.mean(1), rtol=1e-12, atol=0)
+
+
+# Each published loss in its own words, as a weight on the squared error of eps (VP: alpha^2 = a).
+WEIGHTS = {
+    "simple": (sd.Simple(), lambda a, t: 1.0),
+    "likelihood": (sd.Likelihood(), lambda a, t: vp_beta(t) / (1 - a)),
+    "snr": (sd.SNR(), lambda a, t: 1.0),
+    "min-snr": (sd.MinSNR(5.0), lambda a, t: min(a / (1 - a), 5.0) * (1 - a) / a),
+    "edm": (sd.EDMWeight(0.5), lambda a, t: 1 + (1 - a) / a / 0.25),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("parameterization", ["eps", "v", "karras"])
+def test_named_weights_are_the_published_ones_for_any_network(name, parameterization):
+    """EDM: (r^2 + s^2) / (r s)^2 on x0, whose error is r times that of eps, so 1 + r^2 / s^2."""
+    weight, formula = WEIGHTS[name]
+    (x0, eps), model = problem(), denoiser(PARAMETERIZATIONS[parameterization])
+    on_eps = sd.denoising_loss(model, x0, T, eps, space=sd.Eps())
+    alpha2 = (sd.VP().alpha(T) ** 2).tolist()
+    factor = torch.tensor(
+        [formula(a, t) for a, t in zip(alpha2, T.tolist(), strict=True)], dtype=torch.float64
+    )
+    made = sd.denoising_loss(model, x0, T, eps, weight=weight)
+    assert_close(made, factor * on_eps, rtol=1e-9, atol=0)
+
+
+def test_the_edm_weight_is_one_on_the_output_of_its_own_network():
+    (x0, eps), model = problem(), denoiser(sd.Karras(0.5))
+    weighted = sd.denoising_loss(model, x0, T, eps, weight=sd.EDMWeight(0.5))
+    assert_close(weighted, sd.denoising_loss(model, x0, T, eps), rtol=1e-10, atol=0)
+
+
+def test_float_levels_and_tensor_levels_weigh_the_same():
+    chain = sd.Discrete.linear(10)
+    times = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
+    batch = chain.level(times, torch.zeros(3, 1, dtype=torch.float64))
+    for weight in (sd.Simple(), sd.Likelihood(), sd.SNR(), sd.MinSNR(), sd.EDMWeight(),
+                   sd.VLB(chain), sd.VLB(chain, "posterior")):  # fmt: skip
+        apart = [weight(level) for level in chain.levels(times)]
+        assert all(isinstance(value, float) for value in apart)
+        together = torch.as_tensor(weight(batch), dtype=torch.float64).expand(3, 1).flatten()
+        assert_close(together, torch.tensor(apart, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+@pytest.mark.parametrize("t", [0.25, 0.5, 0.9])
+def test_n_times_the_discrete_bounds_term_tends_to_the_continuous_one(variance, t):
+    """N beta^2 / (2 sigma^2 alpha (1 - abar)) -> g^2 / (2 sigma^2), at rate 1/N."""
+    sizes, errors = (500, 1000, 2000, 4000), []
+    limit = float(vp_beta(t) / 2 / sd.VP().variance(torch.tensor(t, dtype=torch.float64)))
+    for n in sizes:
+        chain = sd.discretize(sd.VP(), n)
+        (level,) = chain.levels(torch.tensor([t], dtype=torch.float64))
+        errors.append(abs(n * sd.VLB(chain, variance)(level) - limit))
+    assert fitted_order(sizes, errors) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"weight": sd.MinSNR(), "space": sd.V()}, r"MinSNR\(gamma=5.0\) weighs errors of X0"),
+        ({"weight": sd.VLB(sd.Discrete.linear(7))}, "i / N alone"),
+    ],
+)
+def test_a_weight_out_of_its_place_is_refused(arguments, named):
+    (x0, eps), model = problem(), denoiser(sd.Eps())
+    with pytest.raises(ValueError, match=named):
+        sd.denoising_loss(model, x0, T, eps, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: sd.MinSNR(0), "gamma"),
+        (lambda: sd.Huber(-1.0), "delta"),
+        (lambda: sd.EDMWeight(math.nan), "sigma_data"),
+        (lambda: sd.VLB(sd.Discrete.linear(), "learned"), "variance"),
+        (lambda: sd.LikelihoodTimes(sd.VP(), 0), "t_min"),
+        (lambda: sd.LikelihoodTimes(sd.Cosine(), 0.999), "t_min"),
+        (lambda: sd.NormalLogSNR(sd.VP(), std=0), "std"),
+        (lambda: sd.DiscreteTimes(0), "num_steps"),
+        (lambda: sd.Index(0), "num_steps"),
+        (lambda: sd.Index(10, first=2), "first"),
+    ],
+)
+def test_values_out_of_range_are_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
 # ---- times -----------------------------------------------------------------------------------
 
 
@@ -157,9 +270,33 @@ def test_normal_log_snr_of_a_path_far_in_the_tail_stays_on_the_path():
     assert bool((t.diff() > 0).all())
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: sd.NormalLogSNR(sd.VP(), std=0), lambda: sd.DiscreteTimes(0)]
-)
-def test_laws_of_time_that_are_none_are_refused(make):
-    with pytest.raises(ValueError, match=r"std|num_steps"):
-        make()
+@pytest.mark.parametrize("process", [sd.VP(), sd.VE(), sd.EDM(), sd.RectifiedFlow(), sd.Cosine()])
+def test_likelihood_times_have_the_density_g2_over_sigma2(process):
+    """The share of [t_min, t] is the integral of g^2 / sigma^2 over it: Gauss-Legendre in log t
+    (and in 1 - t near a pole), against the quantile function."""
+    law = sd.LikelihoodTimes(process, 1e-3)
+    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def rate(t):
+        t = torch.tensor(t, dtype=torch.float64)
+        return float(process.diffusion(t) ** 2 / process.variance(t))
+
+    for share, t in zip(quantiles.tolist(), law(quantiles).tolist(), strict=True):
+        mass = quad(rate, 1e-3, t, epsrel=1e-11, limit=200)[0]
+        assert mass / law.total == pytest.approx(share, rel=1e-8)
+
+
+def test_importance_sampling_estimates_the_likelihood_loss_with_less_variance():
+    """total E[h] = E[g^2 / sigma^2 h] over uniform times in [t_min, 1], for |eps error|^2 = h(t)."""
+    law, n = sd.LikelihoodTimes(sd.VP(), 1e-3), 20_000
+    q = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def h(t):
+        return 0.25 * sd.VP().alpha(t) ** 2 / (0.25 * sd.VP().alpha(t) ** 2 + sd.VP().variance(t))
+
+    importance = law.total * h(law(q))
+    t = 1e-3 + (1 - 1e-3) * q
+    uniform = (1 - 1e-3) * vp_beta(t) / sd.VP().variance(t) * h(t)
+    error = math.sqrt(float(importance.var() + uniform.var()) / n)
+    assert abs(float(importance.mean() - uniform.mean())) < 4.5 * error
+    assert float(importance.var()) < float(uniform.var()) / 10

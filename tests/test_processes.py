@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from cases import PROCESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import EPS, vp_beta
+from oracles import EPS, SDES
 from scipy.integrate import solve_ivp
 from torch.testing import assert_close
 
@@ -17,11 +18,12 @@ from sde_diffusion.processes import Process
 
 TIMES = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.3, 0.7, 0.999], dtype=torch.float64)
 TO_ONE = torch.cat([TIMES, torch.ones(1, dtype=torch.float64)])
+PUBLISHED = pytest.mark.parametrize("name", SDES)
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
 @dataclass(frozen=True)
-class OU(Process):
+class Users(Process):
     """A user's process: two formulas, nothing else. dx = -2 x dt + 2 dW."""
 
     def log_alpha(self, t: torch.Tensor) -> torch.Tensor:
@@ -31,33 +33,25 @@ class OU(Process):
         return -torch.expm1(-4.0 * t)
 
 
-def test_vp_drift_and_diffusion_are_the_published_ones():
-    beta = vp_beta(TO_ONE)
-    assert_close(sd.VP().diffusion(TO_ONE) ** 2, beta, rtol=1e-10, atol=0)
-    assert_close(sd.VP().drift(TO_ONE), -beta / 2, rtol=1e-10, atol=0)
-
-
-def test_rectified_flow_drift_and_diffusion_follow_from_the_straight_path():
-    t = TIMES
-    assert_close(sd.RectifiedFlow().drift(t), -1 / (1 - t), rtol=1e-10, atol=0)
-    assert_close(sd.RectifiedFlow().diffusion(t) ** 2, 2 * t / (1 - t), rtol=1e-10, atol=0)
+@PUBLISHED
+def test_drift_and_diffusion_are_the_published_ones(name):
+    process, (drift, diffusion2) = PROCESSES[name], SDES[name]
+    t = TO_ONE[process.t_max >= TO_ONE]
+    rates = [[drift(u), diffusion2(u)] for u in t.tolist()]
+    expected = torch.tensor(rates, dtype=torch.float64).T
+    assert_close(process.drift(t), expected[0], rtol=1e-10, atol=0)
+    assert_close(process.diffusion(t) ** 2, expected[1], rtol=1e-10, atol=0)
 
 
 def test_a_users_two_formulas_give_the_ou_sde():
-    assert_close(OU().drift(TIMES), torch.full_like(TIMES, -2), rtol=1e-12, atol=0)
-    assert_close(OU().diffusion(TIMES), torch.full_like(TIMES, 2), rtol=1e-12, atol=0)
+    assert_close(Users().drift(TIMES), torch.full_like(TIMES, -2), rtol=1e-12, atol=0)
+    assert_close(Users().diffusion(TIMES), torch.full_like(TIMES, 2), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("process", "drift", "diffusion2"),
-    [
-        (sd.VP(), lambda t: -vp_beta(t) / 2, vp_beta),
-        (sd.RectifiedFlow(), lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)),
-    ],
-    ids=["vp", "rectified"],
-)
-def test_marginals_solve_the_published_sde(process, drift, diffusion2):
+@PUBLISHED
+def test_marginals_solve_the_published_sde(name):
     """d log alpha = f dt and d sigma^2 = (2 f sigma^2 + g^2) dt, integrated by DOP853 at 1e-13."""
+    process, (drift, diffusion2) = PROCESSES[name], SDES[name]
 
     def slope(t, state):
         return [drift(t), 2 * drift(t) * state[1] + diffusion2(t)]
@@ -67,6 +61,54 @@ def test_marginals_solve_the_published_sde(process, drift, diffusion2):
         time = torch.tensor(t, dtype=torch.float64)
         assert_close(process.log_alpha(time).item(), float(solved[0]), rtol=1e-10, atol=0)
         assert_close(process.variance(time).item(), float(solved[1]), rtol=1e-10, atol=0)
+
+
+@PUBLISHED
+def test_drift_and_diffusion_are_refused_where_they_are_not_promised(name):
+    process = PROCESSES[name]
+    for bad in [-1e-3, math.nan] + ([1.0] if process.t_max < 1 else []):
+        for rate in (process.drift, process.diffusion):
+            with pytest.raises(ValueError, match=rf"{type(process).__name__} promises"):
+                rate(bad)
+    end = process.levels(torch.ones(1))[0]
+    assert math.isnan(end.drift) == math.isnan(end.diffusion2) == (process.t_max < 1)
+
+
+def test_the_ou_kernel_is_exact_at_any_real_times():
+    """w(t + dt) = e^(-dt) w(t) + sqrt(1 - e^(-2 dt)) eps (TTIC 31230), in plain Python floats."""
+    for t in (0.0, 1e-5, 0.3, 1.0, 7.25):
+        assert float(sd.OU(1.0).alpha(t)) == pytest.approx(math.exp(-t), rel=4 * EPS)
+        assert float(sd.OU(1.0).sigma(t)) == pytest.approx(
+            math.sqrt(-math.expm1(-2 * t)), rel=1e-15
+        )
+        for dt in (2.0**-40, 2.0**-10, 0.5, 3.0):  # t + dt is exact, or nearly
+            a, b = sd.OU(1.0).transition(t, t + dt)
+            elapsed = (t + dt) - t
+            assert float(a) == pytest.approx(math.exp(-elapsed), rel=4 * EPS)
+            assert float(b) == pytest.approx(math.sqrt(-math.expm1(-2 * elapsed)), rel=4 * EPS)
+
+
+def test_a_constant_rate_vp_is_ou():
+    s, t = TIMES[:-1], TIMES[1:]
+    for ours, theirs in zip(
+        sd.VP(3.0, 3.0).transition(s, t), sd.OU(1.5).transition(s, t), strict=True
+    ):
+        assert_close(ours, theirs, rtol=1e-11, atol=0)  # VP subtracts two log alphas
+
+
+def test_schedules_take_python_floats_and_keep_the_dtype_of_tensors():
+    process = sd.VP()
+    for name in ("alpha", "sigma", "log_snr", "drift", "diffusion"):
+        schedule = getattr(process, name)
+        assert schedule(0.3).dtype == torch.float64
+        assert schedule(torch.tensor([0.3])).dtype == torch.float32
+        assert_close(schedule(torch.tensor([0.3])), schedule(0.3).float()[None], rtol=1e-6, atol=0)
+
+
+def test_a_schedule_can_be_differentiated_in_t():
+    t = TIMES.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(sd.Cosine().alpha(t).sum(), t)
+    assert_close(slope, (sd.Cosine().drift(TIMES) * sd.Cosine().alpha(TIMES)), rtol=1e-10, atol=0)
 
 
 @EVERY
@@ -93,8 +135,8 @@ def test_float32_schedules_keep_their_precision_near_data(process):
 def test_a_path_starts_at_data_and_ends_at_noise(process):
     start, end = process.levels(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert (start.alpha, start.sigma, start.log_snr) == (1.0, 0.0, math.inf)
-    assert end.alpha < 7e-3
-    assert end.sigma == pytest.approx(1, abs=3e-5)
+    assert end.alpha / end.sigma < 0.021  # VE's 1 / 50
+    assert end.sigma == pytest.approx(process.prior_std, abs=5e-5)
 
 
 @EVERY
@@ -107,7 +149,7 @@ def test_time_inverts_log_snr(process):
 
 
 def test_bisection_finds_the_time_of_a_process_without_an_inverse():
-    assert_close(OU().time(OU().log_snr(TIMES)), TIMES, rtol=1e-10, atol=1e-14)
+    assert_close(Users().time(Users().log_snr(TIMES)), TIMES, rtol=1e-10, atol=1e-14)
 
 
 @EVERY
@@ -121,6 +163,21 @@ def test_level_is_levels_with_the_batch_shape(process):
         assert_close(field.flatten(), torch.tensor(rows, dtype=x.dtype))
 
 
+@pytest.mark.parametrize("betas", [(0.1, 0.2, 0.3), (0.1, 0.4, 1.0)], ids=["open", "zero-snr"])
+def test_an_interpolated_chain_goes_through_its_nodes_and_time_inverts_it(betas):
+    process = sd.Interpolated(betas)
+    nodes = torch.arange(4, dtype=torch.float64) / 3
+    alpha = torch.tensor([1.0, *(math.sqrt(1 - beta) for beta in betas)], dtype=torch.float64)
+    assert_close(process.alpha(nodes), alpha.cumprod(0), rtol=8 * EPS, atol=0)
+    t = torch.linspace(0, 1, 31, dtype=torch.float64)
+    assert_close(process.time(process.log_snr(t)), t, rtol=1e-12, atol=1e-14)
+    inside = t[t <= process.t_max]
+    assert bool(process.drift(inside).isfinite().all() & process.diffusion(inside).isfinite().all())
+    if betas[-1] == 1:  # alpha falls in a straight line over the last interval
+        last = t[t >= 2 / 3]
+        assert_close(process.alpha(last), 3 * (1 - last) * alpha[:3].prod(), rtol=1e-12, atol=1e-15)
+
+
 def test_discrete_is_the_chain_multiplied_out():
     """One kernel a step in plain Python floats; N roundings of 1 ulp each."""
     process = sd.Discrete.linear()
@@ -132,17 +189,18 @@ def test_discrete_is_the_chain_multiplied_out():
         assert float(process.variance(t)) == pytest.approx(variance, rel=4000 * EPS)
 
 
-def test_discrete_linear_is_the_published_table():
-    alpha_bar = sd.Discrete.linear().alpha(torch.ones((), dtype=torch.float64)) ** 2
-    assert float(alpha_bar) == pytest.approx(4.0358297653756835e-05, rel=1e-9)
-
-
 def test_transition_does_nothing_in_no_time_and_refuses_to_run_backward():
     t = torch.tensor(0.4, dtype=torch.float64)
     a, b = sd.VP().transition(t, t)
     assert (float(a), float(b)) == (1.0, 0.0)
     with pytest.raises(ValueError, match="s <= t"):
         sd.VP().transition(t, t / 2)
+    with pytest.raises(ValueError, match="0 <= s"):
+        sd.VP().transition(-0.1, 0.5)
+    with pytest.raises(ValueError, match="s=nan"):
+        sd.VP().transition(math.nan, 0.5)
+    with pytest.raises(ValueError, match=r"alpha\(s\) = 0"):
+        sd.RectifiedFlow().transition(1.0, 1.0)
 
 
 def test_perturb_has_the_marginals_moments(generator):
@@ -183,7 +241,41 @@ def test_a_chains_own_grids_stand_on_its_times():
         (lambda: sd.VP(0.1, math.nan), "beta_max"),
         (lambda: sd.VP("0.1", 20), "beta_min"),
         (lambda: sd.VP(True, 20), "beta_min"),
+        (lambda: sd.SubVP(0.0, 20), "beta_min"),
+        (lambda: sd.VE(0.5, 0.1), "sigma_min"),
+        (lambda: sd.VE(-1.0, 50), "sigma_min"),
+        (lambda: sd.VE(0.01, math.inf), "sigma_max"),
+        (lambda: sd.EDM(0), "sigma_max"),
+        (lambda: sd.EDM(math.nan), "sigma_max"),
+        (lambda: sd.OU(-1.0), "rate"),
+        (lambda: sd.OU(False), "rate"),
+        (lambda: sd.Cosine(-0.008), "s must"),
+        (lambda: sd.Cosine(None), "s must"),
         (lambda: sd.Discrete(()), "betas"),
+        (lambda: sd.Discrete((1.0, 0.1)), "beta_1 = 1"),
+        (lambda: sd.Discrete((0.0, 0.1)), "beta_1 = 0"),
+        (lambda: sd.Discrete((0.1, -0.1)), "beta_2 = -0.1"),
+        (lambda: sd.Discrete((True, False)), "betas"),
+        (lambda: sd.Discrete(np.array([1, 2])), "betas"),
+        (lambda: sd.Discrete("linear"), "betas"),
+        (lambda: sd.Discrete(0.1), "betas"),
+        (lambda: sd.Discrete([[0.1], [0.1, 0.2]]), "betas"),
+        (lambda: sd.Discrete.linear(10.0), "num_steps"),
+        (lambda: sd.Discrete.linear(True), "num_steps"),
+        (lambda: sd.Discrete.linear(10, 0.02, 1e-4), "beta_min <= beta_max"),
+        (lambda: sd.Discrete.linear(10, -1e-4, 0.02), "beta_min"),
+        (lambda: sd.Discrete.linear(10, 1e-4, math.nan), "beta_max"),
+        (lambda: sd.Discrete.scaled_linear(10, -1e-4), "beta_min"),
+        (lambda: sd.Discrete.scaled_linear(0), "num_steps"),
+        (lambda: sd.Discrete.sigmoid(10, 0.1, 2.0), "beta_max"),
+        (lambda: sd.Discrete.sigmoid(10, span=0), "span"),
+        (lambda: sd.Discrete.cosine(0), "num_steps"),
+        (lambda: sd.Discrete.cosine(10, s=-1), "s must"),
+        (lambda: sd.Discrete.cosine(10, max_beta=1.5), "max_beta"),
+        (lambda: sd.Discrete.constant(10, alpha=1.5), "alpha"),
+        (lambda: sd.Discrete.constant(10, alpha=1.0), "betas"),
+        (lambda: sd.Discrete.constant(0), "num_steps"),
+        (lambda: sd.Discrete((0.5,)).zero_terminal_snr(), "1 step"),
         (lambda: sd.Discrete((0.1, 1.5)), "betas"),
         (lambda: sd.Discrete((0.1, math.nan)), "betas"),
         (lambda: sd.Discrete(((0.1, 0.2),)), "betas"),
@@ -201,7 +293,7 @@ def test_bad_values_are_named(make, named):
 
 
 @dataclass(frozen=True)
-class Backward(OU):
+class Backward(Users):
     """Two formulas whose noise shrinks: no SDE has them."""
 
     def variance(self, t: torch.Tensor) -> torch.Tensor:

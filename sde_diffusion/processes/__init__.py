@@ -2,7 +2,7 @@
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
 from sde_diffusion.processes.discrete import Discrete, Interpolated
-from sde_diffusion.processes.process import Level, Process, Scalar, VariancePreserving
+from sde_diffusion.processes.process import Level, Process, Scalar, VariancePreserving, double
 
 __all__ = [
     "EDM",
@@ -18,4 +18,5 @@ __all__ = [
     "Scalar",
     "SubVP",
     "VariancePreserving",
+    "double",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from sde_diffusion import grids
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
-__all__ = ["Level", "Process", "Scalar", "VariancePreserving"]
+__all__ = ["Level", "Process", "Scalar", "VariancePreserving", "double"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
@@ -271,7 +271,8 @@ class VariancePreserving(Process):
 
 def double(t: Scalar) -> Tensor:
     """t in float64, on the CPU if its device has none."""
-    t = torch.as_tensor(t)
+    if not isinstance(t, Tensor):
+        return torch.tensor(t, dtype=torch.float64)
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 

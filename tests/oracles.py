@@ -56,6 +56,21 @@ SDES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
 }  # fmt: skip
 
 
+# Their marginals, (alpha, sigma^2).
+MARGINALS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "vp": lambda t: (math.exp(-vp_integral(t) / 2), -math.expm1(-vp_integral(t))),
+    "sub-vp": lambda t: (math.exp(-vp_integral(t) / 2), math.expm1(-vp_integral(t)) ** 2),
+    "ve": lambda t: (1.0, 0.01**2 * (5000.0 ** (2 * t) - 1)),
+    "ou": lambda t: (math.exp(-5 * t), -math.expm1(-10 * t)),
+    "cosine": lambda t: (
+        math.cos(cosine_angle(t)) / math.cos(cosine_angle(0)),
+        1 - (math.cos(cosine_angle(t)) / math.cos(cosine_angle(0))) ** 2,
+    ),
+    "edm": lambda t: (1.0, (80 * t) ** 2),
+    "rectified": lambda t: (1 - t, t**2),
+}
+
+
 def ddpm_moments(
     betas: Sequence[float], mean: float, variance: float, kind: str
 ) -> tuple[float, float]:
@@ -96,10 +111,10 @@ def ddim_moments(
 
 def euler_maruyama_moments(
     times: Sequence[float], drift: Callable, diffusion2: Callable, marginal: Callable,
-    mean: float, variance: float,
+    mean: float, variance: float, start: float = 1.0,
 ) -> tuple[float, float]:  # fmt: skip
-    """Euler-Maruyama of the reverse SDE; marginal(t) = (alpha, sigma^2)."""
-    m, v = 0.0, 1.0
+    """Euler-Maruyama of the reverse SDE from N(0, start); marginal(t) = (alpha, sigma^2)."""
+    m, v = 0.0, start
     for t, s in pairwise(times):
         dt, g2 = t - s, diffusion2(t)
         alpha, noise = marginal(t)

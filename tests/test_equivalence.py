@@ -1,10 +1,13 @@
 """Discrete and continuous: one step, the whole chain, and back."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from oracles import fitted_order, vp_beta
+from cases import MEAN
+from oracles import EPS, ddpm_moments, fitted_order, reverse_sde_moments, vp_beta, w2
 from torch.testing import assert_close
 
 import sde_diffusion as sd
@@ -95,3 +98,84 @@ def test_discretizing_the_interpolating_sde_exactly_gives_the_chain_back():
 def test_what_has_no_chain_is_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         sd.discretize(*arguments)
+
+
+# ---- agreement ---------------------------------------------------------------------------------
+
+
+def typed_distances(n):
+    """The chain beta_i = beta(i/N)/N against VP, in numpy: marginals, kernels, least eps-loss."""
+    t = np.arange(n + 1) / n
+    alpha2 = np.exp(-(0.1 * t + 19.9 * t**2 / 2))
+    betas = (0.1 + 19.9 * t[1:]) / n
+    abar = np.append(1.0, np.cumprod(1 - betas))
+    marginals = max(
+        np.abs(np.sqrt(alpha2) - np.sqrt(abar)).max(),
+        np.abs(np.sqrt(1 - alpha2) - np.sqrt(1 - abar)).max(),
+    )
+    kernels = alpha2[1:] / alpha2[:-1]
+    transitions = max(
+        np.abs(np.sqrt(kernels) - np.sqrt(1 - betas)).max(), np.abs(1 - kernels - betas).max()
+    )
+    least = [a / 4 / (a / 4 + 1 - a) for a in (alpha2[1:], abar[1:])]
+    return marginals, transitions, np.abs(least[0] - least[1]).max()
+
+
+def test_agreement_reports_the_distances_of_the_definitions():
+    report = sd.agreement(sd.VP(), partial(sd.discretize, sd.VP()), sizes=(100, 200), mean=MEAN)
+    limit = reverse_sde_moments(MEAN, 0.25)
+    for k, n in enumerate((100, 200)):
+        expected = typed_distances(n)
+        made = (report.marginals[k], report.transitions[k], report.losses[k])
+        assert made == pytest.approx(expected, rel=1e-9)
+        betas = (0.1 + 19.9 * np.arange(1, n + 1) / n) / n
+        distance = w2(ddpm_moments(betas, MEAN, 0.25, "beta"), limit)
+        assert report.laws[k] == pytest.approx(distance, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("beta", 0.98, 1.02), ("posterior", 0.9, 1.02)])
+def test_the_rates_of_vp_and_its_chains(kind, low, high):
+    """Marginals at 1.00, one kernel at 2, the output law at 1 (beta) and log N / N (posterior)."""
+    report = sd.agreement(sd.VP(), partial(sd.discretize, sd.VP()), sampler=sd.Ancestral(kind))
+    assert report.sizes == (1024, 2048, 4096)
+    assert report.rates["marginals"] == pytest.approx(1, abs=5e-3)
+    assert report.rates["transitions"] == pytest.approx(2, abs=5e-3)
+    assert report.rates["losses"] == pytest.approx(1, abs=5e-3)
+    assert low <= report.rates["laws"] <= high
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (sd.OU(1.0), sd.Discrete.constant),
+        (sd.VP(), partial(sd.discretize, sd.VP(), rule="exact")),
+        (sd.VP(3.0, 3.0), sd.OU(1.5)),
+    ],
+    ids=["ttic", "exact rule", "constant rate"],
+)
+def test_what_is_equal_agrees_to_rounding_and_has_no_rate(a, b):
+    report = sd.agreement(a, b, sizes=(16, 64))
+    for name in ("marginals", "transitions", "losses"):
+        assert max(getattr(report, name)) < 64 * 4 * EPS
+        assert report.rates[name] is None
+
+
+def test_a_chain_has_its_own_size_and_the_report_can_be_printed():
+    report = sd.agreement(sd.VP(), sd.Discrete.linear(100, 1e-3, 0.2))
+    assert report.sizes == (100,)
+    assert set(report.rates.values()) == {None}
+    header, row, rates = str(report).splitlines()
+    assert header.split() == ["N", "marginals", "transitions", "losses", "laws"]
+    assert row.split()[0] == "100"
+    assert [float(cell) for cell in row.split()[1:]] == pytest.approx(
+        [report.marginals[0], report.transitions[0], report.losses[0], report.laws[0]], rel=5e-3
+    )
+    assert rates.split() == ["rate", "-", "-", "-", "-"]
+
+
+def test_the_chain_of_cosine_is_its_table_but_for_the_published_clip():
+    exact = sd.discretize(sd.Cosine(), 100, "exact")
+    assert exact.betas[-1] == 1
+    assert exact.betas[:-1] == sd.Discrete.cosine(100).betas[:-1]
+    with pytest.raises(ValueError, match="Cosine promises drift"):
+        sd.discretize(sd.Cosine(), 100)

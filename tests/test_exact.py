@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import PROCESSES
-from oracles import normal
+from oracles import normal, reverse_sde_moments
 from scipy.integrate import quad
 from torch.testing import assert_close
 
@@ -125,3 +126,35 @@ def test_bad_mixtures_are_named(arguments, named):
 def test_samples_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         mixture(sd.VP()).log_prob(torch.zeros(2, 4))
+
+
+def test_the_reverse_sdes_law_is_the_solution_of_its_moment_equations():
+    """DOP853 at 1e-11 on d(mean)/dt, d(variance)/dt of the reverse VP SDE, typed in oracles.py."""
+    mean, covariance = sd.exact.Gaussian(
+        sd.VP(), torch.tensor([0.7], dtype=torch.float64), 0.25
+    ).reverse_sde()
+    solved = reverse_sde_moments(0.7, 0.25)
+    assert (float(mean), float(covariance)) == pytest.approx(solved, rel=1e-8)
+
+
+def test_the_reverse_sdes_law_follows_the_axes_of_the_data():
+    """A rotated problem has the rotated law."""
+    turn = torch.linalg.qr(torch.tensor([[1.0, 2], [3, 4]], dtype=torch.float64))[0]
+    center, spread = torch.tensor([0.7, -1.0]).double(), torch.tensor([0.25, 2.0]).double()
+    process = sd.OU(1.0)  # alpha(1) = 0.37: the start is far from the data's law
+    straight = sd.exact.Gaussian(process, center, spread).reverse_sde()
+    turned = sd.exact.Gaussian(process, turn @ center, turn * spread @ turn.T).reverse_sde()
+    assert_close(turned[0], turn @ straight[0])
+    assert_close(turned[1], turn @ straight[1] @ turn.T)
+
+
+def test_the_least_eps_loss_is_the_exact_models():
+    """Gauss-Hermite over (x0, eps): the integrand is a polynomial of degree 2, so it is exact."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(4)
+    z, w = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    model = sd.exact.Gaussian(sd.VP(), torch.tensor([0.7], dtype=torch.float64), 0.25)
+    x0, eps = (part.flatten()[:, None] for part in torch.meshgrid(0.7 + z / 2, z, indexing="ij"))
+    for level in sd.VP().levels(torch.tensor([0.0, 0.1, 0.5, 1.0])):
+        error = model(sd.VP().perturb(x0, level, eps), level).eps - eps
+        expected = float((torch.outer(w, w).flatten() * error[:, 0] ** 2).sum())
+        assert model.eps_loss(level) == pytest.approx(expected, rel=1e-12, abs=1e-15)

@@ -61,20 +61,22 @@ def test_ode_solvers_agree_on_a_mixture(process):
         assert float((made - reference).pow(2).mean().sqrt()) <= 10 * tolerance
 
 
-@pytest.mark.parametrize("name", ["vp", "rectified"])
+@pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(
     "sampler", [sd.Adams(1), sd.Adams(2), sd.Adams(3), sd.Adams(4), sd.Adams(5), sd.Heun(),
                 sd.Ancestral(eta=0.0)], ids=str,
 )  # fmt: skip
 def test_deterministic_samplers_converge_at_their_declared_order(name, sampler):
     model, sizes = gaussian(PROCESSES[name]), (64, 128, 256)
+    if name == "ou" and sampler == sd.Ancestral(eta=0.0):
+        sizes = (1024, 2048, 4096)  # sigma starts like sqrt(10 t): even times resolve it late
     x = model.process.prior((16, 1), seeds=range(16), dtype=torch.float64)
     flow = model.flow(x, 1.0, 0.0)
     errors = [float((sd.sample(model, sampler, x, steps=n) - flow).norm()) for n in sizes]
     assert fitted_order(sizes, errors) >= sampler.order - 0.2
 
 
-@pytest.mark.parametrize("name", ["vp", "rectified"])
+@pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize(
     ("sampler", "calls"), [(sd.Adams(3), 12), (sd.Heun(), 23), (sd.Ancestral(eta=0.0), 12)], ids=str
 )

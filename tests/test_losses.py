@@ -287,7 +287,7 @@ def test_likelihood_times_have_the_density_g2_over_sigma2(process):
 
 
 def test_importance_sampling_estimates_the_likelihood_loss_with_less_variance():
-    """total E[h] = E[g^2 / sigma^2 h] over uniform times in [t_min, 1], for |eps error|^2 = h(t)."""
+    """total E[h] = E[g^2 / sigma^2 h] over uniform times in [t_min, 1], for |eps error|^2 = h."""
     law, n = sd.LikelihoodTimes(sd.VP(), 1e-3), 20_000
     q = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

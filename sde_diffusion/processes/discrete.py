@@ -25,7 +25,8 @@ class Interpolated(VariancePreserving):
     """The SDE that passes through a discrete chain: beta(t) constant between the chain's times i/N.
 
     log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
-    transitions at the times i/N are the chain's own. Where beta_N = 1 (zero terminal SNR) it is
+    transitions at the times i/N are the chain's own; drift and diffusion there are those of the
+    interval below. Where beta_N = 1 (zero terminal SNR) it is
     alpha that falls linearly to 0 over the last interval; t_max is then (N - 1) / N.
 
     Args:
@@ -55,7 +56,8 @@ class Interpolated(VariancePreserving):
     def log_alpha(self, t: Tensor) -> Tensor:
         table, last = self.table.to(t), self.num_steps - 1
         position = t * self.num_steps
-        left = position.detach().floor().clamp(0, last).long()
+        # A node i belongs to the interval that ends there, whose rate a step down from i needs.
+        left = (position.detach() - 1e-9).ceil().sub(1).clamp(0, last).long()
         fraction = position - left
         if self.betas[-1] < 1:
             return table[left] + fraction * (table[left + 1] - table[left])

@@ -4,6 +4,7 @@ For TwoGaussians and Chequerboard: the data, 4,000 samples by ancestral sampling
 and the probability-flow ODE from the same starts, and some of the ODE's paths.
 
     python experiments/toy2d.py
+    python experiments/toy2d.py --process edm --weight min-snr
 """
 
 import time
@@ -25,6 +26,12 @@ class Config:
     """Draw toy2d.png."""
 
     data: Literal["both", "two-gaussians", "chequerboard"] = "both"
+    process: Literal["vp", "sub-vp", "ve", "ou", "cosine", "edm", "rectified", "ddpm"] = "vp"
+    """how data become noise; ddpm: the chain of 1,000 steps, linear betas"""
+    weight: Literal["none", "simple", "likelihood", "snr", "min-snr", "edm", "vlb"] = "none"
+    """of the levels in the loss; none: 1 on what the network puts out; vlb needs --process ddpm"""
+    penalty: Literal["l2", "l1", "huber"] = "l2"
+    """of an error in the loss"""
     train_steps: int = 6000
     """optimizer steps for each data set"""
     batch_size: int = 512
@@ -39,6 +46,26 @@ TOYS: dict[str, toy.Toy] = {
     "two-gaussians": toy.TwoGaussians(),
     "chequerboard": toy.Chequerboard(),
 }
+PROCESSES: dict[str, sd.Process] = {
+    "vp": sd.VP(),
+    "sub-vp": sd.SubVP(),
+    "ve": sd.VE(),
+    "ou": sd.OU(),
+    "cosine": sd.Cosine(),
+    "edm": sd.EDM(),
+    "rectified": sd.RectifiedFlow(),
+    "ddpm": sd.Discrete.linear(),
+}
+WEIGHTS: dict[str, sd.losses.Weight | None] = {
+    "none": None,
+    "simple": sd.Simple(),
+    "likelihood": sd.Likelihood(),
+    "snr": sd.SNR(),
+    "min-snr": sd.MinSNR(),
+    "edm": sd.EDMWeight(sigma_data=1.0),
+    "vlb": sd.VLB(sd.Discrete.linear()),
+}
+PENALTIES: dict[str, sd.losses.Penalty] = {"l2": sd.L2(), "l1": sd.L1(), "huber": sd.Huber()}
 SAMPLERS: dict[str, sd.Sampler] = {
     "ancestral": sd.Ancestral(),
     "reverse SDE": sd.EulerMaruyama(),
@@ -51,6 +78,8 @@ def main(config: Config) -> None:
     errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
     for name in ("train_steps", "batch_size", "num_samples"):
         errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
+    if config.weight == "vlb" and config.process != "ddpm":
+        raise ValueError("--weight vlb belongs to a chain: give --process ddpm")
     command.check_out(config.out)
     device = command.device(config.device)
     chosen = TOYS if config.data == "both" else {config.data: TOYS[config.data]}
@@ -71,7 +100,12 @@ def train(
     points = data.Points(distribution.sample(50_000, config.seed))
     torch.manual_seed(config.seed)  # the network's first weights
     network = sd.networks.MLP(shape=(2,), width=128, depth=4, fourier=16)
-    denoiser = sd.Denoiser(network, sd.VP(), sd.V()).to(device)
+    process = PROCESSES[config.process]
+    if process.prior_std > 1:  # the network must not see levels of 50 or 80, nor be told them by t
+        denoiser = sd.Denoiser(network, process, sd.Karras(sigma_data=1.0), sd.LogRatio())
+    else:
+        denoiser = sd.Denoiser(network, process, sd.V())
+    denoiser = denoiser.to(device)
     recipe = training.Recipe(
         steps=config.train_steps,
         batch_size=config.batch_size,
@@ -80,8 +114,11 @@ def train(
         ema=0.995,
         seed=config.seed,
     )
-    times = sd.NormalLogSNR(denoiser.process, mean=0.0, std=3.0)
-    state = training.TrainState(denoiser, recipe, times)
+    times: sd.losses.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)
+    if config.process == "ddpm":
+        times = sd.DiscreteTimes(sd.Discrete.linear().num_steps)
+    weight, penalty = WEIGHTS[config.weight], PENALTIES[config.penalty]
+    state = training.TrainState(denoiser, recipe, times, weight, penalty)
     steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]
     return state.averaged, sum(losses) / len(losses)

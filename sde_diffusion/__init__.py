@@ -1,6 +1,6 @@
 """Continuous-time SDE and score-based diffusion, with the DDPM as its Euler discretization."""
 
-from sde_diffusion import exact, grids, losses, networks, score_matching, verify
+from sde_diffusion import equivalence, exact, grids, losses, networks, score_matching, verify
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pretrained
 from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
@@ -102,6 +102,7 @@ __all__ = [
     "continuous",
     "denoising_loss",
     "discretize",
+    "equivalence",
     "exact",
     "grids",
     "losses",

@@ -50,10 +50,7 @@ __all__ = [
 class Weight(Protocol):
     """w as a function of the level, and the space of the errors that it weighs."""
 
-    @property
-    def space(self) -> Parameterization | None:
-        """Eps(), X0(), ...; None leaves it to the loss."""
-        ...
+    space: ClassVar[Parameterization]
 
     def __call__(self, level: Level) -> Scalar: ...
 
@@ -143,7 +140,7 @@ def denoising_loss(
 class Simple:
     """1, on errors of eps: L_simple (Ho et al. 2020, eq. 14)."""
 
-    space: ClassVar = Eps()
+    space: ClassVar[Parameterization] = Eps()
 
     def __call__(self, level: Level) -> Scalar:
         return 1.0
@@ -156,7 +153,7 @@ class Likelihood:
     Half its integral over t bounds the negative log-likelihood up to a constant.
     """
 
-    space: ClassVar = Score()
+    space: ClassVar[Parameterization] = Score()
 
     def __call__(self, level: Level) -> Scalar:
         return level.diffusion2
@@ -166,7 +163,7 @@ class Likelihood:
 class SNR:
     """alpha^2 / sigma^2, on errors of x0: the same loss as `Simple` (Salimans & Ho 2022)."""
 
-    space: ClassVar = X0()
+    space: ClassVar[Parameterization] = X0()
 
     def __call__(self, level: Level) -> Scalar:
         return level.alpha**2 / level.sigma**2
@@ -176,7 +173,7 @@ class SNR:
 class MinSNR:
     """min(alpha^2 / sigma^2, gamma), on errors of x0 (Hang et al. 2023, eq. 8)."""
 
-    space: ClassVar = X0()
+    space: ClassVar[Parameterization] = X0()
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
@@ -194,7 +191,7 @@ class EDMWeight:
     Karras et al. 2022, Table 1: 1 on errors of their network's output (space=Karras(sigma_data)).
     """
 
-    space: ClassVar = X0()
+    space: ClassVar[Parameterization] = X0()
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
@@ -217,7 +214,7 @@ class VLB:
         variance: sigma_i^2 of the reverse kernels, "beta" or "posterior".
     """
 
-    space: ClassVar = Eps()
+    space: ClassVar[Parameterization] = Eps()
     process: Discrete
     variance: Literal["beta", "posterior"] = "beta"
 

@@ -21,7 +21,15 @@ from torch.optim.swa_utils import AveragedModel
 from sde_diffusion import errors, storage
 from sde_diffusion.data import Data, order
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import TimeDistribution, UniformTimes, denoising_loss, stratified
+from sde_diffusion.losses import (
+    L2,
+    Penalty,
+    TimeDistribution,
+    UniformTimes,
+    Weight,
+    denoising_loss,
+    stratified,
+)
 from sde_diffusion.noise import Purpose, stream
 
 __all__ = ["EMA", "Batch", "Metrics", "Recipe", "TrainState", "draw", "newest_checkpoint", "train"]
@@ -128,13 +136,19 @@ class TrainState:
         denoiser: trained in place; on the device where training is to happen.
         recipe: the settings of the run.
         times: the law of t; uniform by default.
+        weight, penalty: of the loss, see `losses.denoising_loss`.
     """
 
     def __init__(
-        self, denoiser: Denoiser, recipe: Recipe, times: TimeDistribution | None = None
+        self,
+        denoiser: Denoiser,
+        recipe: Recipe,
+        times: TimeDistribution | None = None,
+        weight: Weight | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         self.denoiser, self.recipe, self.step = denoiser, recipe, 0
-        self.times = times or UniformTimes()
+        self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         if next(denoiser.network.parameters()).is_cuda:
             # CPUs do not gain: a step of the packaged U-Net took 1.2 to 1.7 times as long there.
             denoiser.network.to(memory_format=torch.channels_last)
@@ -147,7 +161,8 @@ class TrainState:
     @property
     def settings(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that it goes on from."""
-        return {**asdict(self.recipe), "times": repr(self.times)}
+        laws = {name: repr(getattr(self, name)) for name in ("times", "weight", "penalty")}
+        return {**asdict(self.recipe), **laws}
 
     @property
     def averaged(self) -> Denoiser:
@@ -171,7 +186,11 @@ class TrainState:
         cond = None if batch.cond is None else batch.cond.to(device)
         bf16 = torch.autocast(device.type, torch.bfloat16)
         with bf16 if recipe.dtype == "bf16" else nullcontext():
-            loss = denoising_loss(self.denoiser, x0, batch.t, eps, cond=cond).mean()
+            losses = denoising_loss(
+                self.denoiser, x0, batch.t, eps,
+                cond=cond, weight=self.weight, penalty=self.penalty,
+            )  # fmt: skip
+            loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.clip)

@@ -220,17 +220,19 @@ class Process(ABC):
 
     def _promised(self, t: Tensor) -> Tensor:
         last = self.t_max + SLACK if self.t_max < 1 else math.inf  # beyond 1 the formulas go on
-        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= last)).all()):
+        allowed = (t >= 0) & (t <= last)
+        if t.device.type == "cpu" and not bool(allowed.all()):
             raise ValueError(
                 f"{type(self).__name__} promises drift and diffusion on [0, {self.t_max}]; "
-                f"got t={t.tolist()}"
+                f"got t={t[~allowed][0].item()}"
             )
         return t
 
     def _fields(self, t: Tensor) -> tuple[Tensor, ...]:
         t = double(t).detach()
-        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):  # a GPU would stall
-            raise ValueError(f"times must lie in [0, 1]; got {t.tolist()}")
+        allowed = (t >= 0) & (t <= 1)
+        if t.device.type == "cpu" and not bool(allowed.all()):  # a GPU would stall
+            raise ValueError(f"times must lie in [0, 1]; got {t[~allowed][0].item()}")
         log_alpha, variance, *rates = self._rates(t)
         drift, diffusion2 = (
             torch.where(t <= self.t_max + SLACK, rate, torch.nan) for rate in rates

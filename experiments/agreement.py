@@ -1,0 +1,95 @@
+"""How far DDPM chains are from the SDE that they tend to, and at what rate they come nearer.
+
+    python experiments/agreement.py --process vp --rule euler
+
+Nothing is estimated: data are Gaussian, every law is exact.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import command
+
+import sde_diffusion as sd
+from sde_diffusion import errors, plots, storage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print the table; write agreement.txt, agreement.json and agreement.png."""
+
+    process: Literal["vp", "ou", "cosine"] = "vp"
+    """the SDE: VP(0.1, 20), OU(1), Cosine(0.008)"""
+    rule: Literal["euler", "exact", "table"] = "euler"
+    """euler: beta(i/N)/N; exact: the SDE's own marginals; table: the published chain of the name"""
+    sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    """lengths N of the chains"""
+    variance: Literal["beta", "posterior"] = "beta"
+    """of the ancestral sampler whose law is compared with the reverse SDE's"""
+    data_mean: float = 1.0
+    data_variance: float = 0.25
+    out: Path = Path("runs/agreement")
+    """folder of everything written"""
+
+
+PROCESSES: dict[str, sd.Process] = {"vp": sd.VP(), "ou": sd.OU(1.0), "cosine": sd.Cosine()}
+TABLES = {"ou": sd.Discrete.constant, "cosine": sd.Discrete.cosine}
+
+
+def main(config: Config) -> None:
+    if len(config.sizes) < 2 or len(set(config.sizes)) < len(config.sizes):
+        raise ValueError(f"--sizes needs two or more different lengths; got {config.sizes}")
+    for size in config.sizes:
+        errors.integer("--sizes", size, at_least=2, at_most=10_000)
+    errors.number("--data-mean", config.data_mean)
+    errors.number("--data-variance", config.data_variance, 0, strict=True)
+    command.check_out(config.out)
+    process = PROCESSES[config.process]
+    if config.rule == "table":
+        if config.process not in TABLES:
+            raise ValueError(
+                f"--rule table: {config.process} has none; there are: {', '.join(TABLES)}"
+            )
+        family = TABLES[config.process]
+    else:
+        family = partial(sd.discretize, process, rule=config.rule)
+    report = sd.agreement(
+        process,
+        family,
+        sizes=config.sizes,
+        mean=config.data_mean,
+        variance=config.data_variance,
+        sampler=sd.Ancestral(config.variance),
+    )
+    print(report)
+    out = command.folder(config.out)
+    storage.replace(out / "agreement.txt", f"{report}\n".encode())
+    figures = json.dumps({**asdict(report), "rates": report.rates}, indent=1)
+    storage.replace(out / "agreement.json", f"{figures}\n".encode())
+    storage.replace(out / "agreement.png", plots.png(picture(report)))
+    command.write_config(out, config)
+    print(f"-> {out / 'agreement.png'}")
+
+
+def picture(report: sd.equivalence.Agreement) -> object:
+    """Each distance that is not rounding against N, in logarithms."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for marker, (name, rate) in zip("os^D", report.rates.items(), strict=True):
+        if rate is not None:
+            label = f"{name}: N^{-rate:.2f}"
+            axis.loglog(report.sizes, getattr(report, name), marker=marker, label=label)
+    axis.set(xlabel="length of the chain N (steps)", ylabel="distance")
+    axis.set_xticks(report.sizes, [str(size) for size in report.sizes])
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

@@ -127,7 +127,10 @@ def train(
 def draw(
     config: Config, denoiser: sd.Denoiser, distribution: toy.Toy, device: torch.device
 ) -> dict[str, Tensor]:
-    """Title of each column to points (N, 2); the flow's paths are (steps, N, 2)."""
+    """Title of each column to points (N, 2); the flow's paths are (steps, N, 2).
+
+    Paths are drawn as x / (alpha + sigma): where noise reaches 80, x itself would leave the picture.
+    """
     n = config.num_samples
     seeds = [config.seed * 2**32 + k for k in range(n)]
     x = denoiser.process.prior((n, 2), seeds=seeds, device=device)
@@ -139,7 +142,8 @@ def draw(
     few = x[:200]
     times = frames.grid(denoiser.process, 40)
     states = sd.trajectory(denoiser, sd.TorchODE(rtol=1e-4, atol=1e-4), few, times=times)
-    columns["its paths"] = torch.stack([few, *(state.x for state in states)])
+    path = zip([few, *(state.x for state in states)], denoiser.process.levels(times), strict=True)
+    columns["its paths in the straight frame"] = torch.stack([frames.enter(*at) for at in path])
     return columns
 
 

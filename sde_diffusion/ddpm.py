@@ -12,6 +12,7 @@ Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of th
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import pi, sqrt
 from typing import Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.losses import L2, Penalty
 from sde_diffusion.noise import Generated, Noise
-from sde_diffusion.prediction import Prediction, truth
+from sde_diffusion.prediction import Prediction, coordinates, truth
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.sampling import chosen_noise
 
@@ -64,10 +65,12 @@ class DDPM:
     model: Model
 
     def __post_init__(self) -> None:
-        if not hasattr(self.model.process, "posterior_variances"):
+        process = getattr(self.model, "process", None)
+        if not hasattr(process, "posterior_variances"):
             raise ValueError(
-                f"a DDPM needs a model of a Discrete process; got one of {self.model.process}: "
-                f"equivalence.discretize and equivalence.match make it one"
+                f"a DDPM needs a model of a Discrete process, such as Denoiser(network, "
+                f"Discrete.linear()), or what `match` makes of another; got "
+                f"{type(self.model).__name__} on {type(process).__name__}"
             )
 
     @property
@@ -113,7 +116,7 @@ class DDPM:
         """x_i by i kernels one after the other (eq. 2): equal in law to `q_sample`, in O(i)."""
         source = chosen_noise(x0, generator, seeds, noise)
         i = self.index(i, x0)
-        last = i.reshape(i.shape + (1,) * (x0.ndim - i.ndim)).to(x0.device)
+        last = i.reshape(i.shape + (1,) * (x0.ndim - i.ndim)).to(x0.device) if i.ndim else i
         x = x0
         for j, beta in enumerate(self.process.betas[: int(i.max()) if len(x0) else 0], 1):
             z = source(j / self.num_steps, (j - 1) / self.num_steps, x)
@@ -132,12 +135,8 @@ class DDPM:
         """
         same_shape("x", x, x0)
         i = self.index(i, x)
-        root = self.process.table.exp()  # sqrt(abar_i), i = 0 .. N
-        noise = 0.0 - torch.expm1(2 * self.process.table)  # 1 - abar_i
-        of_x0 = root[:-1] * self.betas / noise[1:]
-        of_x = self.alphas.sqrt() * noise[:-1] / noise[1:]
-        mean = entry(of_x0, i, x) * x0 + entry(of_x, i, x) * x
-        return mean, entry(self.process.posterior_variances, i, x)
+        of_x0, of_x, variance = (entry(table, i, x) for table in self._posterior)
+        return of_x0 * x0 + of_x * x, variance
 
     # ---- backward ------------------------------------------------------------------------------
 
@@ -160,7 +159,8 @@ class DDPM:
 
         variance "beta": beta_i. "posterior": that of `q_posterior`, 0 at i = 1. "learned":
         exp(v log beta_i + (1 - v) log posterior_i) with v = (extra + 1) / 2 from the second half of
-        the network's output channels (Nichol & Dhariwal 2021, eq. 15).
+        the network's output channels (Nichol & Dhariwal 2021, eq. 15); at i = 1, where posterior_i
+        is 0, with that of i = 2.
 
         Returns:
             the mean, shaped like x = x_i, and the variance, which broadcasts against it.
@@ -182,16 +182,20 @@ class DDPM:
         generator: torch.Generator | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
-        """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2)."""
+        """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2).
+
+        One step knows no seeds: `p_chain` and `sample` take them, for the whole way.
+        """
         source = chosen_noise(x, generator, None, noise)
         i = self.index(i, x)
         mean, of_step = self.p_mean_variance(x, i, variance=variance, clamp=clamp)
         t = float(i.max() if i.numel() else 1) / self.num_steps
         z = source(t, t - 1 / self.num_steps, x)
-        noisy = (i > 1).reshape(i.shape + (1,) * (x.ndim - i.ndim)).to(x.device)
+        noisy = i > 1
+        if i.ndim:
+            noisy = noisy.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
         return torch.where(noisy, mean + of_step.sqrt() * z, mean)
 
-    @torch.no_grad()
     def p_chain(
         self,
         x: Tensor,
@@ -205,8 +209,15 @@ class DDPM:
     ) -> Iterator[Tensor]:
         """x_(i-1), ..., x_0 from x = x_i, one after the other."""
         source = chosen_noise(x, generator, seeds, noise)
-        for j in range(errors.integer("i", i, 1, self.num_steps), 0, -1):
-            x = self.p_sample(x, j, variance=variance, clamp=clamp, noise=source)
+        steps = range(errors.integer("i", i, 1, self.num_steps), 0, -1)
+        return self._p_chain(x, steps, variance, clamp, source)
+
+    @torch.no_grad()
+    def _p_chain(
+        self, x: Tensor, steps: range, variance: Variance, clamp: float | None, noise: Noise
+    ) -> Iterator[Tensor]:
+        for i in steps:
+            x = self.p_sample(x, i, variance=variance, clamp=clamp, noise=noise)
             yield x
 
     def sample(
@@ -242,7 +253,7 @@ class DDPM:
         """
         x = self.q_sample(x0, i, eps)
         error = self.model(x, self.level(i, x)).eps - eps
-        return (penalty or L2())(error).flatten(1).mean(1)
+        return coordinates((penalty or L2())(error)).mean(1)
 
     def negative_elbo(self, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
@@ -270,15 +281,15 @@ class DDPM:
         gap, of_q = self.q_posterior(x0 - prediction.x0, torch.zeros_like(x), i)  # of the two means
         distance = gap**2 / of_p
         ratio = of_q / of_p
-        first = (i == 1).reshape(of_q.shape).to(x.device)
+        first = (i == 1).reshape(of_q.shape).to(of_q.device)
         divergence = ratio - 1 - torch.where(first, 1, ratio).log()
         cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
-        return cost.flatten(1).sum(1) / 2
+        return coordinates(cost).sum(1) / 2
 
     def prior_term(self, x0: Tensor) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
-        abar = self.alphas_bar[-1].to(x0)
-        return (abar * (x0**2 - 1) - torch.log1p(-abar)).flatten(1).sum(1) / 2
+        abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
+        return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
 
     @torch.no_grad()
     def bound(
@@ -302,6 +313,10 @@ class DDPM:
 
     def index(self, i: Index, like: Tensor) -> Tensor:
         """i as a tensor of integers, () or (B,), or an error that says what is wrong with it."""
+        if like.ndim == 0 or not like.is_floating_point():
+            raise TypeError(
+                f"a batch must be (B, ...) floats; got shape {tuple(like.shape)}, {like.dtype}"
+            )
         if not isinstance(i, Tensor):
             return torch.tensor(errors.integer("i", i, 1, self.num_steps))
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
@@ -313,9 +328,27 @@ class DDPM:
             raise ValueError(f"i must lie in 1 .. {self.num_steps}; got {i.tolist()}")
         return i
 
-    def level(self, i: Index, like: Tensor) -> Level[Tensor]:
+    def level(self, i: Index, like: Tensor) -> Level:
         """The level of index i for a batch shaped like `like`."""
-        return self.process.level(self.index(i, like).double() / self.num_steps, like)
+        i = self.index(i, like)
+        if i.ndim:
+            return self.process.level(i.double() / self.num_steps, like)
+        return self._levels[int(i) - 1]
+
+    @cached_property
+    def _levels(self) -> list[Level[float]]:
+        """Those of i = 1 .. N."""
+        times = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
+        return self.process.levels(times)
+
+    @cached_property
+    def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ho et al. 2020, eq. 7, for i = 1 .. N: coefficients of x_0 and x_i, and the variance."""
+        root = self.process.table.exp()  # sqrt(abar_i), i = 0 .. N
+        noise = 0.0 - torch.expm1(2 * self.process.table)  # 1 - abar_i
+        of_x0 = root[:-1] * self.betas / noise[1:]
+        of_x = self.alphas.sqrt() * noise[:-1] / noise[1:]
+        return of_x0, of_x, self.process.posterior_variances
 
     def _predict(self, x: Tensor, i: Index, clamp: float | None) -> Prediction:
         level = self.level(i, x)
@@ -344,8 +377,9 @@ class DDPM:
 
 
 def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
-    """table[i - 1] for a table over 1 .. N, broadcast against `like`."""
-    return table[i - 1].reshape(i.shape + (1,) * (like.ndim - i.ndim)).to(like)
+    """table[i - 1] for a table over 1 .. N: (B, 1, ..., 1) like `like`, or () for a single i."""
+    chosen = table[i - 1].to(like)
+    return chosen.reshape(-1, *[1] * (like.ndim - 1)) if i.ndim else chosen
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:

@@ -73,22 +73,22 @@ class LogRatio:
 
 @dataclass(frozen=True)
 class Index:
-    """t N - first: the step of a chain as its network counts it, a real number.
+    """t N - 1 + counts_from: the step of a chain as its network counts it, a real number.
 
     Args:
         num_steps: N.
-        first: 1 if the network counts 0 .. N - 1, as those of other libraries do; 0 for 1 .. N.
+        counts_from: the network's name of the first step, 0 (most libraries) or 1 (the papers).
     """
 
     num_steps: int
-    first: int = 1
+    counts_from: int = 0
 
     def __post_init__(self) -> None:
         errors.integer("num_steps", self.num_steps)
-        errors.integer("first", self.first, 0, 1)
+        errors.integer("counts_from", self.counts_from, 0, 1)
 
     def __call__(self, level: Level) -> Scalar:
-        return level.t * self.num_steps - self.first
+        return level.t * self.num_steps - 1 + self.counts_from
 
 
 CONDITIONS: list[type] = [Time, LogSNR, LogRatio, Index]

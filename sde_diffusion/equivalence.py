@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import errors, frames, verify
-from sde_diffusion.denoiser import Model
+from sde_diffusion.denoiser import Index, Model
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.prediction import Eps, Parameterization, Prediction, Row, read
 from sde_diffusion.processes import Discrete, Interpolated, Level, Process, double
@@ -25,7 +25,6 @@ __all__ = [
     "Adopted",
     "Agreement",
     "Matched",
-    "Shortened",
     "adopt",
     "agreement",
     "continuous",
@@ -85,17 +84,19 @@ def adopt(
     network: Callable[[Tensor, Tensor], Any],
     process: Discrete,
     parameterization: Parameterization | None = None,
+    counts_from: int = 0,
 ) -> "Adopted":
-    """The model of a network that another library trained on a chain.
+    """The model of a network that was trained on a chain elsewhere.
 
     Args:
-        network: called as network(x, step) with step (B,) counting 0 .. N - 1, our index less 1. It
-            answers with a tensor, or with a record that has it as `sample`, as diffusers'
-            `UNet2DModel` does.
+        network: called as network(x, step), step (B,). It answers with a tensor, or with a record
+            that has it as `sample`, as diffusers' `UNet2DModel` does.
         process: the chain it was trained on, such as `Discrete(scheduler.betas)`.
         parameterization: the meaning of its output, Eps() by default.
+        counts_from: its name of the first step: 0 for steps 0 .. N - 1, our index less 1, as most
+            libraries count; 1 for 1 .. N.
     """
-    return Adopted(network, process, parameterization or Eps())
+    return Adopted(network, process, parameterization or Eps(), counts_from)
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,16 @@ class Adopted:
     network: Callable[[Tensor, Tensor], Any]
     process: Discrete
     parameterization: Parameterization
+    counts_from: int
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        t = double(level.t)
-        step = t * self.process.num_steps - 1
+        step = double(Index(self.process.num_steps, self.counts_from)(level))
         near = 1e-6 if isinstance(level.t, float) else 1e-3  # float32 times have fewer digits
-        if bool((step < -near).any()):
+        if bool((step < self.counts_from - near).any()):
             raise ValueError(
                 f"the network was trained from t = 1/N = {1 / self.process.num_steps:g} on; got "
-                f"t={float(t.min()):g}: let the grid go from there to 0, as the chain's own do"
+                f"t={float(double(level.t).min()):g}: let the grid go from there to 0, as the "
+                f"chain's own do"
             )
         whole = step.round().long()
         step = whole if bool(((step - whole).abs() <= near).all()) else step.to(torch.float32)
@@ -132,7 +134,7 @@ def match(model: Model, process: Process) -> "Matched":
         x (alpha' + sigma') / (alpha + sigma),        the primed ones its own,
 
     and its x0 and eps are the answer. Where `process` starts noisier than the model was trained,
-    the result's process is `Shortened`: sampling starts at the largest common noise.
+    the result's process is `process.until(...)` there: sampling starts at the largest common noise.
 
     Args:
         model: a Denoiser, an `Adopted` network, an exact model, ...
@@ -147,7 +149,7 @@ def match(model: Model, process: Process) -> "Matched":
     end = process.time(most)
     (own,), (to,) = model.process.levels(torch.ones(1)), process.levels(end.reshape(1))
     std = model.process.prior_std * (to.alpha + to.sigma) / (own.alpha + own.sigma)
-    return Matched(model, Shortened(process, end.item(), std))
+    return Matched(model, process.until(end.item(), std))
 
 
 @dataclass(frozen=True)
@@ -212,42 +214,6 @@ class Elsewhere(Parameterization):
 
     def target(self, prediction: Prediction) -> Tensor:
         raise TypeError("a matched model is trained on its own process: train that")
-
-
-@dataclass(frozen=True)
-class Shortened(Process):
-    """A process up to time `end`, on a slower clock that reads 1 there: t is its time t end.
-
-    Args:
-        process: the whole path.
-        end: in (0, 1].
-        std: standard deviation of the prior there.
-    """
-
-    process: Process
-    end: float
-    std: float
-
-    def __post_init__(self) -> None:
-        errors.number("end", self.end, 0, 1, strict=True)
-        errors.number("std", self.std, 0, strict=True)
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return self.process.log_alpha(t * self.end)
-
-    def variance(self, t: Tensor) -> Tensor:
-        return self.process.variance(t * self.end)
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        return (self.process.time(log_snr) / self.end).clamp(max=1)
-
-    @property
-    def t_max(self) -> float:
-        return min(1.0, self.process.t_max / self.end)
-
-    @property
-    def prior_std(self) -> float:
-        return self.std
 
 
 # ---- how far apart -----------------------------------------------------------------------------

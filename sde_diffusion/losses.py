@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.prediction import X0, Eps, Parameterization, Score, truth
+from sde_diffusion.prediction import X0, Eps, Parameterization, Score, coordinates, truth
 from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
 
 __all__ = [
@@ -130,7 +130,7 @@ def denoising_loss(
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))
     cost = (penalty or L2())(error)
-    return (cost if weight is None else weight(level) * cost).flatten(1).mean(1)
+    return coordinates(cost if weight is None else weight(level) * cost).mean(1)
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -220,11 +220,18 @@ class VLB:
 
     def __post_init__(self) -> None:
         self.process.model_variances(self.variance)
+        if self.process.betas[-1] == 1:
+            raise ValueError(
+                "VLB weighs errors of eps, which say nothing of x0 where alpha = 0: a chain with "
+                "zero terminal SNR has no such weight at i = N (DDPM.bound_term is the term itself)"
+            )
 
     def __call__(self, level: Level) -> Scalar:
         t = double(level.t)
         i = (t * self.process.num_steps).round().long().cpu()
-        if t.device.type == "cpu" and bool(((t * self.process.num_steps - i).abs() > 1e-3).any()):
+        dtype = level.t.dtype if isinstance(level.t, Tensor) else torch.float64
+        slack = min(0.25, 1e-6 + 2 * self.process.num_steps * torch.finfo(dtype).eps)
+        if t.device.type == "cpu" and bool(((t * self.process.num_steps - i).abs() > slack).any()):
             raise ValueError(f"VLB weighs the chain's times i / N alone; got t={t.flatten()}")
         betas = torch.tensor(self.process.betas, dtype=torch.float64)
         weights = betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))

@@ -27,6 +27,7 @@ __all__ = [
     "Score",
     "V",
     "Velocity",
+    "coordinates",
     "read",
     "truth",
 ]
@@ -282,6 +283,11 @@ def read(x: Tensor, out: Tensor, level: Level, meaning: Parameterization) -> Pre
         )
     out, extra = out.chunk(2, dim=1)
     return Prediction(x, out, level, meaning, extra)
+
+
+def coordinates(x: Tensor) -> Tensor:
+    """A batch (B, ...) as (B, d), any rank from 1, any size from 0."""
+    return x.reshape(len(x), x.shape[1:].numel())
 
 
 def is_zero(scalar: Scalar) -> bool:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.denoiser import Model
+from sde_diffusion.prediction import coordinates
+from sde_diffusion.processes import Scalar
 
 __all__ = ["implicit_loss", "sliced_loss"]
 
 
-def implicit_loss(model: Model, x: Tensor, t: Tensor) -> Tensor:
+def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
     """|s|^2 + 2 div s, the mean over coordinates, with the divergence exact.
 
     One backward pass for each of the d coordinates of a sample: for small d.
@@ -26,16 +28,17 @@ def implicit_loss(model: Model, x: Tensor, t: Tensor) -> Tensor:
     Args:
         model: whose score is judged; samples must not see each other (no batch norm).
         x: noisy batch (B, ...), drawn from p_t.
-        t: its times, () or (B,), with sigma(t) > 0.
+        t: its times, a float, () or (B,), with sigma(t) > 0.
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
-    score, slopes = score_and_slopes(model, x, t, [row.reshape(x[:1].shape) for row in basis])
-    return (score**2).flatten(1).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
+    basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
+    directions = [row.reshape(1, *x.shape[1:]) for row in basis]
+    score, slopes = score_and_slopes(model, x, t, directions)
+    return coordinates(score**2).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
 
 
-def sliced_loss(model: Model, x: Tensor, t: Tensor, probes: Sequence[Tensor]) -> Tensor:
+def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) -> Tensor:
     """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, eq. 8).
 
     For probes of unit covariance an unbiased estimate of `implicit_loss` (Hutchinson 1990), at one
@@ -47,15 +50,20 @@ def sliced_loss(model: Model, x: Tensor, t: Tensor, probes: Sequence[Tensor]) ->
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    if not len(probes):
-        raise ValueError("probes must hold at least one tensor shaped like x")
+    shapes = [tuple(v.shape) for v in probes]
+    allowed = (tuple(x.shape), (1, *x.shape[1:]))
+    if not shapes or any(shape not in allowed for shape in shapes):
+        raise ValueError(
+            f"probes must hold at least one tensor shaped like x, {allowed[0]}, or {allowed[1]}; "
+            f"got {shapes}"
+        )
     score, slopes = score_and_slopes(model, x, t, probes)
     divergence = torch.stack(slopes).mean(0)
-    return (score**2).flatten(1).mean(1) + 2 * divergence / x[0].numel()
+    return coordinates(score**2).mean(1) + 2 * divergence / x.shape[1:].numel()
 
 
 def score_and_slopes(
-    model: Model, x: Tensor, t: Tensor, directions: Sequence[Tensor]
+    model: Model, x: Tensor, t: Scalar, directions: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
     with torch.enable_grad():
@@ -65,5 +73,5 @@ def score_and_slopes(
         for v in directions:
             v = v.expand_as(x)
             along = torch.autograd.grad((score * v).sum(), x, create_graph=True)[0]
-            slopes.append((along * v).flatten(1).sum(1))
+            slopes.append(coordinates(along * v).sum(1))
     return score, slopes

@@ -225,7 +225,7 @@ def test_a_weight_out_of_its_place_is_refused(arguments, named):
         (lambda: sd.NormalLogSNR(sd.VP(), std=0), "std"),
         (lambda: sd.DiscreteTimes(0), "num_steps"),
         (lambda: sd.Index(0), "num_steps"),
-        (lambda: sd.Index(10, first=2), "first"),
+        (lambda: sd.Index(10, counts_from=2), "counts_from"),
     ],
 )
 def test_values_out_of_range_are_named(make, named):

@@ -63,9 +63,7 @@ def test_a_trained_network_draws_the_same_samples_on_another_process():
 def test_sampling_starts_at_the_largest_common_noise():
     """EDM's model knows sigma / alpha up to 80, and VP goes to 152."""
     matched = sd.match(gaussian(sd.EDM()), sd.VP())
-    assert matched.process == sd.equivalence.Shortened(
-        sd.VP(), matched.process.end, matched.process.std
-    )
+    assert matched.process == sd.VP().until(matched.process.end, matched.process.std)
     assert float(matched.process.log_snr(1.0)) == pytest.approx(-2 * math.log(80), rel=1e-12)
     (end,) = levels(sd.VP(), matched.process.end)
     # EDM's N(0, 80^2), rescaled: 80 (alpha + sigma) / (1 + 80)
@@ -88,12 +86,27 @@ def test_sampling_starts_at_the_largest_common_noise():
         recorded.clear()
         assert sd.sample(matched, sampler, x, steps=8, seeds=[0, 1, 2]).isfinite().all()
         assert recorded[0].t == pytest.approx(1, abs=1e-12)
+    even = torch.linspace(1, 0, 9, dtype=torch.float64)  # VP's own grids are even
+    assert_close(sd.Ancestral().grid(matched.process, 8), even, rtol=0, atol=1e-15)
+
+
+def test_a_ddpm_of_a_matched_model_is_the_ddpm_of_the_chains_own():
+    """The chain of 30 steps ends a little noisier than VP: VP's model knows 29 of them."""
+    chain = sd.discretize(sd.VP(), 30)
+    matched, own = sd.DDPM(sd.match(gaussian(sd.VP()), chain)), sd.DDPM(gaussian(chain))
+    assert matched.process.betas == chain.betas[:29]
+    x = normal(4, 1)
+    for i in (1, 7, 29):
+        for ours, theirs in zip(
+            matched.p_mean_variance(x, i), own.p_mean_variance(x, i), strict=True
+        ):
+            assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 @EVERY
 def test_a_shortened_process_is_the_same_sde_on_a_slower_clock(process):
     end = 0.6
-    short = sd.equivalence.Shortened(process, end, 1.0)
+    short = sd.Process.until(process, end)
     t = torch.tensor([1e-3, 0.2, 0.7, 1.0], dtype=torch.float64)
     assert_close(short.alpha(t), process.alpha(t * end))
     assert_close(short.sigma(t), process.sigma(t * end))
@@ -152,6 +165,20 @@ def test_an_adopted_network_is_asked_for_its_own_integer_steps():
     batch = chain.level(torch.tensor([1, 7, 1000]) / 1000, x.float())  # float32 times
     adopted(x.float(), batch)
     assert network.asked[-1].tolist() == [0, 6, 999]
+
+
+def test_a_network_may_count_from_one():
+    chain, asked = sd.Discrete.linear(10), []
+
+    def network(x, step):
+        asked.append(step)
+        return x
+
+    for level in levels(chain, 0.1, 1.0):
+        sd.adopt(network, chain, counts_from=1)(normal(2, 1), level)
+    assert [step.tolist() for step in asked] == [[1, 1], [10, 10]]
+    with pytest.raises(ValueError, match=r"trained from t = 1/N = 0\.1 on"):
+        sd.adopt(network, chain, counts_from=1)(normal(2, 1), levels(chain, 0.05)[0])
 
 
 def test_between_its_times_an_adopted_network_is_fed_a_real_step_and_nothing_is_rounded():
@@ -223,6 +250,7 @@ def test_ancestral_sampling_of_a_matched_model_tends_to_the_reverse_sde(kind, lo
     errors = []
     for n in sizes:
         matched = sd.match(model, sd.discretize(sd.VP(), n))
-        law = sd.verify.law(sd.Ancestral(kind), matched, steps=n, shape=(1,))
+        steps = matched.process.num_steps  # n - 1: the last one is noisier than VP ever is
+        law = sd.verify.law(sd.Ancestral(kind), matched, steps=steps, shape=(1,))
         errors.append(w2((float(law.mean), float(law.covariance)), limit))
     assert low <= fitted_order(sizes, errors) <= high

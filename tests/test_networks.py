@@ -243,3 +243,9 @@ def test_the_config_of_a_network_makes_it_again(made, config):
     assert first.config == second.config
     shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (first, second)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("fourier", [0, 8])
+def test_an_mlp_takes_a_batch_of_nothing(fourier):
+    network = MLP((3,), width=8, fourier=fourier)
+    assert network(torch.zeros(0, 3), torch.zeros(0)).shape == (0, 3)

@@ -67,7 +67,10 @@ class MLP(nn.Module):
         given = 0 if context is None else context.shape[-1]
         if given != self.context:
             raise ValueError(f"this network takes a context of width {self.context}; got {given}")
-        parts = [x.reshape(len(x), -1), self.embed(c) if self.embed is not None else c[:, None]]
+        parts = [
+            x.reshape(len(x), prod(self.shape)),
+            self.embed(c) if self.embed is not None else c[:, None],
+        ]
         if context is not None:
             parts.append(context)
         return self.layers(torch.cat(parts, dim=1)).reshape(x.shape)

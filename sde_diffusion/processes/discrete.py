@@ -165,6 +165,10 @@ class Discrete(Interpolated):
     def first_time(self) -> float:
         return 1 / self.num_steps
 
+    def until(self, end: float, std: float = 1.0) -> "Discrete":
+        """The chain of the steps whose times are at most `end`, started from N(0, I)."""
+        return Discrete(self.betas[: math.floor(end * self.num_steps + 1e-9)])
+
     @property
     def posterior_variances(self) -> Tensor:
         """Variance of q(x_(i-1) | x_i, x_0) for i = 1 .. N: (N,) float64 (Ho et al. 2020, eq. 7).

@@ -20,10 +20,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sde_diffusion import grids
+from sde_diffusion import errors, grids
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
-__all__ = ["Level", "Process", "Scalar", "VariancePreserving", "double"]
+__all__ = ["Level", "Process", "Scalar", "Shortened", "VariancePreserving", "double"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
@@ -169,13 +169,16 @@ class Process(ABC):
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
         return self.prior_std * source(1.0, 1.0, torch.empty(*shape, dtype=dtype, device=device))
 
-    def level(self, t: Tensor, like: Tensor) -> Level[Tensor]:
+    def level(self, t: Scalar, like: Tensor) -> Level[Tensor]:
         """The levels of a batch whose samples stand at times t, broadcast here and nowhere else.
 
         Args:
             t: () or (B,), in [0, 1].
             like: the batch (B, ...), whose rank, dtype and device the fields take.
         """
+        if not like.is_floating_point():
+            raise TypeError(f"a batch must hold floats; got {like.dtype}")
+        t = t if isinstance(t, Tensor) else double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(
                 f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
@@ -217,6 +220,10 @@ class Process(ABC):
         log_a = self.log_alpha(t) - self.log_alpha(s)
         b2 = self.variance(t) - (2 * log_a).exp() * self.variance(s)
         return log_a, b2.clamp(min=0)
+
+    def until(self, end: float, std: float = 1.0) -> "Process":
+        """The path up to time `end` as a process of its own, started from N(0, std^2 I) there."""
+        return Shortened(self, end, std)
 
     def _promised(self, t: Tensor) -> Tensor:
         last = self.t_max + SLACK if self.t_max < 1 else math.inf  # beyond 1 the formulas go on
@@ -269,6 +276,51 @@ class VariancePreserving(Process):
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         log_a = self.log_alpha(t) - self.log_alpha(s)
         return log_a, 0.0 - torch.expm1(2 * log_a)  # no difference of variances: exact for t near s
+
+
+@dataclass(frozen=True)
+class Shortened(Process):
+    """A process up to time `end`, on a slower clock that reads 1 there: t is its time t end.
+
+    Args:
+        process: the whole path.
+        end: in (0, 1].
+        std: standard deviation of the prior there.
+    """
+
+    process: Process
+    end: float
+    std: float
+
+    def __post_init__(self) -> None:
+        errors.number("end", self.end, 0, 1, strict=True)
+        errors.number("std", self.std, 0, strict=True)
+
+    @property
+    def t_max(self) -> float:
+        return min(1.0, self.process.t_max / self.end)
+
+    @property
+    def prior_std(self) -> float:
+        return self.std
+
+    @property
+    def first_time(self) -> float:
+        return self.process.first_time / self.end
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return self.process.log_alpha(t * self.end)
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.process.variance(t * self.end)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return (self.process.time(log_snr) / self.end).clamp(max=1)
+
+    def times(self, steps: int, start: float = 1.0) -> Tensor:
+        """The whole path's own kind of grid."""
+        times = self.process.times(steps, start * self.end) / self.end
+        return torch.cat([torch.tensor([start], dtype=torch.float64), times[1:]])
 
 
 def double(t: Scalar) -> Tensor:

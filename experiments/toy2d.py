@@ -129,7 +129,7 @@ def draw(
 ) -> dict[str, Tensor]:
     """Title of each column to points (N, 2); the flow's paths are (steps, N, 2).
 
-    Paths are drawn as x / (alpha + sigma): where noise reaches 80, x itself would leave the picture.
+    Paths are drawn as x / (alpha + sigma): where noise reaches 80, x would leave the picture.
     """
     n = config.num_samples
     seeds = [config.seed * 2**32 + k for k in range(n)]

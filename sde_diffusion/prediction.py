@@ -128,7 +128,7 @@ class Eps(Parameterization):
     """out = eps (Ho et al. 2020). Says nothing of x0 where alpha = 0."""
 
     def x0(self, level: Level) -> Row:
-        alpha = nonzero(level.alpha, "x0 from eps (use V or X0)", "alpha")
+        alpha = nonzero(level.alpha, "x0 from eps (use V, X0, Velocity or Karras)", "alpha")
         return 1 / alpha, -level.sigma / alpha
 
     def eps(self, level: Level) -> Row:
@@ -177,7 +177,7 @@ class Score(Parameterization):
     """out = grad log p_t(x) = -eps / sigma (Song et al. 2021)."""
 
     def x0(self, level: Level) -> Row:
-        alpha = nonzero(level.alpha, "x0 from the score (use V or X0)", "alpha")
+        alpha = nonzero(level.alpha, "x0 from the score (use V, X0, Velocity or Karras)", "alpha")
         return 1 / alpha, level.sigma**2 / alpha
 
     def eps(self, level: Level) -> Row:

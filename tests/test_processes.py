@@ -9,14 +9,14 @@ import torch
 from cases import PROCESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import EPS, SDES
+from oracles import EPS, MARGINALS, SDES
 from scipy.integrate import solve_ivp
 from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion.processes import Process
 
-TIMES = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.3, 0.7, 0.999], dtype=torch.float64)
+TIMES = torch.tensor([1e-5, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.75, 0.999], dtype=torch.float64)
 TO_ONE = torch.cat([TIMES, torch.ones(1, dtype=torch.float64)])
 PUBLISHED = pytest.mark.parametrize("name", SDES)
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
@@ -41,6 +41,22 @@ def test_drift_and_diffusion_are_the_published_ones(name):
     expected = torch.tensor(rates, dtype=torch.float64).T
     assert_close(process.drift(t), expected[0], rtol=1e-10, atol=0)
     assert_close(process.diffusion(t) ** 2, expected[1], rtol=1e-10, atol=0)
+
+
+@PUBLISHED
+@settings(max_examples=50, deadline=None)
+@given(t=st.floats(1e-5, 0.999))
+def test_rates_and_marginals_are_the_published_ones_at_any_time(name, t):
+    """The oracle's plain formulas lose digits near t = 0: 1 - alpha^2 has 1e-16 / sigma^2 left."""
+    process, (drift, diffusion2), (alpha, variance) = (
+        PROCESSES[name],
+        SDES[name],
+        MARGINALS[name](t),
+    )
+    assert float(process.drift(t)) == pytest.approx(drift(t), rel=1e-10)
+    assert float(process.diffusion(t) ** 2) == pytest.approx(diffusion2(t), rel=1e-10)
+    assert float(process.alpha(t)) == pytest.approx(alpha, rel=1e-10)
+    assert float(process.sigma(t) ** 2) == pytest.approx(variance, rel=1e-10, abs=1e-15)
 
 
 def test_a_users_two_formulas_give_the_ou_sde():

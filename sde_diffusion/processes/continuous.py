@@ -130,19 +130,21 @@ class Cosine(VariancePreserving):
         return math.pi / 2 / (1 + self.s)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        # Each form keeps its digits at one end: the second is log1p(alpha - 1), expanded.
-        late, early = self.c * (1 - t.clamp(min=0.5)), self.c * t.clamp(max=0.5)
+        # Each form keeps its digits at one end: the first is log1p(alpha - 1), expanded.
+        near_data = t < 0.5
+        early = self.c * torch.where(near_data, t, 0.0)
+        late = self.c * (1 - torch.where(near_data, 0.5, t))
         fall = 2 * (early / 2).sin() ** 2 + early.sin() / math.tan(self.c)
-        return torch.where(
-            t < 0.5, torch.log1p(-fall), late.sin().log() - math.log(math.sin(self.c))
-        )
+        from_noise = late.sin().log() - math.log(math.sin(self.c))
+        return torch.where(near_data, torch.log1p(-fall), from_noise)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """alpha^2 = sigmoid(log_snr); the angle by atan2, well conditioned at both ends."""
-        x = log_snr.to(torch.float64)
-        opposite = math.sin(self.c) * torch.sigmoid(x).sqrt()
-        adjacent = (math.cos(self.c) ** 2 + math.sin(self.c) ** 2 * torch.sigmoid(-x)).sqrt()
-        return (1 - torch.atan2(opposite, adjacent) / self.c).clamp(0, 1).to(log_snr)
+        """c t as the difference of the angles c and c (1 - t), by its tangent; sin = alpha sin c."""
+        x, sin, cos = log_snr.to(torch.float64), math.sin(self.c), math.cos(self.c)
+        noise = sin**2 * torch.sigmoid(-x)  # sin^2(c) sigma^2, and sigma^2 = sigmoid(-log_snr)
+        of_sin, of_cos = sin * torch.sigmoid(x).sqrt(), (cos**2 + noise).sqrt()
+        angle = torch.atan2(noise / (sin * of_cos + cos * of_sin), cos * of_cos + sin * of_sin)
+        return (angle / self.c).clamp(max=1).to(log_snr)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class Cosine(VariancePreserving):
         return torch.where(near_data, torch.log1p(-fall), from_noise)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        """c t as the difference of the angles c and c (1 - t), by its tangent; sin = alpha sin c."""
+        """c t by the tangent of c less the angle whose sine is alpha sin(c)."""
         x, sin, cos = log_snr.to(torch.float64), math.sin(self.c), math.cos(self.c)
         noise = sin**2 * torch.sigmoid(-x)  # sin^2(c) sigma^2, and sigma^2 = sigmoid(-log_snr)
         of_sin, of_cos = sin * torch.sigmoid(x).sqrt(), (cos**2 + noise).sqrt()

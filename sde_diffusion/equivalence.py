@@ -48,6 +48,7 @@ def discretize(
     Raises:
         ValueError: if the process is not variance-preserving, or a beta exceeds 1.
     """
+    errors.kind("process", process, "a Process", "log_alpha", "variance")
     errors.integer("num_steps", num_steps)
     errors.choice("rule", rule, ("euler", "exact"))
     t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
@@ -74,7 +75,7 @@ def continuous(discrete: Discrete) -> Interpolated:
 
     It is the same path, but its own grids go anywhere between the chain's times.
     """
-    return Interpolated(discrete.betas)
+    return Interpolated(errors.kind("discrete", discrete, "a Discrete process", "betas").betas)
 
 
 # ---- models from elsewhere ---------------------------------------------------------------------
@@ -96,6 +97,9 @@ def adopt(
         counts_from: its name of the first step: 0 for steps 0 .. N - 1, our index less 1, as most
             libraries count; 1 for 1 .. N.
     """
+    errors.kind("network", network, "a function network(x, step)", "__call__")
+    errors.kind("process", process, "a Discrete process", "betas")
+    errors.integer("counts_from", counts_from, 0, 1)
     return Adopted(network, process, parameterization or Eps(), counts_from)
 
 
@@ -143,6 +147,8 @@ def match(model: Model, process: Process) -> "Matched":
         ValueError: from the result, at levels less noisy than the model was trained on, which a
             chain's model is from i = 1 on; `Matched.times` gives grids that keep to it.
     """
+    errors.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
+    errors.kind("process", process, "a Process", "log_alpha", "variance")
     most = model.process.log_snr(1.0)
     if not bool(process.log_snr(1.0) < most - 1e-9 * most.abs()):
         return Matched(model, process)
@@ -279,12 +285,17 @@ def agreement(
         mean, variance: of the data.
         sampler: whose law on b is compared with the reverse SDE's on a; Ancestral("beta").
     """
+    errors.kind("a", a, "a Process", "log_alpha", "variance")
+    errors.number("variance", variance, 0, strict=True)
+    errors.number("mean", mean)
     sampler = sampler or Ancestral("beta")
     if isinstance(b, Process):
         fixed, family = b, lambda n: fixed
         sizes = [b.num_steps] if isinstance(b, Discrete) else sizes
     else:
-        family = b
+        family = errors.kind("b", b, "a Process or a function of N", "__call__")
+    if not errors.shape("sizes", sizes) or min(sizes) < 1:
+        raise ValueError(f"sizes must hold positive integers; got {sizes}")
     rows = [distances(a, family(n), n, mean, variance, sampler) for n in sizes]
     return Agreement(tuple(sizes), *zip(*rows, strict=True))
 

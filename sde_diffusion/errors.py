@@ -7,9 +7,12 @@ in and not by a stack of tensor code.
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["choice", "integer", "number"]
+__all__ = ["choice", "integer", "kind", "number", "shape"]
+
+
+T = TypeVar("T")
 
 
 def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
@@ -43,3 +46,17 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
     return value
+
+
+def kind(name: str, value: T, what: str, *attributes: str) -> T:
+    """`value`, if it has the attributes that make it `what`; structural, as the protocols are."""
+    if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
+        raise TypeError(f"{name} must be {what}; got {value!r:.80}")
+    return value
+
+
+def shape(name: str, value: Any) -> tuple[int, ...]:
+    """`value`, if it is a sequence of sizes (B, ...)."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers (B, ...); got {value!r}")
+    return tuple(integer(f"each entry of {name}", size, 0) for size in value)

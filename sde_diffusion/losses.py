@@ -219,6 +219,7 @@ class VLB:
     variance: Literal["beta", "posterior"] = "beta"
 
     def __post_init__(self) -> None:
+        errors.kind("process", self.process, "a Discrete process", "model_variances")
         self.process.model_variances(self.variance)
         if self.process.betas[-1] == 1:
             raise ValueError(
@@ -294,6 +295,7 @@ class LikelihoodTimes:
     t_min: float = 1e-5
 
     def __post_init__(self) -> None:
+        errors.kind("process", self.process, "a Process", "log_alpha", "variance")
         errors.number("t_min", self.t_min, 0, self.process.t_max, strict=True)
         if not self.t_min < self.process.t_max:
             raise ValueError(f"t_min must be below t_max={self.process.t_max}; got {self.t_min}")
@@ -324,6 +326,7 @@ class NormalLogSNR:
     std: float = 2.0
 
     def __post_init__(self) -> None:
+        errors.kind("process", self.process, "a Process", "log_alpha", "variance")
         errors.number("mean", self.mean)
         errors.number("std", self.std, 0, strict=True)
 

@@ -220,6 +220,9 @@ def test_a_weight_out_of_its_place_is_refused(arguments, named):
         (lambda: sd.Huber(-1.0), "delta"),
         (lambda: sd.EDMWeight(math.nan), "sigma_data"),
         (lambda: sd.VLB(sd.Discrete.linear(), "learned"), "variance"),
+        (lambda: sd.VLB(sd.VP()), "process must be a Discrete process"),
+        (lambda: sd.LikelihoodTimes(None), "process must be a Process"),
+        (lambda: sd.NormalLogSNR(None), "process must be a Process"),
         (lambda: sd.LikelihoodTimes(sd.VP(), 0), "t_min"),
         (lambda: sd.LikelihoodTimes(sd.Cosine(), 0.999), "t_min"),
         (lambda: sd.NormalLogSNR(sd.VP(), std=0), "std"),
@@ -229,7 +232,7 @@ def test_a_weight_out_of_its_place_is_refused(arguments, named):
     ],
 )
 def test_values_out_of_range_are_named(make, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((ValueError, TypeError), match=named):
         make()
 
 

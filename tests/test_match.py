@@ -243,6 +243,39 @@ def test_a_diffusers_unet_gives_the_x0_of_its_own_ddim_scheduler():
             assert_close(ours, theirs, rtol=0, atol=5e-7 * max(1.0, scale))
 
 
+def identity(x, step):
+    return x
+
+
+CHAIN = sd.Discrete.linear(10)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: sd.match(None, sd.VP()), "model must be a model"),
+        (lambda: sd.match(torch.nn.Linear(1, 1), sd.VP()), "model must be a model"),
+        (lambda: sd.match(gaussian(sd.VP()), None), "process must be a Process"),
+        (lambda: sd.match(gaussian(sd.VP()), sd.VP), "process must be a Process"),
+        (lambda: sd.adopt(None, CHAIN), "network must be a function"),
+        (lambda: sd.adopt(identity, sd.VP()), "process must be a Discrete process"),
+        (lambda: sd.adopt(identity, CHAIN, counts_from=2), "counts_from"),
+        (lambda: sd.continuous(sd.VP()), "discrete must be a Discrete process"),
+        (lambda: sd.discretize(None, 10), "process must be a Process"),
+        (lambda: sd.agreement(None, CHAIN), "a must be a Process"),
+        (lambda: sd.agreement(sd.VP(), None), "b must be a Process or a function of N"),
+        (lambda: sd.agreement(sd.VP(), sd.OU(), sizes=()), "sizes must hold"),
+        (lambda: sd.agreement(sd.VP(), sd.OU(), sizes=(0, 4)), "sizes must hold"),
+        (lambda: sd.agreement(sd.VP(), sd.OU(), sizes=(2.5,)), "sizes must be an integer"),
+        (lambda: sd.agreement(sd.VP(), sd.OU(), variance=-1), "variance"),
+        (lambda: sd.agreement(sd.VP(), sd.OU(), mean=math.nan), "mean"),
+    ],
+)
+def test_what_is_not_what_it_should_be_is_named(make, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        make()
+
+
 # ---- limits ------------------------------------------------------------------------------------
 
 

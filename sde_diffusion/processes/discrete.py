@@ -167,6 +167,7 @@ class Discrete(Interpolated):
 
     def until(self, end: float, std: float = 1.0) -> "Discrete":
         """The chain of the steps whose times are at most `end`, started from N(0, I)."""
+        errors.number("end", end, 1 / self.num_steps, 1)
         return Discrete(self.betas[: math.floor(end * self.num_steps + 1e-9)])
 
     @property

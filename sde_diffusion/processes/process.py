@@ -86,15 +86,15 @@ class Process(ABC):
 
     def alpha(self, t: Scalar) -> Tensor:
         """Scale of the data in x_t; like every schedule below shaped like t, float64 inside."""
-        return to_type(self.log_alpha(double(t)).exp(), t)
+        return to_type(self.log_alpha(self._on_path(t)).exp(), t)
 
     def sigma(self, t: Scalar) -> Tensor:
         """Standard deviation of the noise in x_t."""
-        return to_type(self.variance(double(t)).sqrt(), t)
+        return to_type(self.variance(self._on_path(t)).sqrt(), t)
 
     def log_snr(self, t: Scalar) -> Tensor:
         """log(alpha^2 / sigma^2), decreasing in t; +inf at t = 0."""
-        t64 = double(t)
+        t64 = self._on_path(t)
         return to_type(2 * self.log_alpha(t64) - self.variance(t64).log(), t)
 
     def drift(self, t: Scalar) -> Tensor:
@@ -103,7 +103,7 @@ class Process(ABC):
         Raises:
             ValueError: for negative times, and above t_max where alpha(1) = 0.
         """
-        return to_type(self._rates(self._promised(double(t)))[2], t)
+        return to_type(self._rates(self._promised(t))[2], t)
 
     def diffusion(self, t: Scalar) -> Tensor:
         """g(t) of dx = f x dt + g dW.
@@ -111,7 +111,7 @@ class Process(ABC):
         Raises:
             ValueError: for negative times, and above t_max where alpha(1) = 0.
         """
-        return to_type(self._rates(self._promised(double(t)))[3].sqrt(), t)
+        return to_type(self._rates(self._promised(t))[3].sqrt(), t)
 
     def time(self, log_snr: Tensor) -> Tensor:
         """The t in [0, 1] with this log-SNR, by bisection in float64; shaped like log_snr.
@@ -142,6 +142,7 @@ class Process(ABC):
         s64, t64 = double(s), double(t)
         if not bool(((s64 >= 0) & (s64 <= t64)).all()):
             raise ValueError(f"transition runs forward: need 0 <= s <= t; got s={s}, t={t}")
+        self._on_path(t)
         if bool(self.log_alpha(s64).isneginf().any()):
             raise ValueError(f"no kernel starts where alpha(s) = 0; got s={s}")
         log_a, b2 = self._kernel(s64, t64)
@@ -167,7 +168,8 @@ class Process(ABC):
         if generator is not None and seeds is not None:
             raise ValueError("give generator or seeds, not both")
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
-        return self.prior_std * source(1.0, 1.0, torch.empty(*shape, dtype=dtype, device=device))
+        like = torch.empty(errors.shape("shape", shape), dtype=dtype, device=device)
+        return self.prior_std * source(1.0, 1.0, like)
 
     def level(self, t: Scalar, like: Tensor) -> Level[Tensor]:
         """The levels of a batch whose samples stand at times t, broadcast here and nowhere else.
@@ -225,8 +227,17 @@ class Process(ABC):
         """The path up to time `end` as a process of its own, started from N(0, std^2 I) there."""
         return Shortened(self, end, std)
 
-    def _promised(self, t: Tensor) -> Tensor:
-        last = self.t_max + SLACK if self.t_max < 1 else math.inf  # beyond 1 the formulas go on
+    def _on_path(self, t: Scalar) -> Tensor:
+        """t in float64, if the formulas hold there: up to 1 where alpha(1) = 0, or any t >= 0."""
+        t, last = double(t), 1.0 if self.t_max < 1 else math.inf
+        allowed = (t >= 0) & (t <= last)
+        if t.device.type == "cpu" and not bool(allowed.all()):
+            raise ValueError(f"t must lie in [0, {last:g}]; got {t[~allowed][0].item()}")
+        return t
+
+    def _promised(self, t: Scalar) -> Tensor:
+        """t in float64, if drift and diffusion are promised there."""
+        t, last = double(t), self.t_max + SLACK if self.t_max < 1 else math.inf
         allowed = (t >= 0) & (t <= last)
         if t.device.type == "cpu" and not bool(allowed.all()):
             raise ValueError(
@@ -326,7 +337,10 @@ class Shortened(Process):
 def double(t: Scalar) -> Tensor:
     """t in float64, on the CPU if its device has none."""
     if not isinstance(t, Tensor):
-        return torch.tensor(t, dtype=torch.float64)
+        try:
+            return torch.tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"t must be a number or a tensor; got {t!r}") from None
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 

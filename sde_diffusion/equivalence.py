@@ -150,7 +150,7 @@ def match(model: Model, process: Process) -> "Matched":
     errors.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
     errors.kind("process", process, "a Process", "log_alpha", "variance")
     most = model.process.log_snr(1.0)
-    if not bool(process.log_snr(1.0) < most - 1e-9 * most.abs()):
+    if not bool(process.log_snr(1.0) < most - 1e-9 * (1 + most.abs())):
         return Matched(model, process)
     end = process.time(most)
     (own,), (to,) = model.process.levels(torch.ones(1)), process.levels(end.reshape(1))
@@ -191,7 +191,9 @@ class Matched:
         if isinstance(level.log_snr, Tensor):
             slack = 8 * torch.finfo(level.log_snr.dtype).eps
         low, high = own.log_snr(1.0).item(), own.log_snr(own.first_time).item()
-        outside = (log_snr < low - slack * abs(low)) | (log_snr > high + slack * abs(high))
+        outside = (log_snr < low - slack * (1 + abs(low))) | (
+            log_snr > high + slack * (1 + abs(high))
+        )
         if log_snr.device.type == "cpu" and bool(outside.any()):
             raise ValueError(
                 f"the model was trained at log_snr from {low:.4g} to {high:.4g}, t = 1 to "

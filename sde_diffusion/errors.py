@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-__all__ = ["choice", "integer", "kind", "number", "shape"]
+__all__ = ["batch", "choice", "integer", "kind", "number", "shape"]
 
 
 T = TypeVar("T")
@@ -52,6 +52,19 @@ def kind(name: str, value: T, what: str, *attributes: str) -> T:
     """`value`, if it has the attributes that make it `what`; structural, as the protocols are."""
     if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
         raise TypeError(f"{name} must be {what}; got {value!r:.80}")
+    return value
+
+
+def batch(name: str, value: T) -> T:
+    """`value`, if it is a tensor of floats (B, ...)."""
+    if not hasattr(value, "is_floating_point"):
+        raise TypeError(f"{name} must be a tensor (B, ...); got {value!r:.80}")
+    tensor: Any = value
+    if tensor.ndim == 0 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating-point batch (B, ...); "
+            f"got shape {tuple(tensor.shape)}, {tensor.dtype}"
+        )
     return value
 
 

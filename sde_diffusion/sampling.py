@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise, Seeded
 from sde_diffusion.processes import Level, Process
@@ -156,10 +157,7 @@ def chosen_noise(
     noise: Noise | None,
 ) -> Noise:
     """The one source of noise asked for."""
-    if x.ndim == 0 or not x.is_floating_point():
-        raise ValueError(
-            f"x must be a floating-point batch (B, ...); got shape {tuple(x.shape)}, {x.dtype}"
-        )
+    errors.batch("x", x)
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("give one of generator, seeds and noise")
     if noise is not None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import mpmath
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
@@ -69,6 +70,33 @@ MARGINALS: dict[str, Callable[[float], tuple[float, float]]] = {
     "edm": lambda t: (1.0, (80 * t) ** 2),
     "rectified": lambda t: (1 - t, t**2),
 }
+
+
+# The same with as many digits as mpmath is asked for; decimal parameters are written as such.
+EXACT_MARGINALS: dict[str, tuple[Callable, Callable]] = {
+    "vp": (
+        lambda t: mpmath.exp(-exact_integral(t) / 2),
+        lambda t: -mpmath.expm1(-exact_integral(t)),
+    ),
+    "sub-vp": (
+        lambda t: mpmath.exp(-exact_integral(t) / 2),
+        lambda t: mpmath.expm1(-exact_integral(t)) ** 2,
+    ),
+    "ve": (lambda t: 1, lambda t: mpmath.expm1(2 * t * mpmath.log(5000)) / 10000),
+    "ou": (lambda t: mpmath.exp(-5 * t), lambda t: -mpmath.expm1(-10 * t)),
+    "cosine": (lambda t: exact_cosine(t), lambda t: 1 - exact_cosine(t) ** 2),
+    "edm": (lambda t: 1, lambda t: 6400 * t**2),
+    "rectified": (lambda t: 1 - t, lambda t: t**2),
+}
+
+
+def exact_integral(t: mpmath.mpf) -> mpmath.mpf:
+    return (t + 199 * t**2 / 2) / 10
+
+
+def exact_cosine(t: mpmath.mpf) -> mpmath.mpf:
+    angles = (mpmath.pi / 2 * (1000 * at + 8) / 1008 for at in (t, 0))
+    return mpmath.cos(next(angles)) / mpmath.cos(next(angles))
 
 
 def ddpm_moments(

@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from cases import PROCESSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import EPS, MARGINALS, SDES
+from oracles import EPS, EXACT_MARGINALS, MARGINALS, SDES
 from scipy.integrate import solve_ivp
 from torch.testing import assert_close
 
@@ -109,7 +110,41 @@ def test_a_constant_rate_vp_is_ou():
     for ours, theirs in zip(
         sd.VP(3.0, 3.0).transition(s, t), sd.OU(1.5).transition(s, t), strict=True
     ):
-        assert_close(ours, theirs, rtol=1e-11, atol=0)  # VP subtracts two log alphas
+        assert_close(ours, theirs, rtol=8 * EPS, atol=0)
+
+
+@PUBLISHED
+@pytest.mark.parametrize("share", [0.5, 2.0**-20, 2.0**-40])
+def test_kernels_keep_their_digits_however_short(name, share):
+    """a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2 with 40 digits, from the published
+    marginals as elementary functions of exact binary times."""
+    process, (alpha, variance) = PROCESSES[name], EXACT_MARGINALS[name]
+    with mpmath.workdps(40):
+        for t in (1e-5, 0.1, 0.5, 0.9):
+            s = t * (1 - share)
+            a, b = process.transition(s, t)
+            ratio = alpha(mpmath.mpf(t)) / alpha(mpmath.mpf(s))
+            b2 = variance(mpmath.mpf(t)) - ratio**2 * variance(mpmath.mpf(s))
+            assert float(a) == pytest.approx(float(ratio), rel=1e-14)
+            assert float(b) == pytest.approx(float(mpmath.sqrt(b2)), rel=2e-14)
+
+
+@pytest.mark.parametrize("name", ["linear", "zero-snr"])
+def test_float32_nodes_have_the_rates_of_the_interval_below(name):
+    chain = sd.Discrete.linear() if name == "linear" else sd.Discrete.linear().zero_terminal_snr()
+    i = torch.arange(1, 1000)
+    betas = torch.tensor(chain.betas, dtype=torch.float64)[:999]
+    rates = -1000 * torch.log1p(-betas)
+    for t in (i / 1000, i.double() / 1000):
+        assert_close((chain.diffusion(t) ** 2).double(), rates, rtol=1e-6, atol=0)
+
+
+def test_a_half_precision_batch_is_told_its_time_in_full():
+    x = torch.zeros(3, 2, dtype=torch.bfloat16)
+    level = sd.Discrete.linear().level(torch.tensor([0.998, 0.999, 1.0]), x)
+    assert level.alpha.dtype == torch.bfloat16
+    assert (level.t.flatten() * 1000).round().tolist() == [998, 999, 1000]
+    assert level.log_snr.dtype == torch.float32
 
 
 def test_schedules_take_python_floats_and_keep_the_dtype_of_tensors():
@@ -289,7 +324,7 @@ def test_a_chains_own_grids_stand_on_its_times():
         (lambda: sd.Discrete.cosine(10, s=-1), "s must"),
         (lambda: sd.Discrete.cosine(10, max_beta=1.5), "max_beta"),
         (lambda: sd.Discrete.constant(10, alpha=1.5), "alpha"),
-        (lambda: sd.Discrete.constant(10, alpha=1.0), "betas"),
+        (lambda: sd.Discrete.constant(10, alpha=1.0), "alpha must lie in"),
         (lambda: sd.Discrete.constant(0), "num_steps"),
         (lambda: sd.Discrete((0.5,)).zero_terminal_snr(), "1 step"),
         (lambda: sd.Discrete((0.1, 1.5)), "betas"),
@@ -302,8 +337,10 @@ def test_a_chains_own_grids_stand_on_its_times():
         (lambda: sd.Cosine().log_snr(1.5), r"t must lie in \[0, 1\]; got 1.5"),
         (lambda: sd.RectifiedFlow().transition(0.5, 1.5), "got 1.5"),
         (lambda: sd.VP().alpha("half"), "t must be a number"),
+        (lambda: sd.VP().time("half"), "log_snr must be a number"),
+        (lambda: sd.VP().time(math.nan), "log_snr must not be nan"),
         (lambda: sd.VP().level(None, torch.zeros(1)), "t must be a number"),
-        (lambda: sd.VP().level(torch.rand(2), torch.zeros(2, dtype=torch.long)), "floats"),
+        (lambda: sd.VP().level(torch.rand(2), torch.zeros(2, dtype=torch.long)), "floating"),
         (lambda: sd.VP().prior(5), "shape"),
         (lambda: sd.VP().prior((2, 0.5)), "shape"),
         (lambda: sd.VP().until(0.0), "end"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from sde_diffusion import errors, grids
 from sde_diffusion.processes.process import Process, VariancePreserving
@@ -37,12 +38,14 @@ class LinearRate(Process):
     def log_alpha(self, t: Tensor) -> Tensor:
         return -self.beta_min * t / 2 - (self.beta_max - self.beta_min) * t**2 / 4
 
+    def _log_ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        return -(t - s) * (self.beta_min / 2 + (self.beta_max - self.beta_min) * (t + s) / 4)
+
     def _time_at(self, log_alpha: Tensor) -> Tensor:
         """The t in [0, 1] with this log alpha: the positive root of a quadratic."""
         half, slope = self.beta_min / 2, self.beta_max - self.beta_min
         fall = (-log_alpha).clamp(max=half + slope / 4)  # its value at t = 1
-        root = 2 * fall / (half + (half**2 + slope * fall).sqrt())
-        return root.clamp(max=1)
+        return 2 * fall / (half + (half**2 + slope * fall).sqrt())
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class VP(VariancePreserving, LinearRate):
     VP(b, b) is the Ornstein-Uhlenbeck process OU(b / 2).
     """
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """alpha^2 = sigmoid(log_snr)."""
-        return self._time_at(log_alpha_of(log_snr)).to(log_snr)
+        return self._time_at(logsigmoid(log_snr) / 2)
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,14 @@ class SubVP(LinearRate):
     def variance(self, t: Tensor) -> Tensor:
         return torch.expm1(2 * self.log_alpha(t)) ** 2
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """b^2 = (1 - a^2) (1 - alpha_s^2 alpha_t^2)."""
+        log_a, both = self._log_ratio(s, t), self.log_alpha(s) + self.log_alpha(t)
+        return log_a, torch.expm1(2 * log_a) * torch.expm1(2 * both)
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)."""
-        ratio = (-log_snr.to(torch.float64) / 2).exp()
-        return self._time_at(-torch.asinh(ratio / 2)).to(log_snr)
+        return self._time_at(-torch.asinh((-log_snr / 2).exp() / 2))
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """Evenly spaced times."""
@@ -94,13 +101,12 @@ class OU(VariancePreserving):
     def log_alpha(self, t: Tensor) -> Tensor:
         return -self.rate * t
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """alpha^2 = sigmoid(log_snr)."""
-        return (log_alpha_of(log_snr) / -self.rate).clamp(max=1).to(log_snr)
+        return logsigmoid(log_snr) / (-2 * self.rate)
 
-    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_a = -self.rate * (t - s)
-        return log_a, 0.0 - torch.expm1(2 * log_a)
+    def _log_ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        return -self.rate * (t - s)
 
 
 @dataclass(frozen=True)
@@ -138,13 +144,20 @@ class Cosine(VariancePreserving):
         from_noise = late.sin().log() - math.log(math.sin(self.c))
         return torch.where(near_data, torch.log1p(-fall), from_noise)
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def _log_ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        """1 - a = 2 cos(c (1 - (s + t) / 2)) sin(c (t - s) / 2) / sin(c (1 - s)), where small."""
+        middle, half = self.c * (1 - (s + t) / 2), self.c * (t - s) / 2
+        fall = 2 * middle.cos() * half.sin() / (self.c * (1 - s)).sin()
+        small = fall < 0.5
+        return torch.where(small, torch.log1p(-fall.clamp(max=0.5)), super()._log_ratio(s, t))
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """c t by the tangent of c less the angle whose sine is alpha sin(c)."""
-        x, sin, cos = log_snr.to(torch.float64), math.sin(self.c), math.cos(self.c)
-        noise = sin**2 * torch.sigmoid(-x)  # sin^2(c) sigma^2, and sigma^2 = sigmoid(-log_snr)
-        of_sin, of_cos = sin * torch.sigmoid(x).sqrt(), (cos**2 + noise).sqrt()
+        sin, cos = math.sin(self.c), math.cos(self.c)
+        noise = sin**2 * torch.sigmoid(-log_snr)  # sin^2(c) sigma^2
+        of_sin, of_cos = sin * torch.sigmoid(log_snr).sqrt(), (cos**2 + noise).sqrt()
         angle = torch.atan2(noise / (sin * of_cos + cos * of_sin), cos * of_cos + sin * of_sin)
-        return (angle / self.c).clamp(max=1).to(log_snr)
+        return angle / self.c
 
 
 @dataclass(frozen=True)
@@ -164,7 +177,11 @@ class RectifiedFlow(Process):
     def variance(self, t: Tensor) -> Tensor:
         return t**2
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """b^2 = (t - s) (t (1 - s) + s (1 - t)) / (1 - s)^2."""
+        return self._log_ratio(s, t), (t - s) * (t * (1 - s) + s * (1 - t)) / (1 - s) ** 2
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """t / (1 - t) = e^(-log_snr / 2)."""
         return torch.sigmoid(-log_snr / 2)
 
@@ -201,14 +218,21 @@ class VE(VarianceExploding):
                 f"need 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
             )
 
-    def variance(self, t: Tensor) -> Tensor:
-        return self.sigma_min**2 * torch.expm1(2 * math.log(self.sigma_max / self.sigma_min) * t)
+    @property
+    def growth(self) -> float:
+        """2 log r."""
+        return 2 * math.log(self.sigma_max / self.sigma_min)
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def variance(self, t: Tensor) -> Tensor:
+        return self.sigma_min**2 * torch.expm1(self.growth * t)
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """sigma^2 = e^(-log_snr)."""
-        variance = (-log_snr.to(torch.float64)).exp()
-        growth = 2 * math.log(self.sigma_max / self.sigma_min)
-        return (torch.log1p(variance / self.sigma_min**2) / growth).clamp(max=1).to(log_snr)
+        return torch.log1p((-log_snr).exp() / self.sigma_min**2) / self.growth
+
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        b2 = self.sigma_min**2 * (self.growth * s).exp() * torch.expm1(self.growth * (t - s))
+        return torch.zeros_like(b2), b2
 
 
 @dataclass(frozen=True)
@@ -226,12 +250,10 @@ class EDM(VarianceExploding):
     def variance(self, t: Tensor) -> Tensor:
         return (self.sigma_max * t) ** 2
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        b2 = self.sigma_max**2 * (t - s) * (t + s)
+        return torch.zeros_like(b2), b2
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """sigma = e^(-log_snr / 2)."""
-        sigma = (-log_snr.to(torch.float64) / 2).exp()
-        return (sigma / self.sigma_max).clamp(max=1).to(log_snr)
-
-
-def log_alpha_of(log_snr: Tensor) -> Tensor:
-    """log alpha of a variance-preserving process, alpha^2 = sigmoid(log_snr); float64."""
-    return torch.nn.functional.logsigmoid(log_snr.to(torch.float64)) / 2
+        return (-log_snr / 2).exp() / self.sigma_max

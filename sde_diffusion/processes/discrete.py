@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from sde_diffusion import errors, grids
 from sde_diffusion.processes.continuous import Cosine
@@ -48,32 +49,37 @@ class Interpolated(VariancePreserving):
         return 1.0 if self.betas[-1] < 1 else 1 - 1 / self.num_steps
 
     @cached_property
+    def beta_table(self) -> Tensor:
+        """beta_i, i = 1 .. N, float64."""
+        return torch.tensor(self.betas, dtype=torch.float64)
+
+    @cached_property
     def table(self) -> Tensor:
         """log alpha at i/N, i = 0 .. N, float64."""
-        betas = torch.tensor((0.0, *self.betas), dtype=torch.float64)
-        return torch.log1p(-betas).cumsum(0) / 2
+        return torch.nn.functional.pad(torch.log1p(-self.beta_table).cumsum(0) / 2, (1, 0))
 
     def log_alpha(self, t: Tensor) -> Tensor:
         table, last = self.table.to(t), self.num_steps - 1
         position = t * self.num_steps
-        # A node i belongs to the interval that ends there, whose rate a step down from i needs.
-        left = (position.detach() - 1e-9).ceil().sub(1).clamp(0, last).long()
+        # A node i belongs to the interval that ends there, whose rate a step down from i needs; in
+        # float32 i/N may lie above the node, by a share 2^-24 of it.
+        left = (position.detach() - self.num_steps * 2.0**-22).ceil().sub(1).clamp(0, last).long()
         fraction = position - left
         if self.betas[-1] < 1:
             return table[left] + fraction * (table[left + 1] - table[left])
         rise = torch.cat([table[1:-1], table[-2:-1]]) - table[:-1]  # 0 over the last interval
         return table[left] + fraction * rise[left] + torch.log1p(-fraction * (left == last))
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def inverse(self, log_snr: Tensor) -> Tensor:
         """Inverse interpolation in the table; alpha^2 = sigmoid(log_snr)."""
         table = self.table.to(log_snr.device)
-        target = torch.nn.functional.logsigmoid(log_snr.to(torch.float64)) / 2
+        target = logsigmoid(log_snr) / 2
         right = torch.searchsorted(-table, -target.contiguous()).clamp(1, self.num_steps)
         fraction = (target - table[right - 1]) / (table[right] - table[right - 1])
         if self.betas[-1] == 1:
             fall = -torch.expm1(target - table[-2])
             fraction = torch.where(right == self.num_steps, fall, fraction)
-        return ((right - 1 + fraction) / self.num_steps).clamp(0, 1).to(log_snr.dtype)
+        return (right - 1 + fraction) / self.num_steps
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ class Discrete(Interpolated):
             beta = -math.expm1(-2 / num_steps)
         else:
             beta = 1 - errors.number("alpha", alpha, 0, 1, strict=True) ** 2
+            if beta == 0:
+                raise ValueError(f"alpha must lie in (0, 1); got {alpha}: no noise is added")
         return cls((beta,) * num_steps)
 
     def zero_terminal_snr(self) -> "Discrete":
@@ -166,18 +174,21 @@ class Discrete(Interpolated):
         return 1 / self.num_steps
 
     def until(self, end: float, std: float = 1.0) -> "Discrete":
-        """The chain of the steps whose times are at most `end`, started from N(0, I)."""
+        """The chain of the steps whose times are at most `end`.
+
+        Like every chain it starts from N(0, I), whatever std: data of unit variance keep it.
+        """
         errors.number("end", end, 1 / self.num_steps, 1)
         return Discrete(self.betas[: math.floor(end * self.num_steps + 1e-9)])
 
-    @property
+    @cached_property
     def posterior_variances(self) -> Tensor:
         """Variance of q(x_(i-1) | x_i, x_0) for i = 1 .. N: (N,) float64 (Ho et al. 2020, eq. 7).
 
         beta_i (1 - abar_(i-1)) / (1 - abar_i), which is 0 at i = 1.
         """
         noise = 0.0 - torch.expm1(2 * self.table)  # 1 - abar_i
-        return torch.tensor(self.betas, dtype=torch.float64) * noise[:-1] / noise[1:]
+        return self.beta_table * noise[:-1] / noise[1:]
 
     def model_variances(self, kind: Literal["beta", "posterior"]) -> Tensor:
         """sigma_i^2 of the model's kernels p(x_(i-1) | x_i), i = 1 .. N: (N,) float64, positive.
@@ -186,8 +197,8 @@ class Discrete(Interpolated):
         the value of i = 2 stands in, as in the authors' code: a density needs some variance.
         """
         if errors.choice("variance", kind, ("beta", "posterior")) == "beta":
-            return torch.tensor(self.betas, dtype=torch.float64)
-        variances = self.posterior_variances
+            return self.beta_table
+        variances = self.posterior_variances.clone()
         variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
         return variances
 

@@ -113,18 +113,27 @@ class Process(ABC):
         """
         return to_type(self._rates(self._promised(t))[3].sqrt(), t)
 
-    def time(self, log_snr: Tensor) -> Tensor:
-        """The t in [0, 1] with this log-SNR, by bisection in float64; shaped like log_snr.
+    def time(self, log_snr: Scalar) -> Tensor:
+        """The t in [0, 1] with this log-SNR, shaped like it.
 
         A log-SNR outside the process's range gives the nearer end.
         """
-        target = log_snr.to(torch.float64)
-        low, high = torch.zeros_like(target), torch.ones_like(target)
+        wanted = double(log_snr, "log_snr")
+        if wanted.device.type == "cpu" and bool(wanted.isnan().any()):
+            raise ValueError("log_snr must not be nan")
+        return to_type(self.inverse(wanted).clamp(0, 1), log_snr)
+
+    def inverse(self, log_snr: Tensor) -> Tensor:
+        """The t of `time`, in float64: by bisection, unless a process knows a closed form.
+
+        What that gives beyond [0, 1] is held to it.
+        """
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         for _ in range(80):
             middle = (low + high) / 2
-            above = self.log_snr(middle) > target
+            above = self.log_snr(middle) > log_snr
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return high.to(log_snr.dtype)
+        return high
 
     def transition(self, s: Scalar, t: Scalar) -> tuple[Tensor, Tensor]:
         r"""Scale a and standard deviation b of the forward kernel  x_t | x_s ~ N(a x_s, b^2 I).
@@ -140,6 +149,8 @@ class Process(ABC):
             ValueError: unless 0 <= s <= t and alpha(s) > 0 everywhere.
         """
         s64, t64 = double(s), double(t)
+        if s64.shape != t64.shape and s64.ndim and t64.ndim:
+            raise ValueError(f"s and t must agree in shape; got {s64.shape} and {t64.shape}")
         if not bool(((s64 >= 0) & (s64 <= t64)).all()):
             raise ValueError(f"transition runs forward: need 0 <= s <= t; got s={s}, t={t}")
         self._on_path(t)
@@ -168,6 +179,8 @@ class Process(ABC):
         if generator is not None and seeds is not None:
             raise ValueError("give generator or seeds, not both")
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be one of floats; got {dtype}")
         like = torch.empty(errors.shape("shape", shape), dtype=dtype, device=device)
         return self.prior_std * source(1.0, 1.0, like)
 
@@ -176,20 +189,25 @@ class Process(ABC):
 
         Args:
             t: () or (B,), in [0, 1].
-            like: the batch (B, ...), whose rank, dtype and device the fields take.
+            like: the batch (B, ...), whose rank, dtype and device the fields take; t and log_snr,
+                which networks are told, are at least float32.
         """
-        if not like.is_floating_point():
-            raise TypeError(f"a batch must hold floats; got {like.dtype}")
+        errors.batch("the batch", like)
         t = t if isinstance(t, Tensor) else double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(
                 f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
             )
         shape = t.shape + (1,) * (like.ndim - t.ndim)
-        return Level(*(field.reshape(shape).to(like) for field in self._fields(t)))
+        fields = [field.reshape(shape).to(like.device) for field in self._fields(t)]
+        exact = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot tell 998 from 1000
+        dtypes = [exact if name in ("t", "log_snr") else like.dtype for name in Level._fields]
+        return Level(*map(Tensor.to, fields, dtypes))
 
     def levels(self, times: Tensor) -> list[Level[float]]:
         """The levels of a whole grid (n,), as Python floats, in one vectorized float64 call."""
+        if double(times).ndim != 1:
+            raise ValueError(f"times must be a grid (n,); got shape {tuple(times.shape)}")
         return [Level(*row) for row in torch.stack(self._fields(times), dim=1).tolist()]
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
@@ -218,10 +236,18 @@ class Process(ABC):
         return times if above else torch.cat([end, times[1:]])
 
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log a and b^2 of the kernel from s to t, float64."""
-        log_a = self.log_alpha(t) - self.log_alpha(s)
+        """log a and b^2 of the kernel from s to t, float64.
+
+        As differences: for t - s = d they lose a share 1e-16 / d of their digits, which a process
+        overrides that can do without.
+        """
+        log_a = self._log_ratio(s, t)
         b2 = self.variance(t) - (2 * log_a).exp() * self.variance(s)
         return log_a, b2.clamp(min=0)
+
+    def _log_ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        """log(alpha(t) / alpha(s))."""
+        return self.log_alpha(t) - self.log_alpha(s)
 
     def until(self, end: float, std: float = 1.0) -> "Process":
         """The path up to time `end` as a process of its own, started from N(0, std^2 I) there."""
@@ -285,8 +311,8 @@ class VariancePreserving(Process):
         return grids.uniform(steps, start)
 
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_a = self.log_alpha(t) - self.log_alpha(s)
-        return log_a, 0.0 - torch.expm1(2 * log_a)  # no difference of variances: exact for t near s
+        log_a = self._log_ratio(s, t)
+        return log_a, 0.0 - torch.expm1(2 * log_a)
 
 
 @dataclass(frozen=True)
@@ -325,8 +351,8 @@ class Shortened(Process):
     def variance(self, t: Tensor) -> Tensor:
         return self.process.variance(t * self.end)
 
-    def time(self, log_snr: Tensor) -> Tensor:
-        return (self.process.time(log_snr) / self.end).clamp(max=1)
+    def inverse(self, log_snr: Tensor) -> Tensor:
+        return self.process.inverse(log_snr) / self.end
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """The whole path's own kind of grid."""
@@ -334,13 +360,13 @@ class Shortened(Process):
         return torch.cat([torch.tensor([start], dtype=torch.float64), times[1:]])
 
 
-def double(t: Scalar) -> Tensor:
+def double(t: Scalar, name: str = "t") -> Tensor:
     """t in float64, on the CPU if its device has none."""
     if not isinstance(t, Tensor):
         try:
             return torch.tensor(t, dtype=torch.float64)
         except (TypeError, ValueError):
-            raise TypeError(f"t must be a number or a tensor; got {t!r}") from None
+            raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 

@@ -114,10 +114,12 @@ def train(
         ema=0.995,
         seed=config.seed,
     )
-    times: sd.losses.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)
+    times: sd.times.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)
     if config.process == "ddpm":
         times = sd.DiscreteTimes(sd.Discrete.linear().num_steps)
     weight, penalty = WEIGHTS[config.weight], PENALTIES[config.penalty]
+    if config.weight == "likelihood":  # the same loss by importance sampling, at less variance
+        times, weight = sd.LikelihoodTimes(process, t_min=1e-3), sd.Simple()
     state = training.TrainState(denoiser, recipe, times, weight, penalty)
     steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]

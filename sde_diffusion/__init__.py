@@ -1,6 +1,6 @@
 """Continuous-time SDE and score-based diffusion, with the DDPM as its Euler discretization."""
 
-from sde_diffusion import equivalence, exact, grids, losses, networks, score_matching, verify
+from sde_diffusion import equivalence, exact, grids, losses, networks, score_matching, times, verify
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pretrained
 from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
@@ -9,18 +9,14 @@ from sde_diffusion.losses import (
     L2,
     SNR,
     VLB,
-    DiscreteTimes,
     EDMWeight,
     Huber,
     Likelihood,
-    LikelihoodTimes,
     MinSNR,
-    NormalLogSNR,
     Simple,
-    UniformTimes,
     denoising_loss,
 )
-from sde_diffusion.prediction import X0, Eps, Karras, Prediction, Score, V, Velocity
+from sde_diffusion.prediction import X0, Eps, Karras, Prediction, Score, V, Velocity, truth
 from sde_diffusion.processes import (
     EDM,
     OU,
@@ -45,6 +41,13 @@ from sde_diffusion.samplers import (
     TorchSDE,
 )
 from sde_diffusion.sampling import Sample, Sampler, SolverError, sample, trajectory
+from sde_diffusion.times import (
+    DiscreteTimes,
+    LikelihoodTimes,
+    NormalLogSNR,
+    UniformTimes,
+    stratified,
+)
 
 __version__ = "0.1.0"
 
@@ -111,6 +114,9 @@ __all__ = [
     "pretrained",
     "sample",
     "score_matching",
+    "stratified",
+    "times",
     "trajectory",
+    "truth",
     "verify",
 ]

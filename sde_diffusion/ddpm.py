@@ -85,7 +85,7 @@ class DDPM:
     @property
     def betas(self) -> Tensor:
         """beta_i for i = 1 .. N: (N,) float64, entry i - 1."""
-        return torch.tensor(self.process.betas, dtype=torch.float64)
+        return self.process.beta_table
 
     @property
     def alphas(self) -> Tensor:
@@ -184,7 +184,8 @@ class DDPM:
     ) -> Tensor:
         """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2).
 
-        One step knows no seeds: `p_chain` and `sample` take them, for the whole way.
+        One step knows no seeds: `p_chain` and `sample` take them, for the whole way. Where the
+        samples stand at different i, an injected noise is asked for the interval of the largest.
         """
         source = chosen_noise(x, generator, None, noise)
         i = self.index(i, x)
@@ -261,6 +262,7 @@ class DDPM:
         The simplified bound of Ho et al. 2020, eq. 14, as Algorithm 1 descends it: a sum over
         coordinates, every step with weight 1. `bound` has the weights of the bound itself.
         """
+        errors.batch("x0", x0)
         source = Generated(generator)
         draw = source.generator
         i = torch.randint(1, self.num_steps + 1, (len(x0),), generator=draw, device=draw.device)
@@ -313,10 +315,7 @@ class DDPM:
 
     def index(self, i: Index, like: Tensor) -> Tensor:
         """i as a tensor of integers, () or (B,), or an error that says what is wrong with it."""
-        if like.ndim == 0 or not like.is_floating_point():
-            raise TypeError(
-                f"a batch must be (B, ...) floats; got shape {tuple(like.shape)}, {like.dtype}"
-            )
+        errors.batch("the batch", like)
         if not isinstance(i, Tensor):
             return torch.tensor(errors.integer("i", i, 1, self.num_steps))
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
@@ -324,8 +323,9 @@ class DDPM:
         if i.ndim > 1 or (i.ndim == 1 and len(i) != len(like)):
             raise ValueError(f"i must have shape () or ({len(like)},); got {tuple(i.shape)}")
         i = i.detach().cpu().long()
-        if not bool(((i >= 1) & (i <= self.num_steps)).all()):
-            raise ValueError(f"i must lie in 1 .. {self.num_steps}; got {i.tolist()}")
+        outside = (i < 1) | (i > self.num_steps)
+        if bool(outside.any()):
+            raise ValueError(f"i must lie in 1 .. {self.num_steps}; got {i[outside][0]}")
         return i
 
     def level(self, i: Index, like: Tensor) -> Level:
@@ -383,6 +383,8 @@ def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:
+    errors.batch("x0", like)
+    errors.batch(name, given)
     if given.shape != like.shape:
         raise ValueError(
             f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"

@@ -58,6 +58,11 @@ def discretize(
         raise ValueError(
             f"{type(process).__name__} is not variance-preserving, so no DDPM chain tends to it"
         )
+    if rule == "euler" and process.t_max < 1:
+        raise ValueError(
+            f"rule 'euler' reads the drift up to t = 1, and {type(process).__name__} promises it "
+            f"on [0, {process.t_max}]: take rule='exact'"
+        )
     if rule == "euler":
         betas = -2 * process.drift(t[1:]) / num_steps
     else:
@@ -90,8 +95,8 @@ def adopt(
     """The model of a network that was trained on a chain elsewhere.
 
     Args:
-        network: called as network(x, step), step (B,). It answers with a tensor, or with a record
-            that has it as `sample`, as diffusers' `UNet2DModel` does.
+        network: called as network(x, step), step (B,). It answers with a tensor, or with a tuple
+            or a record that has it first or as `sample`, as diffusers' `UNet2DModel` does.
         process: the chain it was trained on, such as `Discrete(scheduler.betas)`.
         parameterization: the meaning of its output, Eps() by default.
         counts_from: its name of the first step: 0 for steps 0 .. N - 1, our index less 1, as most
@@ -124,7 +129,8 @@ class Adopted:
         whole = step.round().long()
         step = whole if bool(((step - whole).abs() <= near).all()) else step.to(torch.float32)
         out = self.network(x, step.reshape(-1).expand(len(x)).to(x.device))
-        return read(x, getattr(out, "sample", out), level, self.parameterization)
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+        return read(x, out, level, self.parameterization)
 
     def rows(self, index: Tensor) -> "Adopted":
         return self
@@ -174,15 +180,15 @@ class Matched:
     def rows(self, index: Tensor) -> "Matched":
         return Matched(self.model.rows(index), self.process)
 
-    def times(self, steps: int) -> Tensor:
-        """The model's own grid of n steps, carried over, from this process's t = 1 on.
+    def times(self, steps: int, start: float = 1.0) -> Tensor:
+        """The model's own grid of n steps, carried over, from `start` (1, or t_max) on.
 
-        For a chain's model all times between 1 and 0 are the chain's. There are fewer than n + 1 if
-        this process starts less noisy than the model's.
+        For a chain's model all times between the start and 0 are the chain's. There are fewer than
+        n + 1 if this process starts less noisy than the model's.
         """
         log_snr = self.model.process.log_snr(self.model.process.times(steps))
-        times = self.process.time(log_snr[log_snr > self.process.log_snr(1.0) + 1e-6])
-        return torch.cat([torch.ones(1, dtype=torch.float64), times])
+        times = self.process.time(log_snr[log_snr > self.process.log_snr(start) + 1e-6])
+        return torch.cat([torch.tensor([start], dtype=torch.float64), times])
 
     def _own_level(self, x: Tensor, level: Level) -> Level:
         """The level of the model's process at the same log-SNR, if the model was trained there."""
@@ -198,8 +204,9 @@ class Matched:
             raise ValueError(
                 f"the model was trained at log_snr from {low:.4g} to {high:.4g}, t = 1 to "
                 f"{own.first_time:g} of its {type(own).__name__}; got "
-                f"{log_snr[outside].flatten()[0]:.4g}: keep the grid between them and then go to "
-                f"0, as that of times(steps) does"
+                f"{log_snr[outside].flatten()[0]:.4g}: let a grid of steps keep between them and "
+                f"then go to 0, as that of times(steps) does, and a solver with steps of its own "
+                f"end at t = {self.process.time(high).item():.4g}"
             )
         t = own.time(log_snr).clamp(min=own.first_time)
         if isinstance(level.log_snr, Tensor):
@@ -236,7 +243,8 @@ class Agreement:
         marginals: largest |difference| of alpha and sigma over the chain's times.
         transitions: largest |difference| of the kernels' scales and variances from i-1 to i.
         losses: largest |difference| of the least eps-loss that a model of the data can have.
-        laws: W2 between the chain's exact output law and that of the reverse SDE.
+        laws: W2 between the sampler's exact output law on the chain and that of the reverse SDE,
+            which is the sampler's own error where the processes agree.
     """
 
     sizes: tuple[int, ...]
@@ -248,22 +256,23 @@ class Agreement:
     @property
     def rates(self) -> dict[str, float | None]:
         """Fitted p of distance ~ N^-p; None where it is rounding, or there is one size only."""
-        return {name: self._rate(getattr(self, name)) for name in QUANTITIES}
+        return {name: self._rate(getattr(self, name), floor) for name, floor in FLOORS.items()}
 
-    def _rate(self, distances: Sequence[float]) -> float | None:
-        if len(self.sizes) < 2 or min(distances) < 1e-12:
+    def _rate(self, distances: Sequence[float], floor: float) -> float | None:
+        if len(self.sizes) < 2 or min(distances) < floor:
             return None
         return -float(np.polyfit(np.log(self.sizes), np.log(distances), 1)[0])
 
     def __str__(self) -> str:
-        rows = [f"{'N':>6}" + "".join(f"{name:>14}" for name in QUANTITIES)]
+        rows = [f"{'N':>6}" + "".join(f"{name:>14}" for name in FLOORS)]
         for k, size in enumerate(self.sizes):
-            rows.append(f"{size:6d}" + "".join(f"{getattr(self, q)[k]:14.2e}" for q in QUANTITIES))
+            rows.append(f"{size:6d}" + "".join(f"{getattr(self, q)[k]:14.2e}" for q in FLOORS))
         cells = ["-" if rate is None else f"{rate:.3f}" for rate in self.rates.values()]
         return "\n".join([*rows, f"{'rate':>6}" + "".join(f"{cell:>14}" for cell in cells)])
 
 
-QUANTITIES = ("marginals", "transitions", "losses", "laws")
+# Rounding of each quantity; W2 is the root of a difference of variances.
+FLOORS = {"marginals": 1e-12, "transitions": 1e-12, "losses": 1e-12, "laws": 1e-7}
 
 
 def agreement(
@@ -283,7 +292,7 @@ def agreement(
     Args:
         a: the process.
         b: another; or a family of them, N -> process, such as `partial(discretize, VP())`.
-        sizes: the N; a single Discrete has its own.
+        sizes: the N; a single Discrete, a or b, has its own.
         mean, variance: of the data.
         sampler: whose law on b is compared with the reverse SDE's on a; Ancestral("beta").
     """
@@ -291,13 +300,15 @@ def agreement(
     errors.number("variance", variance, 0, strict=True)
     errors.number("mean", mean)
     sampler = sampler or Ancestral("beta")
-    if isinstance(b, Process):
-        fixed, family = b, lambda n: fixed
-        sizes = [b.num_steps] if isinstance(b, Discrete) else sizes
-    else:
-        family = errors.kind("b", b, "a Process or a function of N", "__call__")
-    if not errors.shape("sizes", sizes) or min(sizes) < 1:
-        raise ValueError(f"sizes must hold positive integers; got {sizes}")
+    errors.kind("sampler", sampler, "a Sampler", "grid", "step")
+    family: Any = b
+    if hasattr(b, "log_alpha"):
+        family = lambda n: b  # noqa: E731 (one process whatever N)
+    errors.kind("b", family, "a Process or a function of N", "__call__")
+    own = getattr(b, "num_steps", None) or getattr(a, "num_steps", None)
+    sizes = errors.shape("sizes", [own] if own else sizes)
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes must hold different positive integers; got {sizes}")
     rows = [distances(a, family(n), n, mean, variance, sampler) for n in sizes]
     return Agreement(tuple(sizes), *zip(*rows, strict=True))
 
@@ -306,6 +317,10 @@ def distances(
     a: Process, b: Process, n: int, mean: float, variance: float, sampler: Sampler
 ) -> tuple[float, float, float, float]:
     """The four distances of `Agreement` for one N."""
+    errors.kind("b(N)", b, "a Process", "log_alpha", "variance")
+    steps = getattr(b, "num_steps", n)
+    if steps != n:
+        raise ValueError(f"b(N) must be a chain of N steps; got {steps} for N = {n}")
     t = torch.arange(n + 1, dtype=torch.float64) / n
     marginals = [(a.alpha(t) - b.alpha(t)).abs().max(), (a.sigma(t) - b.sigma(t)).abs().max()]
     (scale_a, std_a), (scale_b, std_b) = (p.transition(t[:-1], t[1:]) for p in (a, b))

@@ -1,4 +1,4 @@
-r"""Losses: denoising, in any space, with any penalty and weight; and where on the path to train.
+r"""Losses: denoising, in any space, with any penalty and weight.
 
 Convention: x = alpha x0 + sigma eps with eps drawn; a loss compares a prediction with that truth.
 The eps-loss |eps_hat - eps|^2 is sigma^2 |score_hat - grad log p(x | x0)|^2: denoising score
@@ -12,9 +12,9 @@ so a published weight means something only together with the space it was publis
 objects carry theirs.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -22,28 +22,30 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.prediction import X0, Eps, Parameterization, Score, coordinates, truth
-from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
+from sde_diffusion.prediction import (
+    X0,
+    Eps,
+    Parameterization,
+    Score,
+    coordinates,
+    nonzero,
+    truth,
+)
+from sde_diffusion.processes import Discrete, Level, Scalar, double
 
 __all__ = [
     "L1",
     "L2",
     "SNR",
     "VLB",
-    "DiscreteTimes",
     "EDMWeight",
     "Huber",
     "Likelihood",
-    "LikelihoodTimes",
     "MinSNR",
-    "NormalLogSNR",
     "Penalty",
     "Simple",
-    "TimeDistribution",
-    "UniformTimes",
     "Weight",
     "denoising_loss",
-    "stratified",
 ]
 
 
@@ -120,6 +122,14 @@ def denoising_loss(
     Raises:
         ValueError: if `space` is not that of the weight, or shapes do not fit.
     """
+    errors.batch("x0", x0)
+    for name, value, what, attribute in (
+        ("denoiser", denoiser, "a Denoiser", "parameterization"),
+        ("space", space or Eps(), "a parameterization such as Eps()", "target"),
+        ("weight", weight or Simple(), "a function of the level such as SNR()", "__call__"),
+        ("penalty", penalty or L2(), "a function of the error such as L2()", "__call__"),
+    ):
+        errors.kind(name, value, what, attribute)
     if eps.shape != x0.shape:
         raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}; got {tuple(eps.shape)}")
     own: Parameterization | None = getattr(weight, "space", None)
@@ -148,7 +158,7 @@ class Simple:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """g^2, on errors of the score (Song et al. 2021 "Maximum likelihood training", eq. 7).
+    """g^2, on errors of the score (Song et al. 2021 "Maximum likelihood training", Theorem 1).
 
     Half its integral over t bounds the negative log-likelihood up to a constant.
     """
@@ -156,6 +166,13 @@ class Likelihood:
     space: ClassVar[Parameterization] = Score()
 
     def __call__(self, level: Level) -> Scalar:
+        t = double(level.t)
+        unknown = double(level.diffusion2).isnan()
+        if t.device.type == "cpu" and bool(unknown.any()):
+            raise ValueError(
+                f"g^2 is not promised at t={t[unknown].flatten()[0]:g}, above the process's t_max: "
+                f"draw times below it, as LikelihoodTimes or UniformTimes(t_max=...) do"
+            )
         return level.diffusion2
 
 
@@ -166,12 +183,12 @@ class SNR:
     space: ClassVar[Parameterization] = X0()
 
     def __call__(self, level: Level) -> Scalar:
-        return level.alpha**2 / level.sigma**2
+        return level.alpha**2 / nonzero(level.sigma, "the weight SNR", "sigma") ** 2
 
 
 @dataclass(frozen=True)
 class MinSNR:
-    """min(alpha^2 / sigma^2, gamma), on errors of x0 (Hang et al. 2023, eq. 8)."""
+    """min(alpha^2 / sigma^2, gamma), on errors of x0 (Hang et al. 2023)."""
 
     space: ClassVar[Parameterization] = X0()
     gamma: float = 5.0
@@ -180,8 +197,10 @@ class MinSNR:
         errors.number("gamma", self.gamma, 0, strict=True)
 
     def __call__(self, level: Level) -> Scalar:
-        snr = SNR()(level)
-        return snr.clamp(max=self.gamma) if isinstance(snr, Tensor) else min(snr, self.gamma)
+        signal, noise = level.alpha**2, level.sigma**2
+        if isinstance(noise, Tensor):
+            return signal / torch.maximum(noise, signal / self.gamma)
+        return signal / max(noise, signal / self.gamma)
 
 
 @dataclass(frozen=True)
@@ -198,7 +217,7 @@ class EDMWeight:
         errors.number("sigma_data", self.sigma_data, 0, strict=True)
 
     def __call__(self, level: Level) -> Scalar:
-        return level.alpha**2 / level.sigma**2 + 1 / self.sigma_data**2
+        return SNR()(level) + 1 / self.sigma_data**2
 
 
 @dataclass(frozen=True)
@@ -228,117 +247,23 @@ class VLB:
             )
 
     def __call__(self, level: Level) -> Scalar:
-        t = double(level.t)
-        i = (t * self.process.num_steps).round().long().cpu()
-        dtype = level.t.dtype if isinstance(level.t, Tensor) else torch.float64
-        slack = min(0.25, 1e-6 + 2 * self.process.num_steps * torch.finfo(dtype).eps)
-        if t.device.type == "cpu" and bool(((t * self.process.num_steps - i).abs() > slack).any()):
-            raise ValueError(f"VLB weighs the chain's times i / N alone; got t={t.flatten()}")
-        betas = torch.tensor(self.process.betas, dtype=torch.float64)
-        weights = betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))
-        weight = weights[i - 1]
+        n = self.process.num_steps
+        t, sigma = double(level.t).cpu(), double(level.sigma).cpu()
+        i = (t * n).round().clamp(1, n).long()
+        slack = min(0.25, 1e-6 + n * 2.0**-22)  # float32 times
+        theirs = self.process.sigma(i / n)  # float32 again, or bfloat16
+        strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
+        if bool(strange.any()):
+            raise ValueError(
+                f"VLB weighs its own chain's levels at t = i/N alone; got "
+                f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
+            )
+        weight = self._weights[i - 1]
         if isinstance(level.sigma, Tensor):
             return weight.to(level.sigma) / level.sigma**2
         return weight.item() / level.sigma**2
 
-
-# ---- laws of t ---------------------------------------------------------------------------------
-
-
-class TimeDistribution(Protocol):
-    """A law of t in (0, 1], given by its quantile function, so that strata pass through it."""
-
-    def __call__(self, quantile: Tensor) -> Tensor:
-        """The t below which this share of the law lies; shaped like `quantile`, in (0, 1)."""
-        ...
-
-
-@dataclass(frozen=True)
-class UniformTimes:
-    """t uniform in (0, 1)."""
-
-    def __call__(self, quantile: Tensor) -> Tensor:
-        return quantile
-
-
-@dataclass(frozen=True)
-class DiscreteTimes:
-    """t = i/N with i uniform in 1 .. N: training the discrete chain."""
-
-    num_steps: int
-
-    def __post_init__(self) -> None:
-        errors.integer("num_steps", self.num_steps)
-
-    def __call__(self, quantile: Tensor) -> Tensor:
-        return (quantile * self.num_steps).ceil().clamp(1, self.num_steps) / self.num_steps
-
-
-@dataclass(frozen=True)
-class LikelihoodTimes:
-    r"""Times in proportion to g^2 / sigma^2, importance sampling for the likelihood weight.
-
-    Since d log_snr / dt = -g^2 / sigma^2, this law is uniform in log-SNR, and
-
-        integral of g^2 |score error|^2 dt = total E[ |eps error|^2 ],   total = log_snr(t_min) -
-                                                                           log_snr(t_max)
-
-    so `Simple` with these times is `Likelihood` with uniform ones, at a fraction of the variance
-    (Song et al. 2021 "Maximum likelihood training", sec. 5; Kingma et al. 2021, sec. 5).
-
-    Args:
-        process: whose path it is.
-        t_min: where the path is cut, since log_snr(0) is infinite; its end is process.t_max.
-    """
-
-    process: Process
-    t_min: float = 1e-5
-
-    def __post_init__(self) -> None:
-        errors.kind("process", self.process, "a Process", "log_alpha", "variance")
-        errors.number("t_min", self.t_min, 0, self.process.t_max, strict=True)
-        if not self.t_min < self.process.t_max:
-            raise ValueError(f"t_min must be below t_max={self.process.t_max}; got {self.t_min}")
-
-    @property
-    def total(self) -> float:
-        """The integral of g^2 / sigma^2 over [t_min, t_max]."""
-        first, last = self.process.log_snr(
-            torch.tensor([self.t_min, self.process.t_max], dtype=torch.float64)
-        ).tolist()
-        return first - last
-
-    def __call__(self, quantile: Tensor) -> Tensor:
-        first = self.process.log_snr(self.t_min)
-        return self.process.time(first - self.total * quantile)
-
-
-@dataclass(frozen=True)
-class NormalLogSNR:
-    """log-SNR normal(mean, std^2), cut to the process's range: more work at the middle levels.
-
-    With -log_snr / 2 = log(sigma / alpha) this is the log-normal noise law of Karras et al. 2022,
-    sec. 5, for any process; their P_mean = -1.2, P_std = 1.2 are mean = 2.4, std = 2.4 here.
-    """
-
-    process: Process
-    mean: float = 0.0
-    std: float = 2.0
-
-    def __post_init__(self) -> None:
-        errors.kind("process", self.process, "a Process", "log_alpha", "variance")
-        errors.number("mean", self.mean)
-        errors.number("std", self.std, 0, strict=True)
-
-    def __call__(self, quantile: Tensor) -> Tensor:
-        lowest = self.process.log_snr(torch.ones((), dtype=torch.float64)).item()
-        above = 0.5 * math.erfc((lowest - self.mean) / (self.std * math.sqrt(2)))
-        return self.process.time(self.mean - self.std * torch.special.ndtri(quantile * above))
-
-
-def stratified(offset: float, positions: Tensor, batch_size: int) -> Tensor:
-    """One quantile in each of batch_size equal strata, shifted together by `offset` in [0, 1).
-
-    (position + offset) / batch_size: the low-discrepancy draw of Kingma et al. 2021, App. I.1.
-    """
-    return (positions.to(torch.float64) + offset) / batch_size
+    @cached_property
+    def _weights(self) -> Tensor:
+        betas = self.process.beta_table
+        return betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))

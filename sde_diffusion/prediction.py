@@ -274,6 +274,7 @@ def read(x: Tensor, out: Tensor, level: Level, meaning: Parameterization) -> Pre
     Args:
         out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`.
     """
+    errors.kind("what the network answers", out, "a tensor", "shape", "to")
     out = out.to(x.dtype)
     if out.shape == x.shape:
         return Prediction(x, out, level, meaning)

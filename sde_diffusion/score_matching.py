@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Scalar
@@ -32,6 +33,7 @@ def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
+    errors.batch("x", x)
     basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = [row.reshape(1, *x.shape[1:]) for row in basis]
     score, slopes = score_and_slopes(model, x, t, directions)
@@ -39,7 +41,7 @@ def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
 
 
 def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) -> Tensor:
-    """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, eq. 8).
+    """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, SSM-VR).
 
     For probes of unit covariance an unbiased estimate of `implicit_loss` (Hutchinson 1990), at one
     backward pass a probe. Signs, +1 or -1 with equal chance, have the least variance.
@@ -50,7 +52,8 @@ def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) ->
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    shapes = [tuple(v.shape) for v in probes]
+    errors.batch("x", x)
+    shapes = [tuple(errors.batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
     if not shapes or any(shape not in allowed for shape in shapes):
         raise ValueError(
@@ -66,8 +69,10 @@ def score_and_slopes(
     model: Model, x: Tensor, t: Scalar, directions: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    errors.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
+    errors.batch("x", x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
         score = model(x, model.process.level(t, x)).score
         slopes: list[Tensor] = []
         for v in directions:

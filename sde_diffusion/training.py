@@ -21,16 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 from sde_diffusion import errors, storage
 from sde_diffusion.data import Data, order
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import (
-    L2,
-    Penalty,
-    TimeDistribution,
-    UniformTimes,
-    Weight,
-    denoising_loss,
-    stratified,
-)
+from sde_diffusion.losses import L2, Penalty, Weight, denoising_loss
 from sde_diffusion.noise import Purpose, stream
+from sde_diffusion.times import TimeDistribution, UniformTimes, stratified
 
 __all__ = ["EMA", "Batch", "Metrics", "Recipe", "TrainState", "draw", "newest_checkpoint", "train"]
 

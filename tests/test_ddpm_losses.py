@@ -253,7 +253,24 @@ def test_batches_of_integers_are_refused_by_name():
         lambda: model.prior_term(images),
         lambda: model.p_mean_variance(images, 5),
     ):
-        with pytest.raises(TypeError, match="floats; got"):
+        with pytest.raises(ValueError, match="must be a floating-point batch"):
+            ask()
+
+
+@pytest.mark.parametrize("x", [None, [[0.5]], np.zeros((1, 1))], ids=["none", "list", "numpy"])
+def test_what_is_no_tensor_is_named(x):
+    model = sd.DDPM(sd.exact.Gaussian(sd.Discrete.linear(10)))
+    for ask in (
+        lambda: model.q_sample(x, 1, torch.ones(1, 1)),
+        lambda: model.q_chain(x, 1),
+        lambda: model.q_posterior(torch.ones(1, 1), x, 1),
+        lambda: model.p_mean_variance(x, 1),
+        lambda: model.p_sample(x, 1),
+        lambda: model.negative_elbo(x),
+        lambda: model.prior_term(x),
+        lambda: model.bound(x),
+    ):
+        with pytest.raises(TypeError, match=r"must be a tensor \(B, ...\); got"):
             ask()
 
 

@@ -160,6 +160,27 @@ def test_what_is_equal_agrees_to_rounding_and_has_no_rate(a, b):
         assert report.rates[name] is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"sizes": (8, 8)}, "sizes must hold different"),
+        ({"b": lambda n: sd.Discrete.linear(1000)}, "b.N. must be a chain of N steps; got 1000"),
+        ({"b": lambda n: None}, "b.N. must be a Process"),
+        ({"sampler": "ancestral"}, "sampler must be a Sampler"),
+    ],
+)
+def test_a_family_that_is_none_has_no_rate(arguments, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        sd.agreement(sd.VP(), **{"b": partial(sd.discretize, sd.VP()), **arguments})
+
+
+def test_agreement_takes_the_size_of_the_chain_on_either_side():
+    chain = sd.Discrete.linear(100, 1e-3, 0.2)
+    there, back = sd.agreement(sd.VP(), chain), sd.agreement(chain, sd.VP())
+    assert there.sizes == back.sizes == (100,)
+    assert there.marginals == back.marginals
+
+
 def test_a_chain_has_its_own_size_and_the_report_can_be_printed():
     report = sd.agreement(sd.VP(), sd.Discrete.linear(100, 1e-3, 0.2))
     assert report.sizes == (100,)
@@ -177,5 +198,5 @@ def test_the_chain_of_cosine_is_its_table_but_for_the_published_clip():
     exact = sd.discretize(sd.Cosine(), 100, "exact")
     assert exact.betas[-1] == 1
     assert exact.betas[:-1] == sd.Discrete.cosine(100).betas[:-1]
-    with pytest.raises(ValueError, match="Cosine promises drift"):
+    with pytest.raises(ValueError, match=r"Cosine promises it on .* take rule='exact'"):
         sd.discretize(sd.Cosine(), 100)

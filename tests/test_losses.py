@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.losses import stratified
+from sde_diffusion.times import stratified
 
 T = torch.tensor([0.05, 0.3, 0.6, 0.95], dtype=torch.float64)
 
@@ -204,13 +204,36 @@ def test_n_times_the_discrete_bounds_term_tends_to_the_continuous_one(variance, 
     ("arguments", "named"),
     [
         ({"weight": sd.MinSNR(), "space": sd.V()}, r"MinSNR\(gamma=5.0\) weighs errors of X0"),
-        ({"weight": sd.VLB(sd.Discrete.linear(7))}, "i / N alone"),
+        ({"weight": sd.VLB(sd.Discrete.linear(7))}, "i/N alone"),
+        ({"weight": sd.VLB(sd.Discrete.linear(20))}, r"its own chain's levels .* got t=0\.05"),
+        ({"weight": sd.SNR}, "weight must be a function of the level such as SNR"),
+        ({"weight": 2.0}, "weight must be a function"),
+        ({"space": sd.Eps}, "space must be a parameterization such as Eps"),
+        ({"space": "eps"}, "space must be"),
+        ({"penalty": sd.L1}, "penalty must be a function of the error"),
+        ({"penalty": "l1"}, "penalty must be"),
     ],
 )
 def test_a_weight_out_of_its_place_is_refused(arguments, named):
     (x0, eps), model = problem(), denoiser(sd.Eps())
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises((ValueError, TypeError), match=named):
         sd.denoising_loss(model, x0, T, eps, **arguments)
+
+
+def test_weights_at_the_ends_are_finite_or_refused_by_name():
+    data, noise = sd.RectifiedFlow().levels(torch.tensor([0.0, 1.0]))
+    assert sd.MinSNR(5.0)(data) == 5
+    assert sd.MinSNR(5.0)(noise) == sd.SNR()(noise) == 0
+    assert sd.EDMWeight(0.5)(noise) == 4
+    batch = sd.RectifiedFlow().level(torch.tensor([0.0, 1.0]), torch.zeros(2, 1))
+    assert sd.MinSNR(5.0)(batch).flatten().tolist() == [5, 0]
+    for weight in (sd.SNR(), sd.EDMWeight()):
+        for level in (data, batch):
+            with pytest.raises(ValueError, match="the weight SNR is not defined at sigma = 0"):
+                weight(level)
+    for level in (noise, batch):
+        with pytest.raises(ValueError, match=r"g\^2 is not promised at t=1"):
+            sd.Likelihood()(level)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +250,14 @@ def test_a_weight_out_of_its_place_is_refused(arguments, named):
         (lambda: sd.LikelihoodTimes(sd.Cosine(), 0.999), "t_min"),
         (lambda: sd.NormalLogSNR(sd.VP(), std=0), "std"),
         (lambda: sd.DiscreteTimes(0), "num_steps"),
+        (lambda: sd.NormalLogSNR(sd.VP(1e-3, 1e-2), mean=-40.0), "leave nothing of the process"),
+        (lambda: sd.UniformTimes(0.5, 0.5), "t_max"),
+        (lambda: sd.UniformTimes(-0.1), "t_min"),
+        (lambda: sd.UniformTimes()(0.5), "quantile must be a tensor"),
+        (lambda: sd.UniformTimes()(torch.tensor([0.5, 1.5])), "quantile must lie .* got 1.5"),
+        (lambda: sd.DiscreteTimes(5)(torch.tensor([math.nan])), "quantile must lie"),
+        (lambda: sd.stratified(0.5, torch.arange(2), 0), "batch_size"),
+        (lambda: sd.stratified(2.0, torch.arange(2), 2), "offset"),
         (lambda: sd.Index(0), "num_steps"),
         (lambda: sd.Index(10, counts_from=2), "counts_from"),
     ],
@@ -245,6 +276,12 @@ def test_discrete_times_hit_each_step_equally_often():
     counts = torch.bincount((times * 50).round().long(), minlength=51)
     assert counts[0] == 0
     assert bool((counts[1:] == 200).all())
+
+
+def test_uniform_times_may_be_cut():
+    q = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    assert sd.UniformTimes()(q).tolist() == [0, 0.25, 1]
+    assert sd.UniformTimes(0.2, 0.6)(q).tolist() == pytest.approx([0.2, 0.3, 0.6])
 
 
 def test_stratified_quantiles_put_one_in_each_stratum():

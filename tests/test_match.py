@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 
+CHAIN = sd.Discrete.linear(10)
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
@@ -132,6 +133,27 @@ def test_levels_cleaner_than_a_chains_first_are_refused_and_its_own_grid_is_not(
     assert sd.sample(matched, sd.Heun(), x, times=times).isfinite().all()
 
 
+def test_a_model_whose_noise_ends_at_the_signal_is_matched_too():
+    """log_snr(1) = 0: rounding there is no share of it."""
+    matched = sd.match(gaussian(sd.EDM(1.0)), sd.VP())
+    x = matched.process.prior((3, 1), seeds=[0, 1, 2], dtype=torch.float64)
+    for sampler in (sd.Adams(), sd.Ancestral(), sd.EulerMaruyama()):
+        assert sd.sample(matched, sampler, x, steps=4, seeds=[0, 1, 2]).isfinite().all()
+
+
+def test_a_chains_grid_may_start_where_drift_is_promised_and_solvers_end_where_it_begins():
+    chain = sd.Discrete.cosine(100)
+    matched = sd.match(gaussian(chain), sd.RectifiedFlow())
+    x = matched.process.prior((3, 1), seeds=[0, 1, 2], dtype=torch.float64)
+    times = matched.times(100, start=matched.process.t_max)
+    assert sd.sample(matched, sd.EulerMaruyama(), x, times=times, seeds=[0, 1, 2]).isfinite().all()
+    with pytest.raises(ValueError, match=r"solver with steps of its own end at t = 0\.0245") as told:
+        sd.sample(matched, sd.TorchODE(), x)
+    end = float(str(told.value).rsplit(" ", 1)[1])
+    assert end == pytest.approx(float(matched.process.time(chain.log_snr(0.01))), rel=1e-3)
+    assert sd.sample(matched, sd.TorchODE(), x, times=[1.0, 1.001 * end]).isfinite().all()
+
+
 def test_levels_noisier_than_the_model_knows_are_refused():
     matched = sd.equivalence.Matched(gaussian(sd.EDM()), sd.VP())  # as if not shortened
     with pytest.raises(ValueError, match=r"from -8.764 to inf"):
@@ -168,6 +190,13 @@ def test_an_adopted_network_is_asked_for_its_own_integer_steps():
     batch = chain.level(torch.tensor([1, 7, 1000]) / 1000, x.float())  # float32 times
     adopted(x.float(), batch)
     assert network.asked[-1].tolist() == [0, 6, 999]
+
+
+def test_a_network_may_answer_with_a_tuple_and_not_with_nothing():
+    level, x = levels(CHAIN, 0.5)[0], normal(2, 1)
+    assert torch.equal(sd.adopt(lambda x, step: (x,), CHAIN)(x, level).eps, x)
+    with pytest.raises(TypeError, match="what the network answers must be a tensor; got None"):
+        sd.adopt(lambda x, step: None, CHAIN)(x, level)
 
 
 def test_a_network_may_count_from_one():
@@ -245,9 +274,6 @@ def test_a_diffusers_unet_gives_the_x0_of_its_own_ddim_scheduler():
 
 def identity(x, step):
     return x
-
-
-CHAIN = sd.Discrete.linear(10)
 
 
 @pytest.mark.parametrize(

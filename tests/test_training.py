@@ -21,7 +21,8 @@ from training_runs import (
 )
 
 from sde_diffusion.data import Images, Points, dequantize, order
-from sde_diffusion.losses import DiscreteTimes, denoising_loss
+from sde_diffusion.losses import denoising_loss
+from sde_diffusion.times import DiscreteTimes
 from sde_diffusion.training import EMA, Recipe, draw, train
 
 

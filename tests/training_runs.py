@@ -4,10 +4,10 @@ import torch
 
 from sde_diffusion.data import Images, Points
 from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import UniformTimes
 from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.prediction import V
 from sde_diffusion.processes import VP
+from sde_diffusion.times import UniformTimes
 from sde_diffusion.toy import TwoGaussians
 from sde_diffusion.training import Recipe, TrainState, draw
 

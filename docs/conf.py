@@ -91,7 +91,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:class", r"(torch|numpy|pathlib|jaxtyping|collections\.abc)\..*"),
     # Tensor in jaxtyping's words; a type variable
-    (r"py:class", r"Tensor|sde_diffusion\.processes\.process\.S"),
+    (r"py:class", r"Tensor|sde_diffusion\.(processes\.process\.S|errors\.T)"),  # type variables
 ]
 
 logger = logging.getLogger(__name__)

@@ -305,7 +305,7 @@ AGREEMENT_REFUSALS = {
     "--rule midpoint": "invalid choice 'midpoint'",
     "--rule table": "--rule table: vp has none",
     "--process edm": "invalid choice 'edm'",
-    "--process cosine": "Cosine promises drift",
+    "--process cosine": "take rule='exact'",
     "--sizes 4 8": "take more steps",
     "--data-variance 0": "--data-variance",
     "--data-mean nan": "--data-mean",

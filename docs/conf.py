@@ -67,6 +67,7 @@ nb_execution_timeout = 180
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("MPLBACKEND", None)  # set outside, it would leave the pages without figures
 
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"

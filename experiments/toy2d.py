@@ -117,9 +117,9 @@ def train(
     times: sd.times.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)
     if config.process == "ddpm":
         times = sd.DiscreteTimes(sd.Discrete.linear().num_steps)
+    elif config.weight == "likelihood":  # g^2 is not promised above t_max
+        times = sd.UniformTimes(t_min=1e-3, t_max=process.t_max)
     weight, penalty = WEIGHTS[config.weight], PENALTIES[config.penalty]
-    if config.weight == "likelihood":  # the same loss by importance sampling, at less variance
-        times, weight = sd.LikelihoodTimes(process, t_min=1e-3), sd.Simple()
     state = training.TrainState(denoiser, recipe, times, weight, penalty)
     steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]

@@ -23,7 +23,7 @@ from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.losses import L2, Penalty
 from sde_diffusion.noise import Generated, Noise
-from sde_diffusion.prediction import Prediction, coordinates, truth
+from sde_diffusion.prediction import X0, Prediction, coordinates
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.sampling import chosen_noise
 
@@ -116,8 +116,7 @@ class DDPM:
         """x_i by i kernels one after the other (eq. 2): equal in law to `q_sample`, in O(i)."""
         source = chosen_noise(x0, generator, seeds, noise)
         i = self.index(i, x0)
-        last = i.reshape(i.shape + (1,) * (x0.ndim - i.ndim)).to(x0.device) if i.ndim else i
-        x = x0
+        last, x = per_sample(i, x0), x0
         for j, beta in enumerate(self.process.betas[: int(i.max()) if len(x0) else 0], 1):
             z = source(j / self.num_steps, (j - 1) / self.num_steps, x)
             x = torch.where(j <= last, sqrt(1 - beta) * x + sqrt(beta) * z, x)
@@ -192,10 +191,7 @@ class DDPM:
         mean, of_step = self.p_mean_variance(x, i, variance=variance, clamp=clamp)
         t = float(i.max() if i.numel() else 1) / self.num_steps
         z = source(t, t - 1 / self.num_steps, x)
-        noisy = i > 1
-        if i.ndim:
-            noisy = noisy.reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
-        return torch.where(noisy, mean + of_step.sqrt() * z, mean)
+        return torch.where(per_sample(i > 1, x), mean + of_step.sqrt() * z, mean)
 
     def p_chain(
         self,
@@ -283,7 +279,7 @@ class DDPM:
         gap, of_q = self.q_posterior(x0 - prediction.x0, torch.zeros_like(x), i)  # of the two means
         distance = gap**2 / of_p
         ratio = of_q / of_p
-        first = (i == 1).reshape(of_q.shape).to(of_q.device)
+        first = per_sample(i == 1, x)
         divergence = ratio - 1 - torch.where(first, 1, ratio).log()
         cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
         return coordinates(cost).sum(1) / 2
@@ -344,8 +340,7 @@ class DDPM:
     @cached_property
     def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ho et al. 2020, eq. 7, for i = 1 .. N: coefficients of x_0 and x_i, and the variance."""
-        root = self.process.table.exp()  # sqrt(abar_i), i = 0 .. N
-        noise = 0.0 - torch.expm1(2 * self.process.table)  # 1 - abar_i
+        root, noise = self.process.table.exp(), self.process.noise_table  # sqrt(abar), 1 - abar
         of_x0 = root[:-1] * self.betas / noise[1:]
         of_x = self.alphas.sqrt() * noise[:-1] / noise[1:]
         return of_x0, of_x, self.process.posterior_variances
@@ -356,10 +351,7 @@ class DDPM:
         if clamp is None:
             return prediction
         errors.number("clamp", clamp, 0, strict=True)
-        x0 = prediction.x0.clamp(-clamp, clamp)
-        clamped = truth(x0, (x - level.alpha * x0) / level.sigma, level)
-        clamped.extra = prediction.extra
-        return clamped
+        return Prediction(x, prediction.x0.clamp(-clamp, clamp), level, X0(), prediction.extra)
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
@@ -377,9 +369,14 @@ class DDPM:
 
 
 def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
-    """table[i - 1] for a table over 1 .. N: (B, 1, ..., 1) like `like`, or () for a single i."""
-    chosen = table[i - 1].to(like)
-    return chosen.reshape(-1, *[1] * (like.ndim - 1)) if i.ndim else chosen
+    """table[i - 1] for a table over 1 .. N, broadcast against `like` and in its dtype."""
+    return per_sample(table[i - 1], like).to(like.dtype)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1) on the device of `like`; a single value as it is."""
+    shape = (-1, *[1] * (like.ndim - 1)) if values.ndim else ()
+    return values.reshape(shape).to(like.device)
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:

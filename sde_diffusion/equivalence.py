@@ -17,7 +17,14 @@ from sde_diffusion import errors, frames, verify
 from sde_diffusion.denoiser import Index, Model
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.prediction import Eps, Parameterization, Prediction, Row, read
-from sde_diffusion.processes import Discrete, Interpolated, Level, Process, double
+from sde_diffusion.processes import (
+    Discrete,
+    Interpolated,
+    Level,
+    Process,
+    double,
+    kernel_variances,
+)
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.sampling import Sampler
 
@@ -66,7 +73,7 @@ def discretize(
     if rule == "euler":
         betas = -2 * process.drift(t[1:]) / num_steps
     else:
-        betas = -torch.expm1(2 * log_alpha.diff())
+        betas = kernel_variances(log_alpha)
     if bool((betas[:-1] >= 1).any()) or bool(betas[-1] > 1):
         raise ValueError(
             f"rule {rule!r} gives beta = {betas.max():.3g} >= 1 with num_steps={num_steps}; "
@@ -301,9 +308,7 @@ def agreement(
     errors.number("mean", mean)
     sampler = sampler or Ancestral("beta")
     errors.kind("sampler", sampler, "a Sampler", "grid", "step")
-    family: Any = b
-    if hasattr(b, "log_alpha"):
-        family = lambda n: b  # noqa: E731 (one process whatever N)
+    family: Any = (lambda n: b) if hasattr(b, "log_alpha") else b
     errors.kind("b", family, "a Process or a function of N", "__call__")
     own = getattr(b, "num_steps", None) or getattr(a, "num_steps", None)
     sizes = errors.shape("sizes", [own] if own else sizes)

@@ -70,7 +70,6 @@ def score_and_slopes(
 ) -> tuple[Tensor, list[Tensor]]:
     """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
     errors.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
-    errors.batch("x", x)
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         score = model(x, model.process.level(t, x)).score

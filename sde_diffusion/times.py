@@ -66,8 +66,8 @@ class LikelihoodTimes:
 
     Since d log_snr / dt = -g^2 / sigma^2, this law is uniform in log-SNR, and
 
-        integral of g^2 |score error|^2 dt = total E[ |eps error|^2 ],   total = log_snr(t_min) -
-                                                                           log_snr(t_max)
+        integral of g^2 |score error|^2 dt = total E[ |eps error|^2 ],
+        total = log_snr(t_min) - log_snr(t_max),
 
     so `Simple` with these times is `Likelihood` with uniform ones, at a fraction of the variance
     (Song et al. 2021 "Maximum likelihood training", sec. 5; Kingma et al. 2021, sec. 5).

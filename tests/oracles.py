@@ -57,22 +57,7 @@ SDES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
 }  # fmt: skip
 
 
-# Their marginals, (alpha, sigma^2).
-MARGINALS: dict[str, Callable[[float], tuple[float, float]]] = {
-    "vp": lambda t: (math.exp(-vp_integral(t) / 2), -math.expm1(-vp_integral(t))),
-    "sub-vp": lambda t: (math.exp(-vp_integral(t) / 2), math.expm1(-vp_integral(t)) ** 2),
-    "ve": lambda t: (1.0, 0.01**2 * (5000.0 ** (2 * t) - 1)),
-    "ou": lambda t: (math.exp(-5 * t), -math.expm1(-10 * t)),
-    "cosine": lambda t: (
-        math.cos(cosine_angle(t)) / math.cos(cosine_angle(0)),
-        1 - (math.cos(cosine_angle(t)) / math.cos(cosine_angle(0))) ** 2,
-    ),
-    "edm": lambda t: (1.0, (80 * t) ** 2),
-    "rectified": lambda t: (1 - t, t**2),
-}
-
-
-# The same with as many digits as mpmath is asked for; decimal parameters are written as such.
+# Their alpha and sigma^2, with as many digits as mpmath is asked for.
 EXACT_MARGINALS: dict[str, tuple[Callable, Callable]] = {
     "vp": (
         lambda t: mpmath.exp(-exact_integral(t) / 2),
@@ -92,6 +77,17 @@ EXACT_MARGINALS: dict[str, tuple[Callable, Callable]] = {
 
 def exact_integral(t: mpmath.mpf) -> mpmath.mpf:
     return (t + 199 * t**2 / 2) / 10
+
+
+def marginal(name: str) -> Callable[[float], tuple[float, float]]:
+    """alpha and sigma^2 at t, correctly rounded."""
+
+    def rounded(t: float) -> tuple[float, float]:
+        with mpmath.workdps(40):
+            alpha, variance = (formula(mpmath.mpf(t)) for formula in EXACT_MARGINALS[name])
+            return float(alpha), float(variance)
+
+    return rounded
 
 
 def exact_cosine(t: mpmath.mpf) -> mpmath.mpf:

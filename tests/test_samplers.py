@@ -10,12 +10,12 @@ from cases import FIXED_STEP, MEAN, PROCESSES, Recorded, gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
-    MARGINALS,
     SDES,
     ddim_moments,
     ddpm_moments,
     euler_maruyama_moments,
     fitted_order,
+    marginal,
     reverse_sde_moments,
     w2,
 )
@@ -132,7 +132,7 @@ def test_reverse_sde_solvers_have_the_exact_moments_of_euler_maruyama(sampler, n
     times = sampler.grid(process, 60)
     law = sd.verify.law(sampler, gaussian(process), times=times)
     expected = euler_maruyama_moments(
-        times.tolist(), *SDES[name], MARGINALS[name], MEAN, 0.25, process.prior_std**2
+        times.tolist(), *SDES[name], marginal(name), MEAN, 0.25, process.prior_std**2
     )
     assert moments(law) == pytest.approx(expected, rel=1e-8)
 

@@ -1,7 +1,7 @@
 """Processes: how data becomes noise. Each is two formulas; `process.py` derives the rest."""
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
-from sde_diffusion.processes.discrete import Discrete, Interpolated
+from sde_diffusion.processes.discrete import Discrete, Interpolated, kernel_variances
 from sde_diffusion.processes.process import Level, Process, Scalar, VariancePreserving, double
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "SubVP",
     "VariancePreserving",
     "double",
+    "kernel_variances",
 ]

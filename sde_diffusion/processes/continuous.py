@@ -195,7 +195,7 @@ class VarianceExploding(Process):
     @property
     def prior_std(self) -> float:
         """sigma(1)."""
-        return self.sigma(torch.ones((), dtype=torch.float64)).item()
+        return self.sigma(1.0).item()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sde_diffusion import errors, grids
 from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import VariancePreserving
 
-__all__ = ["Discrete", "Interpolated"]
+__all__ = ["Discrete", "Interpolated", "kernel_variances"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Interpolated(VariancePreserving):
 
     log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
     transitions at the times i/N are the chain's own; drift and diffusion there are those of the
-    interval below. Where beta_N = 1 (zero terminal SNR) it is
-    alpha that falls linearly to 0 over the last interval; t_max is then (N - 1) / N.
+    interval below. Where beta_N = 1 (zero terminal SNR) it is alpha that falls linearly to 0 over
+    the last interval; t_max is then (N - 1) / N.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
@@ -57,6 +57,11 @@ class Interpolated(VariancePreserving):
     def table(self) -> Tensor:
         """log alpha at i/N, i = 0 .. N, float64."""
         return torch.nn.functional.pad(torch.log1p(-self.beta_table).cumsum(0) / 2, (1, 0))
+
+    @cached_property
+    def noise_table(self) -> Tensor:
+        """sigma^2 = 1 - abar_i at i/N, i = 0 .. N, float64."""
+        return 0.0 - torch.expm1(2 * self.table)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         table, last = self.table.to(t), self.num_steps - 1
@@ -134,7 +139,7 @@ class Discrete(Interpolated):
         errors.integer("num_steps", num_steps)
         errors.number("max_beta", max_beta, 0, 1, strict=True)
         t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-        betas = -torch.expm1(2 * Cosine(s).log_alpha(t).diff())
+        betas = kernel_variances(Cosine(s).log_alpha(t))
         return cls(tuple(betas.clamp(max=max_beta).tolist()))
 
     @classmethod
@@ -187,8 +192,7 @@ class Discrete(Interpolated):
 
         beta_i (1 - abar_(i-1)) / (1 - abar_i), which is 0 at i = 1.
         """
-        noise = 0.0 - torch.expm1(2 * self.table)  # 1 - abar_i
-        return self.beta_table * noise[:-1] / noise[1:]
+        return self.beta_table * self.noise_table[:-1] / self.noise_table[1:]
 
     def model_variances(self, kind: Literal["beta", "posterior"]) -> Tensor:
         """sigma_i^2 of the model's kernels p(x_(i-1) | x_i), i = 1 .. N: (N,) float64, positive.
@@ -210,6 +214,11 @@ class Discrete(Interpolated):
                 f"use equivalence.continuous(process) to go between its times"
             )
         return (grids.uniform(steps, start) * self.num_steps).round() / self.num_steps
+
+
+def kernel_variances(log_alpha: Tensor) -> Tensor:
+    """beta_i = 1 - (alpha_i / alpha_(i-1))^2, (N,), from log alpha at i = 0 .. N."""
+    return -torch.expm1(2 * log_alpha.diff())
 
 
 def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:

@@ -148,12 +148,11 @@ class Process(ABC):
         Raises:
             ValueError: unless 0 <= s <= t and alpha(s) > 0 everywhere.
         """
-        s64, t64 = double(s), double(t)
+        s64, t64 = double(s, "s"), self._on_path(t)
         if s64.shape != t64.shape and s64.ndim and t64.ndim:
             raise ValueError(f"s and t must agree in shape; got {s64.shape} and {t64.shape}")
         if not bool(((s64 >= 0) & (s64 <= t64)).all()):
             raise ValueError(f"transition runs forward: need 0 <= s <= t; got s={s}, t={t}")
-        self._on_path(t)
         if bool(self.log_alpha(s64).isneginf().any()):
             raise ValueError(f"no kernel starts where alpha(s) = 0; got s={s}")
         log_a, b2 = self._kernel(s64, t64)
@@ -193,7 +192,7 @@ class Process(ABC):
                 which networks are told, are at least float32.
         """
         errors.batch("the batch", like)
-        t = t if isinstance(t, Tensor) else double(t)
+        t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(
                 f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
@@ -255,28 +254,17 @@ class Process(ABC):
 
     def _on_path(self, t: Scalar) -> Tensor:
         """t in float64, if the formulas hold there: up to 1 where alpha(1) = 0, or any t >= 0."""
-        t, last = double(t), 1.0 if self.t_max < 1 else math.inf
-        allowed = (t >= 0) & (t <= last)
-        if t.device.type == "cpu" and not bool(allowed.all()):
-            raise ValueError(f"t must lie in [0, {last:g}]; got {t[~allowed][0].item()}")
-        return t
+        last = 1.0 if self.t_max < 1 else math.inf
+        return within(t, last, f"t must lie in [0, {last:g}]")
 
     def _promised(self, t: Scalar) -> Tensor:
         """t in float64, if drift and diffusion are promised there."""
-        t, last = double(t), self.t_max + SLACK if self.t_max < 1 else math.inf
-        allowed = (t >= 0) & (t <= last)
-        if t.device.type == "cpu" and not bool(allowed.all()):
-            raise ValueError(
-                f"{type(self).__name__} promises drift and diffusion on [0, {self.t_max}]; "
-                f"got t={t[~allowed][0].item()}"
-            )
-        return t
+        last = self.t_max + SLACK if self.t_max < 1 else math.inf
+        name = type(self).__name__
+        return within(t, last, f"{name} promises drift and diffusion on [0, {self.t_max}]")
 
     def _fields(self, t: Tensor) -> tuple[Tensor, ...]:
-        t = double(t).detach()
-        allowed = (t >= 0) & (t <= 1)
-        if t.device.type == "cpu" and not bool(allowed.all()):  # a GPU would stall
-            raise ValueError(f"times must lie in [0, 1]; got {t[~allowed][0].item()}")
+        t = within(t, 1.0, "times must lie in [0, 1]").detach()
         log_alpha, variance, *rates = self._rates(t)
         drift, diffusion2 = (
             torch.where(t <= self.t_max + SLACK, rate, torch.nan) for rate in rates
@@ -368,6 +356,15 @@ def double(t: Scalar, name: str = "t") -> Tensor:
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
     return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+
+
+def within(t: Scalar, last: float, rule: str) -> Tensor:
+    """t in float64, if it lies in [0, last]; a GPU is not asked, it would stall."""
+    t = double(t)
+    allowed = (t >= 0) & (t <= last)
+    if t.device.type == "cpu" and not bool(allowed.all()):
+        raise ValueError(f"{rule}; got {t[~allowed][0].item()}")
+    return t
 
 
 def to_type(value: Tensor, t: Scalar) -> Tensor:

@@ -4,8 +4,10 @@ If x0 is a mixture of N(m_k, S_k), then x_t is one of N(alpha m_k, alpha^2 S_k +
 posterior means of x0 and eps are closed-form. Data of any shape are flattened to d coordinates.
 """
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -84,6 +86,12 @@ class GaussianMixture:
 
     def rows(self, index: Tensor) -> "GaussianMixture":
         return self
+
+    def on(self, process: Process) -> Self:
+        """The same data on another process."""
+        other = copy.copy(self)
+        other.process = process
+        return other
 
     def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
         """log p_t(x) in nats, (B,); x (B, *shape)."""

@@ -1,0 +1,42 @@
+"""Verification: what a sampler's output law is, by running the sampler. Ours or a peer's."""
+
+from sde_diffusion.verify.certificate import Certificate, certificate
+from sde_diffusion.verify.foreign import Function
+from sde_diffusion.verify.identities import Identities, identities
+from sde_diffusion.verify.laws import Law, law
+from sde_diffusion.verify.limits import Limit, limit
+from sde_diffusion.verify.mixtures import Distribution, Endpoint, distribution, endpoint, flow
+from sde_diffusion.verify.orders import LocalOrder, Order, local_order, order
+from sde_diffusion.verify.own_steps import Bias, Tolerances, bias, tolerances
+from sde_diffusion.verify.peers import Azula, Diffusers, KDiffusion, ratios
+from sde_diffusion.verify.probe import NotAffine
+
+__all__ = [
+    "Azula",
+    "Bias",
+    "Certificate",
+    "Diffusers",
+    "Distribution",
+    "Endpoint",
+    "Function",
+    "Identities",
+    "KDiffusion",
+    "Law",
+    "Limit",
+    "LocalOrder",
+    "NotAffine",
+    "Order",
+    "Tolerances",
+    "bias",
+    "certificate",
+    "distribution",
+    "endpoint",
+    "flow",
+    "identities",
+    "law",
+    "limit",
+    "local_order",
+    "order",
+    "ratios",
+    "tolerances",
+]

@@ -1,0 +1,90 @@
+r"""Ladders: a sampler's exact law at a growing number of steps, and what the rungs share.
+
+Every error here is the W2 distance between the exact law of a run that starts from the data's exact
+law at its first level, and the data's exact law at its last. A consistent sampler's tends to 0,
+whether it follows the flow, the reverse SDE or anything between: all have the data's marginals.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.denoiser import Model
+from sde_diffusion.processes import Process
+from sde_diffusion.sampling import Sampler
+from sde_diffusion.verify import probe
+from sde_diffusion.verify.laws import Law, measured, placed
+
+__all__ = ["Family", "checked_sizes", "ladder", "made_from", "rounding", "slope", "slopes", "table"]
+
+ROUNDING = 1e-12  # W2 below this is 0, times the scale of the data
+
+Family = Sampler | Callable[[int], Sampler]
+
+
+def made_from(family: Any, what: Any) -> Sampler:
+    return errors.kind("what the function makes", family(what), "a Sampler", "grid", "step")
+
+
+def ladder(
+    sampler: Any, data: Model, process: Process | None, sizes: Sequence[int]
+) -> tuple[Sampler, list[Law]]:
+    """The sampler at its finest and its laws at all sizes; the coarsest is checked for affinity."""
+    shape = probe.sizes(data, None)
+    errors.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
+                if not hasattr(sampler, "step") else "grid")  # fmt: skip
+    laws: list[Law] = []
+    some = sampler
+    for n in sizes:
+        count: int | None = n
+        if not hasattr(sampler, "step"):
+            some, count = made_from(sampler, n), None
+        there = placed(data, some, process)
+        if not laws:
+            probe.check(some, there, shape, count)
+        laws.append(measured(some, there, shape, count))
+    return some, laws
+
+
+def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
+    sizes = tuple(errors.integer("each of sizes", n) for n in sizes)
+    if len(sizes) < least or any(a >= b for a, b in pairwise(sizes)):
+        raise ValueError(f"sizes must hold {least} or more growing integers; got {sizes}")
+    return sizes
+
+
+def rounding(data: Any, sampler: Any) -> float:
+    """The distance below which two laws of this data are equal."""
+    scale = float(data.covariance.trace().sqrt() + data.mean.norm())
+    return max(ROUNDING, 0.1 * getattr(sampler, "rounding", 0.0)) * scale
+
+
+def slope(sizes: Sequence[float], distances: Sequence[float]) -> float:
+    """Of the straight line fitted to log distance against log size."""
+    tiny = np.finfo(np.float64).tiny
+    return float(np.polyfit(np.log(sizes), np.log(np.maximum(distances, tiny)), 1)[0])
+
+
+def slopes(sizes: Sequence[float], distances: Sequence[float]) -> list[float]:
+    """Orders between neighbouring sizes."""
+    pairs = zip(pairwise(sizes), pairwise(distances), strict=True)
+    return [math.log(max(a, 1e-300) / max(b, 1e-300)) / math.log(n / m) for (m, n), (a, b) in pairs]
+
+
+def numbers(values: Tensor) -> str:
+    return " ".join(f"{value:.6g}" for value in values.flatten().tolist())
+
+
+def table(
+    title: str, name: str, sizes: Sequence[float], distances: Sequence[float],
+    rates: Sequence[float], closing: Sequence[str],
+) -> str:  # fmt: skip
+    rows = [title, f"  {name:>10}{'W2':>12}{'rate':>8}"]
+    for n, distance, rate in zip(sizes, distances, [None, *rates], strict=True):
+        rows.append(f"  {n:10g}{distance:12.3e}" + ("" if rate is None else f"{rate:8.2f}"))
+    return "\n".join([*rows, *(f"  {line}" for line in closing)])

@@ -1,0 +1,145 @@
+"""Limits: what a sampler's exact law tends to, and whether that is the data's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.denoiser import Model
+from sde_diffusion.processes import Process
+from sde_diffusion.sampling import Sampler
+from sde_diffusion.verify import probe
+from sde_diffusion.verify.ladders import (
+    Family,
+    checked_sizes,
+    ladder,
+    numbers,
+    rounding,
+    slopes,
+    table,
+)
+from sde_diffusion.verify.laws import Law, gaussian_w2, matrix_root
+
+__all__ = ["Limit", "extrapolated", "limit"]
+
+SLOWEST = 0.5  # a lower rate foretells no limit
+
+
+@dataclass(frozen=True, repr=False)
+class Limit:
+    """Where a sampler's law tends as its steps shrink, by Richardson extrapolation; print it.
+
+    Attributes:
+        sampler: its name.
+        sizes: numbers of steps, each twice the one before.
+        distances: W2 to the data at each.
+        mean, covariance: of the limit.
+        data: mean and covariance of the data.
+        rate: order at which the laws near each other.
+        uncertainty: how far the last two extrapolations are apart.
+        rounding: distances below this are rounding.
+        floor: what it is known to miss the data by.
+    """
+
+    sampler: str
+    sizes: tuple[int, ...]
+    distances: tuple[float, ...]
+    mean: Tensor
+    covariance: Tensor
+    data: tuple[Tensor, Tensor]
+    rate: float
+    uncertainty: float
+    rounding: float
+    floor: float = 0.0
+
+    @property
+    def distance(self) -> float:
+        """W2 between the limit and the data."""
+        return gaussian_w2((self.mean, self.covariance), self.data)
+
+    @property
+    def holds(self) -> bool:
+        allowed = max(3 * self.uncertainty, self.rounding)
+        return abs(self.distance - self.floor) <= allowed or self.distance <= allowed
+
+    @property
+    def verdict(self) -> str:
+        said = (
+            f"W2 of the limit to the data {self.distance:.1e} (uncertainty {self.uncertainty:.1e})"
+        )
+        return f"tends to the data: {said}" if self.holds else f"TENDS TO ANOTHER LAW: {said}"
+
+    def __str__(self) -> str:
+        rates = slopes(self.sizes, self.distances)
+        found = f"limit: mean {numbers(self.mean)}, covariance {numbers(self.covariance)}"
+        wanted = f"data:  mean {numbers(self.data[0])}, covariance {numbers(self.data[1])}"
+        return table(f"limit of {self.sampler}", "steps", self.sizes, self.distances, rates, [
+            found, wanted, f"verdict: {self.verdict}",
+            "does not prove: how good any finite number of steps is, nor a limit of a rate that "
+            "these sizes do not show yet",
+        ])  # fmt: skip
+
+    __repr__ = __str__
+
+
+def limit(
+    sampler: Family,
+    data: Model,
+    process: Process | None = None,
+    *,
+    sizes: Sequence[int] = (64, 128, 256, 512),
+    floor: float = 0.0,
+) -> Limit:
+    r"""The law a sampler tends to as N -> infinity, and whether it is the data's.
+
+    With theta_N the mean and the root of the covariance, and the rate p of |theta_2N - theta_N|,
+
+        theta = theta_2N + (theta_2N - theta_N) / (2^p - 1)
+
+    extrapolated from the last sizes and, for its uncertainty, once more from those before.
+
+    Args:
+        sampler, data, process: as in `order`.
+        sizes: four or more numbers of steps, each twice the one before.
+        floor: the W2 by which it is known to miss the data, however many the steps: a grid whose
+            last level before sigma = 0 is s = sigma / alpha = 0.002, as that of Heun, leaves
+            s^2 / (2 std) by the Euler step from there.
+    """
+    sizes = checked_sizes(sizes, 4)
+    some, laws = ladder(sampler, data, process, sizes)
+    return extrapolated(some, data, sizes, laws, floor)
+
+
+def extrapolated(
+    some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law], floor: float = 0.0
+) -> Limit:
+    """`limit` from laws that are there."""
+    if any(b != 2 * a for a, b in pairwise(sizes)):
+        raise ValueError(f"sizes must double from one to the next; got {sizes}")
+    ends = [each.steps[-1] for each in laws]
+    theta = [torch.cat([end.mean[None], matrix_root(end.covariance)]) for end in ends]
+    last, rate = richardson(theta[-3:])
+    before, _ = richardson(theta[-4:-1])
+    mean, root = last[0], last[1:]
+    departures = tuple(each.departure for each in laws)
+    target = laws[-1].data
+    assert target is not None  # departure has refused models that know no law
+    return Limit(
+        probe.describe(some), sizes, departures, mean, root @ root.T, target, rate,
+        float((last - before).norm()), rounding(data, some), errors.number("floor", floor, 0),
+    )  # fmt: skip
+
+
+def richardson(theta: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """The limit of three values at N, 2 N, 4 N, and the rate they show."""
+    first, second = float((theta[1] - theta[0]).norm()), float((theta[2] - theta[1]).norm())
+    if second == 0:
+        return theta[2], math.inf
+    rate = math.log2(max(first / second, 1e-300))
+    if rate < SLOWEST:  # they do not come nearer as a power of N: no limit is told by them
+        return theta[2], rate
+    return theta[2] + (theta[2] - theta[1]) / (2**rate - 1), rate

@@ -1,0 +1,265 @@
+"""Orders: how fast a sampler's exact law nears the data's, over whole paths and in single steps."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.denoiser import Model
+from sde_diffusion.processes import Process
+from sde_diffusion.sampling import Sampler
+from sde_diffusion.verify import probe
+from sde_diffusion.verify.ladders import (
+    Family,
+    checked_sizes,
+    ladder,
+    made_from,
+    rounding,
+    slope,
+    slopes,
+    table,
+)
+from sde_diffusion.verify.laws import Law, measured, placed
+
+__all__ = ["LocalOrder", "Order", "fitted", "local_order", "order", "uneven"]
+
+SLACK = 0.2  # a fitted order may stay so far under the declared one
+STALLS = 0.5  # a lower rate is no convergence
+SETTLED = 0.6  # a larger gain from one rate to the next foretells nothing
+
+
+@dataclass(frozen=True, repr=False)
+class Order:
+    """Errors at a growing number of steps, and the order fitted to them; print it.
+
+    Attributes:
+        sampler: its name.
+        declared: the order it claims.
+        sizes: numbers of steps.
+        distances: the error of each.
+        rounding: distances below this are rounding.
+        remark: what an adapter noticed on the way.
+    """
+
+    sampler: str
+    declared: float
+    sizes: tuple[int, ...]
+    distances: tuple[float, ...]
+    rounding: float
+    remark: str = ""
+
+    @property
+    def rates(self) -> list[float]:
+        """log2 of the ratio of neighbouring errors, for a doubling of steps."""
+        return slopes(self.sizes, self.distances)
+
+    @property
+    def fitted(self) -> float:
+        """Minus the least-squares slope of log error against log steps; inf if it is rounding."""
+        if max(self.distances) <= self.rounding:
+            return math.inf
+        return -slope(self.sizes, self.distances)
+
+    @property
+    def tends(self) -> float:
+        """The order that the rates rise to, if they settle: the last one plus its last gain.
+
+        The rate of an error C N^-p (1 + c / N) is p + c' / N: a doubling of N halves what it lacks.
+        """
+        last = self.rates[-1]
+        gain = last - self.rates[-2] if len(self.rates) > 1 else 0.0
+        return last + gain if 0 < gain < SETTLED else last
+
+    @property
+    def floor(self) -> float | None:
+        """The error at which it stops shrinking, if it does: it rises, or hardly falls at last."""
+        for index, rate in enumerate(self.rates):
+            after = max(self.distances[index + 1 :])
+            last = index == len(self.rates) - 1
+            if (rate < 0 or (last and self.tends < STALLS)) and after > self.rounding:
+                return after
+        return None
+
+    @property
+    def holds(self) -> bool:
+        return self.floor is None and max(self.fitted, self.tends) >= self.declared - SLACK
+
+    @property
+    def verdict(self) -> str:
+        if self.fitted == math.inf:
+            return "exact up to rounding at every number of steps"
+        said = (
+            f"order {self.fitted:.2f}, rates tend to {self.tends:.2f}; declared {self.declared:g}"
+        )
+        if self.floor is not None:
+            said = f"{said}: THE ERROR STOPS SHRINKING at {self.floor:.1e}"
+        elif not self.holds:
+            said = f"{said}: LOWER THAN DECLARED"
+        return f"{said}; {self.remark}" if self.remark else said
+
+    def __str__(self) -> str:
+        return table(f"order of {self.sampler}", "steps", self.sizes, self.distances, self.rates, [
+            f"verdict: {self.verdict}",
+            "does not prove: the order on grids of another shape, where a multistep formula may be "
+            "wrong and still pass (local_order); nor that each step is the published one",
+        ])  # fmt: skip
+
+    __repr__ = __str__
+
+
+def order(
+    sampler: Family,
+    data: Model,
+    process: Process | None = None,
+    *,
+    sizes: Sequence[int] = (64, 128, 256),
+    declared: float | None = None,
+) -> Order:
+    """The order at which a sampler's law nears the data's, each number of steps on its own grid.
+
+    Args:
+        sampler: a Sampler; or a function of the number of steps that makes one, as for an adapter:
+            `partial(verify.Diffusers, scheduler)`.
+        data: exact.Gaussian, or another affine model that knows its mean and covariance.
+        process: on which process, if not on the model's own.
+        sizes: two or more numbers of steps.
+        declared: the order it should have; by default what it says of itself.
+    """
+    sizes = checked_sizes(sizes, 2)
+    some, laws = ladder(sampler, data, process, sizes)
+    return fitted(some, data, sizes, laws, declared)
+
+
+def fitted(
+    some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law],
+    declared: float | None = None,
+) -> Order:  # fmt: skip
+    """`order` from laws that are there."""
+    claimed = errors.number("declared", some.order if declared is None else declared, 0)
+    distances = tuple(each.departure for each in laws)
+    return Order(
+        probe.describe(some), claimed, sizes, distances, rounding(data, some), laws[-1].remark
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class LocalOrder:
+    """Errors over a short stretch of steps of fixed ratio, as it shrinks; print it.
+
+    A method of order p makes an error of order p + 1 in a step, whatever the ratio of its steps.
+
+    Attributes:
+        sampler: its name.
+        declared: p.
+        spans: largest step of each stretch, in u.
+        distances: ratio of neighbouring steps -> the error of each stretch.
+        rounding: distances below this are rounding.
+    """
+
+    sampler: str
+    declared: float
+    spans: tuple[float, ...]
+    distances: dict[float, tuple[float, ...]]
+    rounding: float
+
+    @property
+    def fitted(self) -> dict[float, float]:
+        """p at each ratio: the slope of log error against log span, less 1."""
+        return {ratio: self._fit(values) for ratio, values in self.distances.items()}
+
+    def _fit(self, values: Sequence[float]) -> float:
+        kept = [(h, value) for h, value in zip(self.spans, values, strict=True)
+                if value > self.rounding][-3:]  # fmt: skip
+        return slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
+
+    @property
+    def holds(self) -> bool:
+        return min(self.fitted.values()) >= self.declared - SLACK
+
+    @property
+    def verdict(self) -> str:
+        parts = ", ".join(f"{p:.2f} at ratio {ratio:g}" for ratio, p in self.fitted.items())
+        said = f"local order {parts}; declared {self.declared:g}"
+        return said if self.holds else f"{said}: LOWER THAN DECLARED"
+
+    def __str__(self) -> str:
+        rows = [f"local order of {self.sampler}"]
+        rows.append(f"  {'h':>10}" + "".join(f"{f'ratio {r:g}':>14}" for r in self.distances))
+        for k, h in enumerate(self.spans):
+            row = "".join(f"{values[k]:14.2e}" for values in self.distances.values())
+            rows.append(f"  {h:10.3e}{row}")
+        rows.append(f"  verdict: {self.verdict}")
+        rows.append("  does not prove: anything of the two ends of the path, nor the limit there")
+        return "\n".join(rows)
+
+    __repr__ = __str__
+
+
+def local_order(
+    sampler: Sampler | Callable[[Tensor], Sampler],
+    data: Model,
+    process: Process | None = None,
+    *,
+    start: float = 0.6,
+    spans: Sequence[float] = (0.04, 0.02, 0.01, 0.005, 0.0025, 0.00125),
+    ratios: Sequence[float] = (2.0, 1.0, 0.5),
+    declared: float | None = None,
+) -> LocalOrder:
+    """The order of single steps, also of a multistep formula between steps of unequal size.
+
+    A stretch begins with tiny steps that double up to h, which gives a multistep formula a history
+    that is exact to its order, and goes on with a few whose ratio is the one asked for; the last is
+    tiny, since a corrector sets a step right at the next call. The error of the whole stretch is
+    that of a few steps of the size of h.
+
+    Args:
+        sampler: a Sampler; or a function that makes one from times, as for an adapter:
+            `lambda times: verify.KDiffusion(sample_lms, verify.ratios(process, times))`.
+        data, process, declared: as in `order`.
+        start: u = sigma / (alpha + sigma) of the beginning, in (0, 1), inside the path.
+        spans: the h, decreasing, in u.
+        ratios: of each step to the one before it.
+    """
+    for name, values in (("spans", spans), ("ratios", ratios)):
+        for value in values:
+            errors.number(f"each of {name}", value, 0, strict=True)
+    if len(spans) < 2 or any(a <= b for a, b in pairwise(spans)):
+        raise ValueError(f"spans must hold two or more decreasing numbers; got {tuple(spans)}")
+    distances: dict[float, tuple[float, ...]] = {}
+    shape = probe.sizes(data, None)
+    some: Any = sampler
+    for ratio in ratios:
+        laws: list[Law] = []
+        for h in spans:
+            times: Tensor | None = uneven(process or data.process, start, h, ratio)
+            if not hasattr(sampler, "step"):
+                some, times = made_from(sampler, times), None
+            there = placed(data, some, process)
+            if not laws:
+                probe.check(some, there, shape, times=times)
+            laws.append(measured(some, there, shape, times=times))
+        distances[ratio] = tuple(each.departure for each in laws)
+    claimed = some.order if declared is None else declared
+    return LocalOrder(
+        probe.describe(some), errors.number("declared", claimed, 0), tuple(spans), distances,
+        rounding(data, some),
+    )  # fmt: skip
+
+
+def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
+    """Times from u = start on: steps of u that double up to h, then three of the given ratio."""
+    errors.number("start", start, 0, 1, strict=True)
+    growing = [h * 2.0**k for k in range(-24, 1)]
+    after = [h * ratio**k for k in range(1, 4)] if ratio != 2 else []
+    tiny = (after or growing)[-1] / 1024
+    u = start - np.cumsum([0.0, *growing, *after, tiny])
+    if u[-1] <= 0:
+        raise ValueError(f"steps of h={h} at ratio {ratio:g} do not fit between u={start} and 0")
+    log_snr = 2 * (np.log1p(-u) - np.log(u))
+    return process.time(torch.from_numpy(log_snr))

@@ -1,0 +1,287 @@
+r"""Adapters, one line each: a diffusers scheduler, a k-diffusion function, an azula sampler.
+
+    verify.Diffusers(scheduler, steps=50)
+    verify.KDiffusion(sample_heun, grids.karras(20))
+    verify.Azula(sampler)
+
+Nothing here imports those libraries; their objects are handed in, and run by their own code.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.prediction import Karras, Prediction
+from sde_diffusion.processes import EDM, Interpolated, Process, RectifiedFlow
+from sde_diffusion.verify.foreign import Ask, Foreign, name_of, only
+
+__all__ = ["Azula", "Diffusers", "KDiffusion", "ratios"]
+
+SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state
+ASIDE = 1e-3  # a share of sigma that is no rounding of float32
+
+
+@dataclass(frozen=True)
+class Diffusers(Foreign):
+    """A scheduler of diffusers, run as its pipelines run it.
+
+    It may be of the variance-preserving family (it has `alphas_cumprod`), a flow-matching one, or
+    one of EDM's. The network is asked at the timestep that the scheduler feeds it: a whole one is a
+    step of the chain, whatever the scheduler's own sigma is there; a fractional one can only mean
+    that sigma, if the scheduler scales its input by it, and else log sigma is linear between steps.
+
+    Args:
+        scheduler: an instance; it is copied, never changed.
+        steps: what `set_timesteps` is told.
+        declared: its order; by default its `solver_order`, if it has one.
+    """
+
+    scheduler: Any
+    steps: int
+    declared: int | None = None
+    rounding: float = SINGLE
+
+    def __post_init__(self) -> None:
+        errors.kind("scheduler", self.scheduler, "a diffusers scheduler", "set_timesteps", "step",
+                    "config")  # fmt: skip
+        errors.integer("steps", self.steps)
+        if self._chain is None and not (self._is_edm or hasattr(self.scheduler, "scale_noise")):
+            raise TypeError(
+                f"{self}: neither of the variance-preserving family, nor flow matching, nor EDM"
+            )
+        if self.scheduler.config.get("use_flow_sigmas"):
+            raise TypeError(f"{self}: use_flow_sigmas puts flow matching on a chain's timesteps")
+
+    def __str__(self) -> str:
+        return f"diffusers {type(self.scheduler).__name__}, {self.steps} steps"
+
+    @property
+    def order(self) -> int:
+        return self.declared or self.scheduler.config.get("solver_order") or 1
+
+    @property
+    def process(self) -> Process:
+        if self._chain is not None:
+            power = np.concatenate([[1.0], self._chain])
+            return Interpolated(tuple((1 - power[1:] / power[:-1]).tolist()))
+        (_, sigma), _ = self.ends()
+        return EDM(sigma) if self._is_edm else RectifiedFlow()
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        scheduler = self._started()
+        t = scheduler.timesteps[0]
+        scale = scale_of(scheduler, t)
+        alpha, sigma = self._seen(t, scheduler)
+        return (alpha / scale, sigma / scale), (1.0, 0.0)
+
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        scheduler = self._started()
+        sigmas = getattr(scheduler, "sigmas", ())
+        aside = 0.0  # of log sigma, between where the network is asked and where the state is
+        for index, t in enumerate(scheduler.timesteps):
+            alpha, sigma = self._seen(t, scheduler)
+            said = ask(scaled(scheduler, x, t), alpha, sigma)
+            x = scheduler.step(self._out(said, alpha, sigma), t, x).prev_sample
+            if self._chain is not None and len(sigmas) == len(scheduler.timesteps) + 1:
+                aside = max(aside, abs(math.log(sigma / alpha / float(sigmas[index]))))
+        if aside < ASIDE:
+            return x, ""
+        return x, (
+            f"it asks the network up to {math.expm1(aside):.0%} of sigma away from where the state "
+            f"is, as if its time steps were rounded"
+        )
+
+    @property
+    def _chain(self) -> Any:
+        """The chain's alpha^2 at its steps, if it has one."""
+        power = getattr(self.scheduler, "alphas_cumprod", None)
+        return None if power is None else power.double().numpy()
+
+    @property
+    def _is_edm(self) -> bool:
+        return hasattr(self.scheduler, "precondition_outputs")
+
+    def _started(self) -> Any:
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.steps)
+        return scheduler
+
+    def _seen(self, t: Tensor, scheduler: Any) -> tuple[float, float]:
+        """alpha and sigma of the network's input at a timestep."""
+        step = float(t)
+        if self._is_edm:
+            sigma = math.exp(4 * step)
+            scale = 1 / math.hypot(self.scheduler.config.sigma_data, sigma)
+            return scale, scale * sigma
+        if self._chain is None:
+            sigma = step / self.scheduler.config.num_train_timesteps
+            return 1 - sigma, sigma
+        if not 0 <= step <= len(self._chain) - 1:
+            raise ValueError(f"{self} asks at step {step:g} of a chain 0 .. {len(self._chain) - 1}")
+        scale = scale_of(scheduler, t)
+        if step != round(step) and scale < 1:
+            return unit(nearest_sigma(scheduler, math.sqrt(1 / scale**2 - 1)))
+        logs = np.log((1 - self._chain) / self._chain) / 2
+        return unit(math.exp(np.interp(step, np.arange(len(logs)), logs)))
+
+    def _out(self, said: Prediction, alpha: float, sigma: float) -> Tensor:
+        """What the network puts out."""
+        if self._is_edm:
+            return Karras(self.scheduler.config.sigma_data).target(said)
+        if self._chain is None:
+            return said.velocity
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        of = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-sigma, alpha)}
+        return said.combine(*of[errors.choice("prediction_type", kind, of)])
+
+
+def scale_of(scheduler: Any, t: Tensor) -> float:
+    """What the network's input is multiplied by at a timestep."""
+    return float(scaled(scheduler, torch.ones(1, dtype=torch.float64), t))
+
+
+def nearest_sigma(scheduler: Any, sigma: float) -> float:
+    """The one of a scheduler's sigmas that was meant; the scale has fewer digits."""
+    known = [scheduler.sigmas, getattr(scheduler, "sigmas_interpol", scheduler.sigmas)]
+    sigmas = torch.cat([torch.as_tensor(values).flatten().double() for values in known])
+    sigmas = sigmas[sigmas.isfinite()]
+    return float(sigmas[(sigmas - sigma).abs().argmin()])
+
+
+def scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    """The network's input; flow-matching schedulers leave it as it is and have no word for it."""
+    return scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+
+
+@dataclass(frozen=True)
+class KDiffusion(Foreign):
+    """A sampling function of k-diffusion, f(model, x, sigmas, ...).
+
+    Those that take sigma_min, sigma_max and perhaps n instead are given the first and the last
+    positive of the sigmas and their number.
+
+    Args:
+        function: such as `k_diffusion.sampling.sample_heun`.
+        sigmas: decreasing, sigma / alpha, such as `grids.karras(20)`.
+        arguments: more of them, by name.
+        declared: its order, if it is known.
+    """
+
+    function: Callable[..., Tensor]
+    sigmas: Tensor | Sequence[float]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    declared: int | None = None
+    rounding: float = 1e-9
+
+    def __post_init__(self) -> None:
+        errors.kind("function", self.function, "a function f(model, x, sigmas)", "__call__")
+        sigmas = self.levels
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[:-1] > sigmas[1:]).all()):
+            raise ValueError(f"sigmas must decrease; got {sigmas.tolist()!r:.80}")
+
+    @property
+    def levels(self) -> Tensor:
+        """The sigmas in float64."""
+        return torch.as_tensor(self.sigmas, dtype=torch.float64)
+
+    def __str__(self) -> str:
+        return f"k-diffusion {name_of(self.function)}, {len(self.levels) - 1} steps"
+
+    @property
+    def process(self) -> Process:
+        return EDM(float(self.levels[0]))
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        last = self.levels if self._takes("sigmas") else self._positive
+        return (1.0, float(self.levels[0])), (1.0, float(last[-1]))
+
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+            return ask(x, 1.0, only(sigma, "sigma")).x0
+
+        arguments = dict(self.arguments)
+        if self._takes("disable"):
+            arguments.setdefault("disable", True)  # the progress bar
+        if self._takes("sigmas"):
+            return self.function(denoised, x, self.levels, **arguments), ""
+        positive = self._positive
+        if self._takes("n"):
+            arguments.setdefault("n", len(self.levels) - 1)
+        low, high = float(positive[-1]), float(positive[0])
+        return self.function(denoised, x, low, high, **arguments), ""
+
+    @property
+    def _positive(self) -> Tensor:
+        return self.levels[self.levels > 0]
+
+    def _takes(self, name: str) -> bool:
+        return name in inspect.signature(self.function).parameters
+
+
+@dataclass(frozen=True)
+class Azula(Foreign):
+    """A sampler of azula, as it was built, with the model in place of its denoiser.
+
+    Args:
+        sampler: an instance; it is copied, never changed. Its schedule and steps are its own.
+        declared: its order; by default what it says in `order`, if it does.
+    """
+
+    sampler: Any
+    declared: int | None = None
+    rounding: float = SINGLE
+
+    def __post_init__(self) -> None:
+        errors.kind(
+            "sampler", self.sampler, "an azula sampler", "timesteps", "denoiser", "__call__"
+        )
+
+    def __str__(self) -> str:
+        return f"azula {type(self.sampler).__name__}, {len(self.sampler.timesteps) - 1} steps"
+
+    @property
+    def order(self) -> int:
+        return self.declared or getattr(self.sampler, "order", 1)
+
+    @property
+    def process(self) -> Process:
+        (alpha, sigma), _ = self.ends()
+        return EDM(sigma / alpha)
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        first, last = (self._level(self.sampler.timesteps[at]) for at in (0, -1))
+        return first, last
+
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        def denoiser(x: Tensor, t: Tensor, **extra: Any) -> SimpleNamespace:
+            return SimpleNamespace(mean=ask(x, *self._level(t)).x0)
+
+        setattr(denoiser, "schedule", self.sampler.denoiser.schedule)  # noqa: B010
+        sampler = copy.copy(self.sampler)
+        sampler.denoiser, sampler.silent = denoiser, True
+        return sampler(x), ""
+
+    def _level(self, t: Tensor) -> tuple[float, float]:
+        alpha, sigma = self.sampler.denoiser.schedule(t)
+        return only(alpha, "alpha"), only(sigma, "sigma")
+
+
+def ratios(process: Process, times: Tensor) -> Tensor:
+    """sigma / alpha at these times of a process: where a peer that counts in sigmas stands."""
+    levels = process.levels(times)
+    return torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)
+
+
+def unit(ratio: float) -> tuple[float, float]:
+    """(alpha, sigma) of the variance-preserving coordinates with this sigma / alpha."""
+    alpha = 1 / math.hypot(1, ratio)
+    return alpha, ratio * alpha

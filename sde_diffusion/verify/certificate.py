@@ -43,9 +43,14 @@ class Certificate:
     def holds(self) -> bool:
         return all(part.holds for part in self.parts)
 
+    @property
+    def verdict(self) -> str:
+        """What does not hold, or that all does."""
+        return "; ".join(part.verdict for part in self.parts if not part.holds) or "all checks hold"
+
     def __str__(self) -> str:
         parts = [f"certificate of {self.sampler} on {self.process}", *map(str, self.parts)]
-        return "\n\n".join([*parts, f"in all: {'holds' if self.holds else 'DOES NOT HOLD'}"])
+        return "\n\n".join([*parts, f"in all: {self.verdict}"])
 
     __repr__ = __str__
 

@@ -124,7 +124,7 @@ class Foreign(ABC):
     declared: int | None
 
     @property
-    def order(self) -> int:
+    def order(self) -> int | None:
         """What is declared; 1, which every consistent method has, if nothing is."""
         return 1 if self.declared is None else self.declared
 

@@ -51,11 +51,13 @@ class Draw(NamedTuple):
     """A noise draw.
 
     Attributes:
-        t, s: times of the calls before and after it; s is the last time after the last call.
+        t, s: times of the call after the draw before it, where its step began, and of the call
+            after it; s is the last time after the last call.
         added: standard deviation it adds to the state at s.
         gain: standard deviation it adds to the output.
         share: `added` by that of the forward kernel from s to t, which the reverse SDE adds for
-            small steps; DDPM's small variance has sigma_s / sigma_t, a flow none.
+            small steps; DDPM's small variance has sigma_s / sigma_t, a flow none; nan if t is not
+            noisier than s.
     """
 
     t: float
@@ -78,6 +80,7 @@ class Law:
         steps: the state at each call and at the end.
         draws: each noise draw.
         data: mean and covariance of the data's exact law at the last time, if the model knows it.
+        finish: sigma / alpha at the last call, if the end is at sigma = 0, else 0.
         remark: what an adapter noticed on the way.
     """
 
@@ -89,6 +92,7 @@ class Law:
     steps: tuple[Step, ...]
     draws: tuple[Draw, ...]
     data: tuple[Tensor, Tensor] | None
+    finish: float = 0.0
     remark: str = ""
 
     def w2(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
@@ -108,10 +112,23 @@ class Law:
         return gaussian_w2((end.mean, end.covariance), self.data)
 
     @property
+    def left(self) -> float:
+        r"""The W2 that an Euler step of the flow from the last call to sigma = 0 leaves.
+
+        Of a coordinate of variance v it makes v^(1/2) (1 + s^2 / v)^(-1/2), s = sigma / alpha: it
+        lacks s^2 / (2 v^(1/2)) of its standard deviation, whatever the other steps are.
+        """
+        if self.data is None:
+            return math.nan
+        values = torch.linalg.eigvalsh(self.data[1])
+        lacking = values.sqrt() * (1 - torch.rsqrt(1 + self.finish**2 / values))
+        return float(lacking.norm())
+
+    @property
     def faults(self) -> list[str]:
         """What stands out from its neighbours by more than a smooth scheme can."""
         remarks = [self.remark] if self.remark else []
-        return [*odd_draws(self.draws), *odd_steps(self.steps), *remarks]
+        return [*remarks, *odd_draws(self.draws), *odd_steps(self.steps)]
 
     @property
     def holds(self) -> bool:
@@ -121,7 +138,8 @@ class Law:
     @property
     def verdict(self) -> str:
         if self.faults:
-            return "; ".join(self.faults)
+            more = f"; and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
+            return "; ".join(self.faults[:3]) + more
         return "affine, each sample for itself; no step stands out"
 
     def __str__(self) -> str:
@@ -216,8 +234,9 @@ def measured(
         end.start,
         end.noises,
         tuple(step(asked, data, begin, d) for asked in walk),
-        tuple(draw(walk, before, index, d) for index, before in enumerate(made.draws)),
+        tuple(draw(walk, made.draws, index, d) for index in range(draws)),
         marginal(data, last),
+        made.asked[-1].level.sigma / made.asked[-1].level.alpha if last.sigma == 0 else 0.0,
         made.remark,
     )
 
@@ -283,20 +302,23 @@ def step(asked: Asked, data: Model, begin: tuple[Tensor, Tensor] | None, d: int)
     return Step(asked.level.t, *reached, departure, shift)
 
 
-def draw(walk: list[Asked], before: int, index: int, d: int) -> Draw:
-    t, s = walk[max(before - 1, 0)].level, walk[before].level
+def draw(walk: list[Asked], draws: list[int], index: int, d: int) -> Draw:
+    before, began = draws[index], draws[index - 1] if index else 0
+    t, s = walk[max(min(began, before - 1), 0)].level, walk[before].level
     added, gain = (
         float(Parts.of(walk[at].x, d).noises[index].square().sum() / d) ** 0.5
         for at in (before, -1)
     )
     kernel2 = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2 if s.alpha else t.sigma**2
-    share = added / math.sqrt(kernel2) if kernel2 > 0 else math.inf
+    share = added / math.sqrt(kernel2) if kernel2 > 1e-9 * t.sigma**2 else math.nan
     return Draw(t.t, s.t, added, gain, share)
 
 
 def odd_draws(draws: Sequence[Draw]) -> list[str]:
     """Draws that add more or less noise, for their step, than those around them."""
     shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
+    if any(math.isnan(share) for share in shares):
+        return []
     return [
         f"draw {index + 1} of {len(draws)} (t={draws[index].t:.4g} to {draws[index].s:.4g}) adds "
         f"{draws[index].added:.3e}, {math.exp(excess):.3g} times what those around it would"

@@ -44,6 +44,7 @@ class Order:
         sizes: numbers of steps.
         distances: the error of each.
         rounding: distances below this are rounding.
+        left: W2 that an Euler step from its last level to sigma = 0 leaves (`Law.left`).
         remark: what an adapter noticed on the way.
     """
 
@@ -52,6 +53,7 @@ class Order:
     sizes: tuple[int, ...]
     distances: tuple[float, ...]
     rounding: float
+    left: float = 0.0
     remark: str = ""
 
     @property
@@ -99,6 +101,8 @@ class Order:
         )
         if self.floor is not None:
             said = f"{said}: THE ERROR STOPS SHRINKING at {self.floor:.1e}"
+            if self.floor <= 3 * self.left:
+                said = f"{said}, as an Euler step from its last level leaves {self.left:.1e}"
         elif not self.holds:
             said = f"{said}: LOWER THAN DECLARED"
         return f"{said}; {self.remark}" if self.remark else said
@@ -144,7 +148,13 @@ def fitted(
     claimed = errors.number("declared", some.order if declared is None else declared, 0)
     distances = tuple(each.departure for each in laws)
     return Order(
-        probe.describe(some), claimed, sizes, distances, rounding(data, some), laws[-1].remark
+        probe.describe(some),
+        claimed,
+        sizes,
+        distances,
+        rounding(data, some),
+        laws[-1].left,
+        laws[-1].remark,
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.prediction import Karras, Prediction
-from sde_diffusion.processes import EDM, Interpolated, Process, RectifiedFlow
+from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
 from sde_diffusion.verify.foreign import Ask, Foreign, name_of, only
 
 __all__ = ["Azula", "Diffusers", "KDiffusion", "ratios"]
@@ -72,7 +72,7 @@ class Diffusers(Foreign):
     def process(self) -> Process:
         if self._chain is not None:
             power = np.concatenate([[1.0], self._chain])
-            return Interpolated(tuple((1 - power[1:] / power[:-1]).tolist()))
+            return Discrete(tuple((1 - power[1:] / power[:-1]).tolist()))
         (_, sigma), _ = self.ends()
         return EDM(sigma) if self._is_edm else RectifiedFlow()
 
@@ -192,6 +192,11 @@ class KDiffusion(Foreign):
     def levels(self) -> Tensor:
         """The sigmas in float64."""
         return torch.as_tensor(self.sigmas, dtype=torch.float64)
+
+    @property
+    def order(self) -> int | None:
+        """What is declared, or 1; None for a function with tolerances, which chooses its steps."""
+        return None if self._takes("rtol") else super().order
 
     def __str__(self) -> str:
         return f"k-diffusion {name_of(self.function)}, {len(self.levels) - 1} steps"

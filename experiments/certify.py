@@ -1,0 +1,360 @@
+"""The certificates of the samplers: their exact laws, orders and limits, and how far they hold.
+
+    python experiments/certify.py
+    python experiments/certify.py --peers
+
+Every sampler of this package on every process, or with --peers those of diffusers, k-diffusion and
+azula, by their own code. Writes certificates.md, certificates.json and certificates.png.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import command
+import torch
+
+import sde_diffusion as sd
+from sde_diffusion import plots, storage, verify
+
+MEAN, VARIANCE = 0.7, 0.25  # of the data that every certificate is about
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print the table of certificates, and write it as Markdown, JSON and a picture."""
+
+    samplers: tuple[str, ...] = ()
+    """which of them, by name; all if none is given"""
+    processes: tuple[str, ...] = ()
+    """on which processes, by name; all if none is given (peers bring their own)"""
+    peers: bool = False
+    """certify the samplers of diffusers, k-diffusion and azula instead: pip install '.[peers]'"""
+    out: Path = Path("runs/certify")
+    """folder of everything written"""
+
+
+PROCESSES: dict[str, sd.Process] = {
+    "vp": sd.VP(),
+    "sub-vp": sd.SubVP(),
+    "ve": sd.VE(),
+    "ou": sd.OU(),
+    "cosine": sd.Cosine(),
+    "edm": sd.EDM(),
+    "rectified": sd.RectifiedFlow(),
+    "ddpm": sd.Discrete.linear(),
+    "interpolated": sd.continuous(sd.Discrete.linear()),
+}
+FIXED: dict[str, sd.Sampler] = {
+    "ancestral": sd.Ancestral(),
+    "ancestral-beta": sd.Ancestral("beta"),
+    "ddim": sd.Ancestral(eta=0.0),
+    "sde": sd.EulerMaruyama(),
+    "torchsde": sd.TorchSDE(),
+    "torchsde-milstein": sd.TorchSDE("milstein"),
+    "heun": sd.Heun(),
+    **{f"adams{k}": sd.Adams(k) for k in range(1, 6)},
+}
+BY_TOLERANCE: dict[str, sd.Sampler] = {"torch-ode": sd.TorchODE(), "scipy-ode": sd.ScipyODE()}
+BY_BIAS: dict[str, sd.Sampler] = {
+    "torchsde-srk": sd.TorchSDE("srk"),
+    "torchsde-adaptive": sd.AdaptiveTorchSDE(),
+}
+SAMPLERS = FIXED | BY_TOLERANCE | BY_BIAS
+
+# What is known beforehand, and why.
+SIZES = {  # the errors of VE's two halves cancel in part up to some 500 steps
+    (name, "ve"): (512, 1024, 2048, 4096) for name in ("sde", "torchsde", "torchsde-milstein")
+}
+FLOORS = {"heun": 0.002**2 / (2 * math.sqrt(VARIANCE))}  # Euler from Karras' 0.002 to 0
+NOT_SETTLED = {  # even times resolve a rate slowly that is not small at t = 0: N^-1 log N
+    ("ancestral", "ou"): "order of log N / N: rates 0.6 to 0.7 up to 2,048 steps",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        by: what it is checked by.
+        figures: short texts by column.
+        holds: whether every check does.
+        verdict: what does not.
+        known: why, where that is known.
+        report: the certificate.
+        seconds: what it took.
+    """
+
+    sampler: str
+    process: str
+    by: str
+    figures: dict[str, str]
+    holds: bool
+    verdict: str
+    known: str
+    report: str
+    seconds: float
+
+
+def gaussian(process: sd.Process) -> sd.exact.Gaussian:
+    """The data, N(0.7, 0.25) on the line."""
+    return sd.exact.Gaussian(process, torch.tensor([MEAN], dtype=torch.float64), VARIANCE)
+
+
+def mixture(process: sd.Process) -> sd.exact.GaussianMixture:
+    """Three modes in the plane, each coordinate of standard deviation about 1."""
+    means = torch.tensor([[-1.2, 0.8], [0.4, -1.2], [1.3, 0.6]], dtype=torch.float64)
+    return sd.exact.GaussianMixture(process, [0.4, 0.35, 0.25], means, [0.05, 0.05, 0.05])
+
+
+def ours(name: str, where: str) -> Row:
+    """The certificate of one of our samplers on one process."""
+    start, sampler, process = time.perf_counter(), SAMPLERS[name], PROCESSES[where]
+    data = gaussian(process)
+    if name in BY_TOLERANCE:
+        tolerances = verify.tolerances(sampler, data)
+        end = verify.endpoint(sampler, mixture(process))
+        figures = {
+            "error / tolerance": f"{max(tolerances.ratios):.2g}",
+            "mixture": f"{end.rms:.1e}",
+        }
+        report = f"{tolerances}\n\n{end}"
+        return finished(name, where, "tolerance", figures, tolerances, report, start)
+    if name in BY_BIAS:
+        steps = None if sampler.order is None else 200
+        bias = verify.bias(sampler, data, steps=steps)
+        figures = {"bias / standard error": f"{float(bias.scores.abs().max()):.1f}"}
+        return finished(name, where, "Monte Carlo", figures, bias, str(bias), start)
+    sizes, floor = SIZES.get((name, where), (64, 128, 256, 512)), FLOORS.get(name, 0.0)
+    made = verify.certificate(sampler, data, sizes=sizes, floor=floor)
+    figures, report = affine(made), str(made)
+    if not made.law.draws:
+        end = verify.endpoint(sampler, mixture(process), steps=20)
+        figures["mixture"], report = f"{end.rms:.1e}", f"{report}\n\n{end}"
+    return finished(name, where, "exact law", figures, made, report, start)
+
+
+def affine(made: verify.Certificate) -> dict[str, str]:
+    """The figures of a certificate by the probe."""
+    figures = {"declared": f"{made.order.declared:g}", "order": f"{made.order.fitted:.2f}"}
+    if made.local_order is not None:
+        figures["local order"] = f"{min(made.local_order.fitted.values()):.2f}"
+    if made.limit is not None:
+        figures["limit"] = f"{made.limit.distance:.1e} ± {made.limit.uncertainty:.0e}"
+    figures["W2"] = f"{made.order.distances[-1]:.1e} ({made.order.sizes[-1]})"
+    return figures
+
+
+def finished(
+    sampler: str, process: str, by: str, figures: dict[str, str], made: Any, report: str,
+    start: float,
+) -> Row:  # fmt: skip
+    known = "" if made.holds else NOT_SETTLED.get((sampler, process), "")
+    seconds = time.perf_counter() - start
+    return Row(sampler, process, by, figures, made.holds, made.verdict, known, report, seconds)
+
+
+# ---- peers ---------------------------------------------------------------------------------------
+
+
+def peers() -> dict[str, Callable[[int], sd.Sampler]]:
+    """Samplers of other libraries, as functions of the number of steps; nothing is clipped."""
+    families: dict[str, Callable[[int], sd.Sampler]] = {}
+    for library, found in (
+        ("diffusers", diffusers_schedulers),
+        ("k_diffusion", k_diffusion_functions),
+        ("azula", azula_samplers),
+    ):
+        if importlib.util.find_spec(library) is None:
+            print(f"{library} is not installed: left out")
+        else:
+            families |= found()
+    if not families:
+        raise ValueError("--peers: none is installed; python -m pip install -e '.[peers]'")
+    return families
+
+
+def diffusers_schedulers() -> dict[str, Callable[[int], sd.Sampler]]:
+    diffusers: Any = importlib.import_module("diffusers")
+    diffusers.logging.set_verbosity_error()
+    plain = ("DDPM", "DDIM")
+    chain = (
+        "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep",
+        "UniPCMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete",
+        "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete", "SASolver", "EDMEuler",
+        "EDMDPMSolverMultistep", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete",
+    )  # fmt: skip
+    made: dict[str, Any] = {}
+    for name in plain:
+        made[name] = getattr(diffusers, f"{name}Scheduler")(clip_sample=False)
+    for name in chain:
+        made[name] = getattr(diffusers, f"{name}Scheduler")()
+    made["UniPCMultistep, Karras"] = diffusers.UniPCMultistepScheduler(use_karras_sigmas=True)
+    made["DPMSolverMultistep, Karras"] = diffusers.DPMSolverMultistepScheduler(
+        use_karras_sigmas=True
+    )
+    return {f"diffusers {n}": partial(verify.Diffusers, scheduler) for n, scheduler in made.items()}
+
+
+def k_diffusion_functions() -> dict[str, Callable[[int], sd.Sampler]]:
+    sampling: Any = importlib.import_module("k_diffusion.sampling")
+    orders = {
+        "euler": 1, "euler_ancestral": 1, "heun": 2, "dpm_2": 2, "dpm_2_ancestral": 1, "lms": 4,
+        "dpm_fast": 3, "dpm_adaptive": 3, "dpmpp_2m": 2, "dpmpp_2s_ancestral": 1, "dpmpp_sde": 1,
+        "dpmpp_2m_sde": 1, "dpmpp_3m_sde": 1,
+    }  # fmt: skip
+
+    def family(name: str, order: int, steps: int) -> sd.Sampler:
+        function = getattr(sampling, f"sample_{name}")
+        return verify.KDiffusion(function, sd.grids.karras(steps), declared=order)
+
+    return {f"k-diffusion {name}": partial(family, name, order) for name, order in orders.items()}
+
+
+def azula_samplers() -> dict[str, Callable[[int], sd.Sampler]]:
+    denoise, noise, sample = (
+        importlib.import_module(f"azula.{name}") for name in ("denoise", "noise", "sample")
+    )
+    denoiser = denoise.SimpleDenoiser(torch.nn.Identity(), noise.VPSchedule())
+
+    def family(name: str, steps: int) -> sd.Sampler:
+        sampler = getattr(sample, f"{name}Sampler")(denoiser, steps=steps, silent=True)
+        return verify.Azula(sampler, declared=2 if name == "Heun" else None)
+
+    names = ("DDPM", "DDIM", "Euler", "Heun", "Ito", "zAB", "vAB", "zEAB", "xEAB", "REAB", "PC")
+    return {f"azula {name}": partial(family, name) for name in names}
+
+
+def theirs(name: str, family: Callable[[int], sd.Sampler]) -> Row:
+    """The certificate of a peer, or the reason for which it has none."""
+    start = time.perf_counter()
+    means = torch.tensor([MEAN, -0.4], dtype=torch.float64)
+    # In two coordinates: an error of one may change its sign on the way, and look like none.
+    data = sd.exact.Gaussian(sd.VP(), means, torch.tensor([VARIANCE, 1.5], dtype=torch.float64))
+    try:
+        made = verify.certificate(family, data)
+    except verify.NotAffine as refusal:
+        why, seconds = str(refusal), time.perf_counter() - start
+        return Row(name, "its own", "refused", {}, False, why, "", why, seconds)
+    return finished(name, made.process, "exact law", affine(made), made, str(made), start)
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+COLUMNS = ("declared", "order", "local order", "limit", "W2", "mixture", "error / tolerance",
+           "bias / standard error")  # fmt: skip
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table."""
+    used = [column for column in COLUMNS if any(column in row.figures for row in rows)]
+    lines = ["| " + " | ".join(["sampler", "process", "checked by", *used, "holds"]) + " |"]
+    lines.append("| " + " | ".join(["---"] * (len(used) + 4)) + " |")
+    for row in rows:
+        holds = "yes" if row.holds else f"no: {row.known or row.verdict.split(';')[0]}"
+        cells = [row.sampler, row.process, row.by, *(row.figures.get(c, "") for c in used), holds]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = (
+        f"Data N({MEAN}, {VARIANCE}). order: fitted to W2 at 64, 128, 256 steps of the sampler's "
+        "own grid (VE by Euler-Maruyama: 512, 1024, 2048). local order: the least over step ratios "
+        "2, 1, 1/2. limit: W2 of the Richardson limit to the data. W2: at so many steps. mixture: "
+        "RMS to the exact flow at 20 steps, three modes in the plane. Solvers with steps of their "
+        "own are not affine: ODE solvers are held to the exact map (10 tolerances at 1e-5 and "
+        "below), SDE solvers to 4.5 standard errors of 4,000 samples."
+    )
+    return "\n".join([*lines, "", notes, ""])
+
+
+def picture(rows: list[Row], by_process: bool) -> Any:
+    """A line per sampler: its figure on each process, or for peers its figures side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = list(dict.fromkeys(row.sampler for row in rows))
+    columns = (
+        list(dict.fromkeys(row.process for row in rows)) if by_process else [*COLUMNS[:2], "W2"]
+    )
+    size = (1.8 + 1.05 * len(columns), 1.0 + 0.27 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    for row in rows:
+        y, colour = names.index(row.sampler), "#9ecae1" if row.holds else "#fdae6b"
+        for x, column in enumerate(columns):
+            if by_process and column != row.process:
+                continue
+            axis.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
+            text = said(row) if by_process else row.figures.get(column, "")
+            axis.text(x, y, text, ha="center", va="center", fontsize=8)
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(names) - 0.5, -0.5))
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.tick_params(length=0)
+    axis.xaxis.tick_top()
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel("blue: every check holds; orange: one does not", fontsize=8)
+    return figure
+
+
+def said(row: Row) -> str:
+    """A certificate in a few letters: its order, or what else it was held to."""
+    if "order" in row.figures:
+        return row.figures["order"]
+    if "error / tolerance" in row.figures:
+        return f"{row.figures['error / tolerance']} tol"
+    return f"{row.figures['bias / standard error']} SE"
+
+
+def chosen(names: tuple[str, ...], known: dict[str, Any], flag: str) -> list[str]:
+    """The names asked for, all if none is."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag} {name}: there are: {', '.join(known)}")
+    return list(dict.fromkeys(names)) or list(known)
+
+
+def rows_of(config: Config) -> Iterator[Row]:
+    """The certificates asked for, one by one."""
+    if config.peers:
+        families = peers()
+        for name in chosen(config.samplers, families, "--samplers"):
+            yield theirs(name, families[name])
+        return
+    places = chosen(config.processes, PROCESSES, "--processes")
+    for name in chosen(config.samplers, SAMPLERS, "--samplers"):
+        for place in places:
+            yield ours(name, place)
+
+
+def main(config: Config) -> None:
+    if config.peers and config.processes:
+        raise ValueError("--processes: with --peers each sampler has its own")
+    command.check_out(config.out)
+    rows: list[Row] = []
+    for row in rows_of(config):
+        rows.append(row)
+        holds = "holds" if row.holds else (row.known or row.verdict)[:200]
+        print(f"{row.sampler:32s} {row.process:12s} {row.seconds:5.1f} s  {holds}", flush=True)
+    out = command.folder(config.out)
+    print(f"\n{markdown(rows)}")
+    storage.replace(out / "certificates.md", markdown(rows).encode())
+    figures = json.dumps([asdict(row) for row in rows], indent=1)
+    storage.replace(out / "certificates.json", f"{figures}\n".encode())
+    storage.replace(out / "certificates.png", plots.png(picture(rows, not config.peers)))
+    command.write_config(out, config)
+    failing = sum(not row.holds and not row.known for row in rows)
+    print(f"{len(rows) - failing} of {len(rows)} hold or fail for a known reason")
+    print(f"-> {out / 'certificates.md'}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="(clip|k_diffusion|diffusers|jsonschema).*")
+    command.run(main, Config)

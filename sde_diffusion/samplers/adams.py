@@ -58,6 +58,11 @@ class Adams:
     def order(self) -> int:
         return min(self.k + 1, 3)
 
+    @property
+    def step_order(self) -> int:
+        """k: a step ends with a prediction, and the correction comes at the next."""
+        return self.k
+
     def grid(self, process: Process, steps: int | None) -> Tensor:
         return frames.grid(process, errors.integer("steps", steps), self.p)
 

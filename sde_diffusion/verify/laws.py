@@ -34,17 +34,52 @@ class Step(NamedTuple):
 
     Attributes:
         t: its time.
-        mean, covariance: its law when the run starts from the data's exact law at the first time.
-        departure: the W2 distance of that to the data's exact law at t, in standard deviations of
-            the latter; nan if the model does not say what the data's law is.
-        shift: the same with signs: of the mean (d), then of log det covariance.
+        mean, covariance: its law when the run starts from the data's exact law at the first time
+            (from N(0, I) if the model does not say what that is).
+        gain: (d, d), state per unit of start.
+        exact: mean and covariance of the data's exact law at t, if the model knows it.
     """
 
     t: float
     mean: Tensor
     covariance: Tensor
-    departure: float
-    shift: tuple[float, ...]
+    gain: Tensor
+    exact: tuple[Tensor, Tensor] | None
+
+    @property
+    def unit(self) -> float:
+        """Standard deviation of a coordinate of the data at t."""
+        return math.nan if self.exact is None else float(self.exact[1].diagonal().mean()) ** 0.5
+
+    @property
+    def departure(self) -> float:
+        """W2 from the data's exact law at t, in its standard deviations; nan if that is unknown."""
+        if self.exact is None:
+            return math.nan
+        return gaussian_w2((self.mean, self.covariance), self.exact) / self.unit
+
+    @property
+    def shift(self) -> list[float]:
+        """The same with signs: of the mean (d), then of log det covariance / 2."""
+        if self.exact is None:
+            return []
+        volume = float(torch.logdet(self.covariance) - torch.logdet(self.exact[1])) / 2
+        return [*((self.mean - self.exact[0]) / self.unit).tolist(), max(volume, -100.0)]
+
+    def added(self, before: "Step") -> float:
+        """How far the way from an earlier state took the law from the data's, in its deviations.
+
+        With M the map from that state to this one, what M makes of the earlier departure is taken
+        off: for a scheme without memory this is the departure after one step from the exact law.
+        """
+        if self.exact is None or before.exact is None:
+            return math.nan
+        by = self.gain @ torch.linalg.inv(before.gain)
+        mean = self.mean - self.exact[0] - by @ (before.mean - before.exact[0])
+        spread = self.covariance - self.exact[1]
+        spread = spread - by @ (before.covariance - before.exact[1]) @ by.T
+        unit = self.unit
+        return math.hypot(float(mean.norm()) / unit, float(spread.norm()) / (2 * unit**2))
 
 
 class Draw(NamedTuple):
@@ -290,16 +325,10 @@ def marginal(data: Any, level: Level[float]) -> tuple[Tensor, Tensor] | None:
 
 
 def step(asked: Asked, data: Model, begin: tuple[Tensor, Tensor] | None, d: int) -> Step:
-    parts, exact = Parts.of(asked.x, d), marginal(data, asked.level)
-    if begin is None or exact is None:
-        mean, covariance = parts.law(torch.zeros(d).double(), torch.eye(d).double())
-        return Step(asked.level.t, mean, covariance, math.nan, ())
-    reached = parts.law(*begin)
-    unit = float(exact[1].trace() / d) ** 0.5
-    departure = gaussian_w2(reached, exact) / unit
-    volume = float(torch.logdet(reached[1]) - torch.logdet(exact[1])) / 2
-    shift = (*((reached[0] - exact[0]) / unit).tolist(), max(volume, -100.0))
-    return Step(asked.level.t, *reached, departure, shift)
+    parts = Parts.of(asked.x, d)
+    start = begin or (torch.zeros(d).double(), torch.eye(d).double())
+    exact = marginal(data, asked.level) if begin is not None else None
+    return Step(asked.level.t, *parts.law(*start), parts.start, exact)
 
 
 def draw(walk: list[Asked], draws: list[int], index: int, d: int) -> Draw:

@@ -9,7 +9,7 @@ import torch
 import sde_diffusion as sd
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import faults  # noqa: E402
+import faults
 
 # Which checks must catch which fault, and why the others cannot. "-": a right sampler passes it.
 #   posterior for beta: another sampler, equally right in the limit; only its law at finite N, or a

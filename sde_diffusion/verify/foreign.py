@@ -22,7 +22,7 @@ from sde_diffusion import errors, frames
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import Prediction
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.sampling import Memory
 from sde_diffusion.verify.probe import NotAffine
 
@@ -215,7 +215,7 @@ class Function:
 
 def only(value: Any, name: str) -> float:
     """A number that is the same for the whole batch."""
-    flat = torch.as_tensor(value).double().flatten()
+    flat = double(value, name).flatten()
     if not len(flat) or not bool((flat == flat[0]).all()):
         raise NotAffine(f"{name} must be one number for the whole batch; got {value!r:.80}")
     return float(flat[0])

@@ -102,7 +102,7 @@ def identities(
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape, steps, times))
         tolerance = max(tolerance, getattr(sampler, "rounding", 0.0))
     calls = len(runs[0].asked), len(runs[1].asked)
-    last = 0.0 if times is None else float(torch.as_tensor(times)[-1])
+    last = 0.0 if times is None else float(times[-1])
     pairs = [(runs[0].end, runs[1].end)]
     at = [last]
     if calls[0] == calls[1]:

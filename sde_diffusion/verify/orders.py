@@ -190,8 +190,12 @@ class LocalOrder:
 
     @property
     def of_one_step(self) -> dict[float, float]:
-        """p of the last step alone at each ratio."""
-        return {ratio: self._fit(values) for ratio, values in self.single.items()}
+        """p of the last step alone at each ratio where calls show it."""
+        return {
+            ratio: self._fit(values)
+            for ratio, values in self.single.items()
+            if not any(math.isnan(value) for value in values)
+        }
 
     def _fit(self, values: Sequence[float]) -> float:
         kept = [(h, value) for h, value in zip(self.spans, values, strict=True)
@@ -206,7 +210,7 @@ class LocalOrder:
     def _missed(self) -> str:
         if min(self.fitted.values()) < self.declared[0] - SLACK:
             return "LOWER THAN DECLARED"
-        if min(self.of_one_step.values()) < self.declared[1] - SLACK:
+        if min(self.of_one_step.values(), default=math.inf) < self.declared[1] - SLACK:
             return "SINGLE STEPS LOWER THAN DECLARED (a wrong step ratio, or a corrector?)"
         return ""
 
@@ -300,6 +304,8 @@ def added(law: Law, t: float, s: float) -> float:
 
 
 def listed(orders: dict[float, float]) -> str:
+    if not orders:
+        return "not seen"
     parts = [f"{p:.2f}" for p in orders.values()]
     return f"{', '.join(parts)} at ratios {', '.join(f'{ratio:g}' for ratio in orders)}"
 

@@ -274,6 +274,9 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, "", notes, ""])
 
 
+COLOURS = {True: "#9ecae1", False: "#fdae6b", "refused": "#d9d9d9"}
+
+
 def picture(rows: list[Row], by_process: bool) -> Any:
     """A line per sampler: its figure on each process, or for peers its figures side by side."""
     from matplotlib.figure import Figure
@@ -287,12 +290,14 @@ def picture(rows: list[Row], by_process: bool) -> Any:
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     for row in rows:
-        y, colour = names.index(row.sampler), "#9ecae1" if row.holds else "#fdae6b"
+        y = names.index(row.sampler)
+        colour = COLOURS["refused" if row.by == "refused" else row.holds]
         for x, column in enumerate(columns):
             if by_process and column != row.process:
                 continue
             axis.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
             text = said(row) if by_process else row.figures.get(column, "")
+            text = text or ("refused" if row.by == "refused" and x == 0 else "")
             axis.text(x, y, text, ha="center", va="center", fontsize=8)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(names) - 0.5, -0.5))
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
@@ -300,7 +305,7 @@ def picture(rows: list[Row], by_process: bool) -> Any:
     axis.tick_params(length=0)
     axis.xaxis.tick_top()
     axis.spines[:].set_visible(False)
-    axis.set_xlabel("blue: every check holds; orange: one does not", fontsize=8)
+    axis.set_xlabel("blue: every check holds; orange: one does not; grey: refused", fontsize=8)
     return figure
 
 

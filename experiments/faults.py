@@ -21,7 +21,7 @@ from sde_diffusion import storage, verify
 from sde_diffusion.denoiser import Model
 from sde_diffusion.prediction import Prediction, truth
 from sde_diffusion.processes import Level
-from sde_diffusion.verify.laws import gaussian_w2
+from sde_diffusion.verify.gaussians import gaussian_w2
 
 STEPS = 64
 SIZES = (32, 64, 128, 256)

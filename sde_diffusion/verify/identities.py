@@ -10,7 +10,8 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import placed, thinned
+from sde_diffusion.verify.gaussians import thinned
+from sde_diffusion.verify.laws import placed
 from sde_diffusion.verify.probe import Trial
 
 __all__ = ["Identities", "identities"]

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
@@ -74,10 +73,6 @@ def slopes(sizes: Sequence[float], distances: Sequence[float]) -> list[float]:
     """Orders between neighbouring sizes."""
     pairs = zip(pairwise(sizes), pairwise(distances), strict=True)
     return [math.log(max(a, 1e-300) / max(b, 1e-300)) / math.log(n / m) for (m, n), (a, b) in pairs]
-
-
-def numbers(values: Tensor) -> str:
-    return " ".join(f"{value:.6g}" for value in values.flatten().tolist())
 
 
 def table(

@@ -21,11 +21,13 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.sampling import Sampler, checked_times
 from sde_diffusion.verify import probe
+from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2, numbers, thinned
 from sde_diffusion.verify.probe import Asked
 
-__all__ = ["Draw", "Law", "Step", "gaussian_kl", "gaussian_w2", "law"]
+__all__ = ["Draw", "Law", "Step", "law", "measured", "placed"]
 
 STANDS_OUT = 4.0  # a step whose change is so many times that of its neighbours is named
+MOST = 10**8  # numbers that a law may take, 0.8 GB
 SMOOTH = 16  # fewer steps than these are too coarse to tell
 
 
@@ -180,11 +182,8 @@ class Law:
     def __str__(self) -> str:
         calls, draws = len(self.steps) - 1, len(self.draws)
         rows = [f"law of {self.sampler}: {calls} calls, {draws} draws"]
-        if self.mean.numel() == 1:
-            rows.append(f"  mean {float(self.mean):.8g}   variance {float(self.covariance):.8g}")
-        else:
-            rows.append(f"  mean {self.mean.tolist()}")
-            rows.append(f"  covariance {self.covariance.tolist()}")
+        variances = self.covariance.diagonal()
+        rows.append(f"  mean {numbers(self.mean)}   variance {numbers(variances)}")
         if self.data is not None:
             rows.append(f"  W2 to the data {self.w2():.3e}   KL {self.kl():.3e} nats")
             rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
@@ -254,7 +253,14 @@ def measured(
 ) -> Law:
     """The law of a sampler that `probe.check` has found to be affine."""
     d = prod(shape)
-    draws = len(probe.run(sampler, data, probe.Trial((0,)), shape, steps, times).draws)
+    trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
+    draws = len(trial.draws)
+    numbers = (1 + d + d * draws) * d * (len(trial.asked) + 1)
+    if numbers > MOST:
+        raise ValueError(
+            f"the law of {d} coordinates over {len(trial.asked)} calls and {draws} draws takes "
+            f"{numbers:.1e} numbers: take fewer coordinates (every one is treated alike) or steps"
+        )
     made = probe.run(sampler, data, probe.Basis(d, draws), shape, steps, times)
     end = Parts.of(made.end, d)
     first, last = edges(sampler, data, steps, times)
@@ -391,42 +397,3 @@ def spikes(values: Sequence[float], least: float) -> list[tuple[int, float]]:
         if abs(excess) > max(least, STANDS_OUT * usual):
             found.append((index, excess))
     return found
-
-
-def thinned(n: int, most: int) -> list[int]:
-    """At most so many of the indices 0 .. n - 1, evenly spread, the ends among them."""
-    if n <= most:
-        return list(range(n))
-    return sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
-
-
-def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    r"""Wasserstein-2 distance of two Gaussians (Dowson & Landau 1982).
-
-    W^2 = |m - m'|^2 + min_U |S^(1/2) - S'^(1/2) U|^2 over orthogonal U. The usual form, tr(S + S' -
-    2 (S^(1/2) S' S^(1/2))^(1/2)), is the same minimum, but as a difference: it knows no W < 1e-8.
-    """
-    root_a, root_b = matrix_root(a[1]), matrix_root(b[1])
-    left, _, right = torch.linalg.svd(root_b.T @ root_a)
-    bures = (root_a - root_b @ left @ right).square().sum()
-    return float(((a[0] - b[0]).square().sum() + bures).sqrt())
-
-
-def gaussian_kl(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    r"""KL(a || b) of two Gaussians in nats; inf where a has no density.
-
-    KL = (tr(S'^-1 S) - d - ln det(S'^-1 S) + (m - m')^T S'^-1 (m - m')) / 2
-    """
-    root = torch.linalg.cholesky(b[1])
-    inner = torch.linalg.solve_triangular(root, a[1], upper=False)
-    inner = torch.linalg.solve_triangular(root, inner.T, upper=False)
-    ratios = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0)
-    shift = torch.linalg.solve_triangular(root, (a[0] - b[0])[:, None], upper=False)
-    excess = ratios - 1
-    return float((excess - torch.log1p(excess)).sum() + shift.square().sum()) / 2
-
-
-def matrix_root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -13,16 +13,16 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
+from sde_diffusion.verify.gaussians import gaussian_w2, matrix_root, numbers
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
     ladder,
-    numbers,
     rounding,
     slopes,
     table,
 )
-from sde_diffusion.verify.laws import Law, gaussian_w2, matrix_root
+from sde_diffusion.verify.laws import Law
 
 __all__ = ["Limit", "extrapolated", "limit"]
 
@@ -75,8 +75,8 @@ class Limit:
 
     def __str__(self) -> str:
         rates = slopes(self.sizes, self.distances)
-        found = f"limit: mean {numbers(self.mean)}, covariance {numbers(self.covariance)}"
-        wanted = f"data:  mean {numbers(self.data[0])}, covariance {numbers(self.data[1])}"
+        found = f"limit: mean {numbers(self.mean)}, variance {numbers(self.covariance.diagonal())}"
+        wanted = f"data:  mean {numbers(self.data[0])}, variance {numbers(self.data[1].diagonal())}"
         return table(f"limit of {self.sampler}", "steps", self.sizes, self.distances, rates, [
             found, wanted, f"verdict: {self.verdict}",
             "does not prove: how good any finite number of steps is, nor a limit of a rate that "

@@ -134,7 +134,7 @@ def test_reverse_sde_solvers_have_the_exact_moments_of_euler_maruyama(sampler, n
     expected = euler_maruyama_moments(
         times.tolist(), *SDES[name], marginal(name), MEAN, 0.25, process.prior_std**2
     )
-    assert moments(law) == pytest.approx(expected, rel=1e-8)
+    assert moments(law) == pytest.approx(expected, rel=1e-8, abs=0)
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())

@@ -25,7 +25,7 @@ import faults
 #   x0 clipped: no affine map, so there is no law; step by step it is plain where |x0| > 1.
 EVERY = {"law", "identities"}
 EXPECTED = {
-    "g^2 doubled": EVERY | {"order", "local order", "limit"},
+    "g² doubled": EVERY | {"order", "local order", "limit"},
     "posterior variance for beta": EVERY,
     "beta for posterior variance": EVERY,
     "noise in the last step": EVERY,

@@ -7,8 +7,7 @@ from typing import Any
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.ladders import ladder
+from sde_diffusion.verify.ladders import ladder, of_family
 from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.limits import Limit, extrapolated
 from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
@@ -79,7 +78,7 @@ def certificate(
     on: Any = process or getattr(some, "process", None) or data.process
     own: Sampler | None = None if hasattr(some, "declared") else some
     return Certificate(
-        probe.describe(some),
+        of_family(some),
         type(on).__name__,
         laws[-1],
         fitted(some, data, sizes[:3], laws[:3]),

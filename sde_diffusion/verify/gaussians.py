@@ -1,9 +1,11 @@
 """Distances of Gaussians in closed form, and how a result is put into lines."""
 
+import textwrap
+
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_kl", "gaussian_w2", "matrix_root", "numbers", "thinned"]
+__all__ = ["ending", "gaussian_kl", "gaussian_w2", "matrix_root", "numbers", "thinned"]
 
 
 def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
@@ -49,3 +51,15 @@ def thinned(n: int, most: int) -> list[int]:
     if n <= most:
         return list(range(n))
     return sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
+
+
+def ending(verdict: str, unproven: str) -> list[str]:
+    """The last lines of a report: its verdict, and what it leaves open."""
+    texts = (f"verdict: {verdict}", f"does not prove: {unproven}")
+    return [
+        line
+        for text in texts
+        for line in textwrap.wrap(
+            text, 92, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    ]

@@ -10,7 +10,7 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import thinned
+from sde_diffusion.verify.gaussians import ending, thinned
 from sde_diffusion.verify.laws import placed
 from sde_diffusion.verify.probe import Trial
 
@@ -49,20 +49,21 @@ class Identities:
                 f"by {worst:.1e}"
             )
         if self.holds:
-            return f"equal to {worst:.1e} at all {len(self.times)} states"
+            return f"equal to {worst:.1e} at all {self.calls[0]} calls and at the end"
         index = next(i for i, d in enumerate(self.differences) if not d <= self.tolerance)
+        where = f"call {index + 1} of {self.calls[0]}" if index < self.calls[0] else "the end"
         return (
-            f"DIFFERENT from state {index + 1} of {len(self.times)} on, at "
-            f"t={self.times[index]:.4g}, there by {self.differences[index]:.1e}"
+            f"DIFFERENT from {where} on, at t={self.times[index]:.4g}, there by "
+            f"{self.differences[index]:.1e}"
         )
 
     def __str__(self) -> str:
         rows = [f"{self.first} against {self.second}", f"  {'t':>10}{'difference':>14}"]
         for index in thinned(len(self.times), 12):
             rows.append(f"  {self.times[index]:10.4g}{self.differences[index]:14.2e}")
-        rows.append(f"  verdict: {self.verdict}")
-        rows.append("  does not prove: that either is right; both may share a fault")
-        return "\n".join(rows)
+        return "\n".join(
+            [*rows, *ending(self.verdict, "that either is right; both may share a fault")]
+        )
 
     __repr__ = __str__
 

@@ -19,7 +19,17 @@ from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import Law, measured, placed
 
-__all__ = ["Family", "checked_sizes", "ladder", "made_from", "rounding", "slope", "slopes", "table"]
+__all__ = [
+    "Family",
+    "checked_sizes",
+    "ladder",
+    "made_from",
+    "of_family",
+    "rounding",
+    "slope",
+    "slopes",
+    "table",
+]
 
 ROUNDING = 1e-12  # W2 below this is 0, times the scale of the data
 
@@ -48,6 +58,11 @@ def ladder(
             probe.check(some, there, shape, count)
         laws.append(measured(some, there, shape, count))
     return some, laws
+
+
+def of_family(some: Any) -> str:
+    """The name of a sampler at any number of steps."""
+    return getattr(some, "name", "") or probe.describe(some)
 
 
 def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
@@ -82,4 +97,4 @@ def table(
     rows = [title, f"  {name:>10}{'W2':>12}{'rate':>8}"]
     for n, distance, rate in zip(sizes, distances, [None, *rates], strict=True):
         rows.append(f"  {n:10g}{distance:12.3e}" + ("" if rate is None else f"{rate:8.2f}"))
-    return "\n".join([*rows, *(f"  {line}" for line in closing)])
+    return "\n".join([*rows, *closing])

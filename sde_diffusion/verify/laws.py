@@ -21,7 +21,7 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.sampling import Sampler, checked_times
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2, numbers, thinned
+from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, numbers, thinned
 from sde_diffusion.verify.probe import Asked
 
 __all__ = ["Draw", "Law", "Step", "law", "measured", "placed"]
@@ -180,15 +180,15 @@ class Law:
         return "affine, each sample for itself; no step stands out"
 
     def __str__(self) -> str:
-        calls, draws = len(self.steps) - 1, len(self.draws)
-        rows = [f"law of {self.sampler}: {calls} calls, {draws} draws"]
+        calls, used = len(self.steps) - 1, [draw for draw in self.draws if draw.added > 0]
+        rows = [f"law of {self.sampler}: {calls} calls, {len(used)} draws"]
         variances = self.covariance.diagonal()
         rows.append(f"  mean {numbers(self.mean)}   variance {numbers(variances)}")
         if self.data is not None:
             rows.append(f"  W2 to the data {self.w2():.3e}   KL {self.kl():.3e} nats")
             rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
         rows.append(f"  {'t':>10}{'departure':>12}{'draw adds':>12}{'share':>8}{'gain':>12}")
-        by_call = {draw.t: draw for draw in self.draws}
+        by_call = {draw.t: draw for draw in used}
         for index in thinned(len(self.steps), 12):
             step = self.steps[index]
             row = f"  {step.t:10.4g}{step.departure:12.2e}"
@@ -196,16 +196,13 @@ class Law:
             if draw is not None:
                 row += f"{draw.added:12.3e}{draw.share:8.3f}{draw.gain:12.3e}"
             rows.append(row)
-        if self.draws and self.draws[-1].t == self.steps[-2].t:
-            rows.append(
-                f"  the last step adds noise to the samples, std {self.draws[-1].added:.3e}"
-            )
-        rows.append(f"  verdict: {self.verdict}")
-        rows.append(
-            "  does not prove: that more steps would come nearer (order, limit), that each step is "
-            "the published one (identities), nor anything of data that are not Gaussian"
-        )
-        return "\n".join(rows)
+        if used and used[-1].t == self.steps[-2].t:
+            rows.append(f"  the last step adds noise to the samples, std {used[-1].added:.3e}")
+        return "\n".join([*rows, *ending(
+            self.verdict,
+            "that more steps would come nearer (order, limit), that each step is the published "
+            "one (identities), nor anything of data that are not Gaussian",
+        )])  # fmt: skip
 
     __repr__ = __str__
 

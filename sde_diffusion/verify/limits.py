@@ -12,12 +12,12 @@ from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import gaussian_w2, matrix_root, numbers
+from sde_diffusion.verify.gaussians import ending, gaussian_w2, matrix_root, numbers
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
     ladder,
+    of_family,
     rounding,
     slopes,
     table,
@@ -78,9 +78,11 @@ class Limit:
         found = f"limit: mean {numbers(self.mean)}, variance {numbers(self.covariance.diagonal())}"
         wanted = f"data:  mean {numbers(self.data[0])}, variance {numbers(self.data[1].diagonal())}"
         return table(f"limit of {self.sampler}", "steps", self.sizes, self.distances, rates, [
-            found, wanted, f"verdict: {self.verdict}",
-            "does not prove: how good any finite number of steps is, nor a limit of a rate that "
-            "these sizes do not show yet",
+            f"  {found}", f"  {wanted}", *ending(
+                self.verdict,
+                "how good any finite number of steps is, nor a limit of a rate that these sizes "
+                "do not show yet",
+            ),
         ])  # fmt: skip
 
     __repr__ = __str__
@@ -129,7 +131,7 @@ def extrapolated(
     target = laws[-1].data
     assert target is not None  # departure has refused models that know no law
     return Limit(
-        probe.describe(some), sizes, departures, mean, root @ root.T, target, rate,
+        of_family(some), sizes, departures, mean, root @ root.T, target, rate,
         float((last - before).norm()), rounding(data, some), errors.number("floor", floor, 0),
     )  # fmt: skip
 

@@ -15,11 +15,13 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
+from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
     ladder,
     made_from,
+    of_family,
     rounding,
     slope,
     slopes,
@@ -96,22 +98,23 @@ class Order:
     def verdict(self) -> str:
         if self.fitted == math.inf:
             return "exact up to rounding at every number of steps"
-        said = (
-            f"order {self.fitted:.2f}, rates tend to {self.tends:.2f}; declared {self.declared:g}"
-        )
+        said = f"order {self.fitted:.2f}, declared {self.declared:g}"
         if self.floor is not None:
             said = f"{said}: THE ERROR STOPS SHRINKING at {self.floor:.1e}"
             if self.floor <= 3 * self.left:
                 said = f"{said}, as an Euler step from its last level leaves {self.left:.1e}"
-        elif not self.holds:
-            said = f"{said}: LOWER THAN DECLARED"
+        else:
+            said = f"{said}, the rates tend to {self.tends:.2f}"
+            said = said if self.holds else f"{said}: LOWER THAN DECLARED"
         return f"{said}; {self.remark}" if self.remark else said
 
     def __str__(self) -> str:
         return table(f"order of {self.sampler}", "steps", self.sizes, self.distances, self.rates, [
-            f"verdict: {self.verdict}",
-            "does not prove: the order on grids of another shape, where a multistep formula may be "
-            "wrong and still pass (local_order); nor that each step is the published one",
+            *ending(
+                self.verdict,
+                "the order on grids of another shape, where a multistep formula may be wrong and "
+                "still pass (local_order); nor that each step is the published one",
+            ),
         ])  # fmt: skip
 
     __repr__ = __str__
@@ -148,7 +151,7 @@ def fitted(
     claimed = errors.number("declared", some.order if declared is None else declared, 0)
     distances = tuple(each.departure for each in laws)
     return Order(
-        probe.describe(some),
+        of_family(some),
         claimed,
         sizes,
         distances,
@@ -217,24 +220,24 @@ class LocalOrder:
     @property
     def verdict(self) -> str:
         said = (
-            f"local order {listed(self.fitted)}, of one step {listed(self.of_one_step)}; declared "
-            f"{self.declared[0]:g} and {self.declared[1]:g}"
+            f"local order {listed(self.fitted)} (declared {self.declared[0]:g}), of one step "
+            f"{listed(self.of_one_step)} (declared {self.declared[1]:g})"
         )
         return f"{said}: {self._missed}" if self._missed else said
 
     def __str__(self) -> str:
         rows = [
             f"local order of {self.sampler}",
-            f"  {'':>10}{'whole stretch':>36}{'last step':>36}",
         ]
+        width = 12 * len(self.whole)
         ratios = "".join(f"{f'ratio {r:g}':>12}" for r in self.whole)
+        rows.append(f"  {'':>10}{'whole stretch':^{width}}{'last step':^{width}}".rstrip())
         rows.append(f"  {'h':>10}{ratios}{ratios}")
         for k, h in enumerate(self.spans):
             values = [errors[k] for errors in (*self.whole.values(), *self.single.values())]
             rows.append(f"  {h:10.3e}" + "".join(f"{value:12.2e}" for value in values))
-        rows.append(f"  verdict: {self.verdict}")
-        rows.append("  does not prove: anything of the two ends of the path, nor the limit there")
-        return "\n".join(rows)
+        left = "anything of the two ends of the path, nor the limit there"
+        return "\n".join([*rows, *ending(self.verdict, left)])
 
     __repr__ = __str__
 
@@ -294,7 +297,7 @@ def local_order(
     claimed = some.order if declared is None else declared
     single_claimed = getattr(some, "step_order", claimed) if of_one_step is None else of_one_step
     both = errors.number("declared", claimed, 0), errors.number("of_one_step", single_claimed, 0)
-    return LocalOrder(probe.describe(some), both, tuple(spans), whole, single, rounding(data, some))
+    return LocalOrder(of_family(some), both, tuple(spans), whole, single, rounding(data, some))
 
 
 def added(law: Law, t: float, s: float) -> float:
@@ -306,8 +309,7 @@ def added(law: Law, t: float, s: float) -> float:
 def listed(orders: dict[float, float]) -> str:
     if not orders:
         return "not seen"
-    parts = [f"{p:.2f}" for p in orders.values()]
-    return f"{', '.join(parts)} at ratios {', '.join(f'{ratio:g}' for ratio in orders)}"
+    return ", ".join(f"{p:.2f}" for p in orders.values())
 
 
 def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:

@@ -13,6 +13,7 @@ from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler, sample
 from sde_diffusion.verify import probe
+from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.mixtures import begun, flow
 
 __all__ = ["Bias", "Tolerances", "bias", "tolerances"]
@@ -59,9 +60,9 @@ class Tolerances:
         rows = [f"tolerances of {self.solver}", f"  {'tolerance':>10}{'error':>12}{'ratio':>8}"]
         for tol, error, ratio in zip(self.tolerances, self.errors, self.ratios, strict=True):
             rows.append(f"  {tol:10.0e}{error:12.2e}{ratio:8.2f}")
-        rows.append(f"  verdict: {self.verdict}")
-        rows.append("  does not prove: the same for stiffer data, nor in float32")
-        return "\n".join(rows)
+        return "\n".join(
+            [*rows, *ending(self.verdict, "the same for stiffer data, nor in float32")]
+        )
 
     __repr__ = __str__
 
@@ -130,9 +131,9 @@ class Bias:
         for name, values in (("mean", self.mean), ("variance", self.variance)):
             for found, exact, error in values.tolist():
                 rows.append(f"  {name:>10}{found:12.6f}{exact:12.6f}{error:12.1e}")
-        rows.append(f"  verdict: {self.verdict}")
-        rows.append("  does not prove: that a bias below the standard error is 0")
-        return "\n".join(rows)
+        return "\n".join(
+            [*rows, *ending(self.verdict, "that a bias below the standard error is 0")]
+        )
 
     __repr__ = __str__
 

@@ -61,8 +61,12 @@ class Diffusers(Foreign):
         if self.scheduler.config.get("use_flow_sigmas"):
             raise TypeError(f"{self}: use_flow_sigmas puts flow matching on a chain's timesteps")
 
+    @property
+    def name(self) -> str:
+        return f"diffusers {type(self.scheduler).__name__}"
+
     def __str__(self) -> str:
-        return f"diffusers {type(self.scheduler).__name__}, {self.steps} steps"
+        return f"{self.name}, {self.steps} steps"
 
     @property
     def order(self) -> int:
@@ -198,8 +202,12 @@ class KDiffusion(Foreign):
         """What is declared, or 1; None for a function with tolerances, which chooses its steps."""
         return None if self._takes("rtol") else super().order
 
+    @property
+    def name(self) -> str:
+        return f"k-diffusion {name_of(self.function)}"
+
     def __str__(self) -> str:
-        return f"k-diffusion {name_of(self.function)}, {len(self.levels) - 1} steps"
+        return f"{self.name}, {len(self.levels) - 1} steps"
 
     @property
     def process(self) -> Process:
@@ -250,8 +258,12 @@ class Azula(Foreign):
             "sampler", self.sampler, "an azula sampler", "timesteps", "denoiser", "__call__"
         )
 
+    @property
+    def name(self) -> str:
+        return f"azula {type(self.sampler).__name__}"
+
     def __str__(self) -> str:
-        return f"azula {type(self.sampler).__name__}, {len(self.sampler.timesteps) - 1} steps"
+        return f"{self.name}, {len(self.sampler.timesteps) - 1} steps"
 
     @property
     def order(self) -> int:

@@ -123,6 +123,7 @@ class Denoiser(nn.Module):
 
         The network runs in its own dtype; the prediction has that of x.
         """
+        errors.batch("x", x)
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         c = self.condition(level)
         if isinstance(c, Tensor):

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -114,6 +115,7 @@ class GaussianMixture:
 
     def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
+        errors.batch("x", x)
         if self.shape and x.shape[1:] != self.shape:
             raise ValueError(
                 f"samples must have shape {tuple(self.shape)}; got {tuple(x.shape[1:])}"

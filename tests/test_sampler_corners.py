@@ -284,3 +284,56 @@ def test_a_weight_never_asks_a_device_for_the_values_of_a_level(weight):
     level = sd.Discrete.linear().level(torch.empty(4, device=META), torch.empty(4, 2, device=META))
     assert weight(level).shape == (4, 1)
     assert weight(level).device == META
+
+
+# ---- found by properties -----------------------------------------------------------------------
+
+
+def test_a_step_too_short_for_its_slopes_to_differ_is_no_step():
+    """Two slopes 1e-10 apart differ by their rounding, and an extrapolation magnifies that."""
+    model, x = sd.exact.Gaussian(sd.VP()), torch.ones(1, 1)
+    close = sd.sample(model, sd.Adams(3), x, times=[1.0, 1 - 1e-10, 0.25, 0.0])
+    assert_close(close, sd.sample(model, sd.Adams(3), x, times=[1.0, 0.25, 0.0]))
+    flow = sd.exact.Gaussian(sd.RectifiedFlow())
+    double = sd.sample(flow, sd.Adams(3), x.double(), times=[1.0, 1 - 2**-53, 0.25, 0.0])
+    once = sd.sample(flow, sd.Adams(3), x.double(), times=[1.0, 0.25, 0.0])
+    assert_close(double, once, rtol=1e-12, atol=0)
+
+
+def test_milstein_takes_an_empty_batch():
+    empty = torch.ones(0, 3)
+    made = sd.sample(sd.exact.Gaussian(sd.VP()), sd.TorchSDE("milstein"), empty, steps=2, seeds=[])
+    assert made.shape == empty.shape
+
+
+def test_a_chain_says_how_many_steps_are_left_below_its_t_max():
+    chain = sd.Discrete.linear().zero_terminal_snr()
+    data = sd.exact.Gaussian(chain)
+    with pytest.raises(ValueError, match=r"no grid of 1000 from t=0.999: 999 are left"):
+        sd.sample(data, sd.EulerMaruyama(), torch.ones(1, 1), steps=1000)
+    assert sd.sample(data, sd.EulerMaruyama(), torch.ones(1, 1), steps=999).isfinite().all()
+
+
+def test_where_sigma_has_underflowed_there_is_data():
+    data, x = sd.exact.Gaussian(sd.EDM()), torch.ones(1, 1, dtype=torch.float64)
+    for sampler in (sd.Ancestral(), sd.Ancestral("beta")):
+        made = sd.sample(data, sampler, x, times=[1.0, 1e-170, 0.0], seeds=[0])
+        assert made.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x, level: sd.exact.Gaussian(sd.VP())(x, level),
+        lambda x, level: sd.exact.Gaussian(sd.VP()).flow(x, 1.0, 0.0),
+        lambda x, level: sd.exact.Gaussian(sd.VP()).log_prob(x),
+        lambda x, level: DENOISER(x, level),
+    ],
+    ids=["model", "flow", "log_prob", "denoiser"],
+)
+def test_a_batch_without_dimensions_is_refused_by_name(ask):
+    level = sd.VP().levels(torch.tensor([0.5]))[0]
+    with pytest.raises(ValueError, match=r"x must be a floating-point batch \(B, ...\)"):
+        ask(torch.tensor(1.0), level)
+    with pytest.raises(ValueError, match="shape must be that of a batch"):
+        sd.VP().prior(())

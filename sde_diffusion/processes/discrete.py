@@ -208,10 +208,11 @@ class Discrete(Interpolated):
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """n + 1 of the chain's own times, as evenly spaced as they can be."""
-        if steps > self.num_steps:
+        most = round(start * self.num_steps)
+        if steps > most:
             raise ValueError(
-                f"a chain of {self.num_steps} steps has no grid of {steps}; "
-                f"use equivalence.continuous(process) to go between its times"
+                f"a chain of {self.num_steps} steps has no grid of {steps} from t={start:g}: "
+                f"{most} are left; use equivalence.continuous(process) to go between its times"
             )
         return (grids.uniform(steps, start) * self.num_steps).round() / self.num_steps
 

@@ -180,7 +180,10 @@ class Process(ABC):
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be one of floats; got {dtype}")
-        like = torch.empty(errors.shape("shape", shape), dtype=dtype, device=device)
+        sizes = errors.shape("shape", shape)
+        if not sizes:
+            raise ValueError("shape must be that of a batch (B, ...); got ()")
+        like = torch.empty(sizes, dtype=dtype, device=device)
         return self.prior_std * source(1.0, 1.0, like)
 
     def level(self, t: Scalar, like: Tensor) -> Level[Tensor]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sde_diffusion import errors, frames
@@ -75,7 +76,7 @@ class Adams:
         noise: Noise,
         memory: History | None,
     ) -> tuple[Tensor, History | None]:
-        if s.u == t.u:  # alpha has underflowed at both: one level of the straight frame
+        if t.u - s.u <= finest(x.dtype):  # or alpha has underflowed at both: one level, no step
             return frames.leave(frames.enter(x, t), s), memory
         slope = model(x, t).velocity
         if memory is None:
@@ -86,6 +87,11 @@ class Adams:
         nodes, slopes = nodes[: self.k], slopes[: self.k]
         predicted = advanced(y, nodes, slopes, t.u, s.u)
         return frames.leave(predicted, s), History(y, nodes, slopes)
+
+
+def finest(dtype: torch.dtype) -> float:
+    """The least step whose slopes can be told apart; x of less than 32 bits is held to that."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def advanced(

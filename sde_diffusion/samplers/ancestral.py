@@ -63,7 +63,8 @@ class Ancestral:
     ) -> tuple[Tensor, Memory]:
         a = t.alpha / s.alpha if s.alpha else 0.0  # where both have underflowed nothing is kept
         b2 = max(t.sigma**2 - a**2 * s.sigma**2, 0.0)
-        v = self.eta**2 * b2 * (s.sigma / t.sigma) ** 2
+        kept = s.sigma / t.sigma if t.sigma else 0.0  # where both have underflowed: it is data
+        v = self.eta**2 * b2 * kept**2
         mean = model(x, t).combine(s.alpha, sqrt(max(s.sigma**2 - v, 0.0)))
         std = sqrt(v if self.variance == "posterior" else b2)
         if s.sigma == 0 or std == 0:

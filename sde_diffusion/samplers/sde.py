@@ -81,6 +81,8 @@ class TorchSDE:
         noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:
+        if not x.numel():
+            return x.clone(), 0
         if self.method == "srk":
             brownian = torchsde_path(self, noise, x, t, s)
             sde = ReverseSDE(model, x, t, "additive")

@@ -7,7 +7,7 @@ from typing import Any
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
-from sde_diffusion.verify.ladders import ladder, of_family
+from sde_diffusion.verify.ladders import checked_sizes, ladder, of_family
 from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.limits import Limit, extrapolated
 from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
@@ -60,7 +60,6 @@ def certificate(
     process: Process | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256, 512),
-    floor: float = 0.0,
 ) -> Certificate:
     """Law, order, local order and limit of a fixed-step sampler on Gaussian data.
 
@@ -71,9 +70,8 @@ def certificate(
         data: exact.Gaussian.
         process: as in `law`.
         sizes: four numbers of steps, each twice the one before.
-        floor: what the limit is known to miss the data by, as in `limit`.
     """
-    sizes = tuple(sizes)
+    sizes = checked_sizes(sizes, 4)
     some, laws = ladder(sampler, data, process, sizes)
     on: Any = process or getattr(some, "process", None) or data.process
     own: Sampler | None = None if hasattr(some, "declared") else some
@@ -83,5 +81,5 @@ def certificate(
         laws[-1],
         fitted(some, data, sizes[:3], laws[:3]),
         None if own is None else local_order(own, data, process),
-        None if on.first_time > 0 else extrapolated(some, data, sizes, laws, floor),
+        None if on.first_time > 0 else extrapolated(some, data, sizes, laws),
     )

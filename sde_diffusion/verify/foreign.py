@@ -23,7 +23,7 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import Prediction
 from sde_diffusion.processes import Level, Process, double
-from sde_diffusion.sampling import Memory
+from sde_diffusion.sampling import Memory, SolverError
 from sde_diffusion.verify.probe import NotAffine
 
 __all__ = ["Ask", "Foreign", "Function", "only"]
@@ -61,8 +61,10 @@ class Injected(TorchFunctionMode):
             return self._unit(torch.empty(*args, **kwargs))
         if called == "randn_like":
             return self._unit(torch.empty_like(*args, **kwargs))
-        x = args[0] if called == "normal_" else None
-        mean, std, size = normal_arguments(args if x is None else args[1:], kwargs)
+        x = None
+        if called == "normal_":  # torch.nn.init gives its tensor by name
+            x, args = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
+        mean, std, size = normal_arguments(args, kwargs)
         if x is not None:
             return x.copy_(mean + std * self._unit(x))
         if size is not None:
@@ -99,7 +101,7 @@ class Ask:
             raise ValueError(
                 f"{self.injected.name} asks at sigma/alpha = {sigma / alpha:.6g}, and "
                 f"{self.model.process} ends at {own.sigma / own.alpha:.6g}: put the model on "
-                f"the sampler's own process"
+                f"the sampler's own process, and keep churn below its start"
             )
         self.injected.t = own.t
         own_x = frames.leave(frames.enter(x.to(self.injected.x), there), own)
@@ -157,7 +159,13 @@ class Foreign(ABC):
             raise ValueError(f"{self} runs on levels of its own; leave out times")
         begin = frames.leave(frames.enter(x, t), first)
         with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
-            end, remark = self.loop(Ask(model, injected), begin)
+            try:
+                end, remark = self.loop(Ask(model, injected), begin)
+            except (ValueError, SolverError):
+                raise
+            except Exception as error:  # the peer's own code: whatever it is, in one line
+                said = " ".join(str(error).split())
+                raise ValueError(f"{self} failed: {type(error).__name__}: {said:.200}") from error
         return frames.leave(frames.enter(end.to(x), last), s), Report(remark)
 
 
@@ -182,6 +190,10 @@ class Function:
 
     def __post_init__(self) -> None:
         errors.kind("function", self.function, "a function f(eps_fn, x)", "__call__")
+        errors.number("start", self.start, 0, 1)
+        errors.number("end", self.end, 0, 1)
+        if self.end >= self.start:
+            raise ValueError(f"a sampler runs from start down to end; got {self.start}, {self.end}")
 
     def __str__(self) -> str:
         return f"function {name_of(self.function)}"
@@ -208,7 +220,7 @@ class Function:
 
         with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
             end = self.function(eps, x.clone())
-        if getattr(end, "shape", None) != x.shape:
+        if getattr(end, "shape", None) != x.shape or not hasattr(end, "to"):
             raise ValueError(f"{self} must return a tensor of shape {tuple(x.shape)}")
         return end.to(x), None
 

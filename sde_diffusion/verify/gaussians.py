@@ -25,11 +25,14 @@ def gaussian_kl(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 
     KL = (tr(S'^-1 S) - d - ln det(S'^-1 S) + (m - m')^T S'^-1 (m - m')) / 2
     """
+    if not bool((torch.linalg.eigvalsh(b[1]) > 0).all()):
+        raise ValueError("KL needs a positive definite covariance to be told against")
     root = torch.linalg.cholesky(b[1])
     inner = torch.linalg.solve_triangular(root, a[1], upper=False)
     inner = torch.linalg.solve_triangular(root, inner.T, upper=False)
     ratios = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0)
     shift = torch.linalg.solve_triangular(root, (a[0] - b[0])[:, None], upper=False)
+    ratios[ratios < 1e-13 * ratios.max()] = 0.0  # rounding of a law without a density
     excess = ratios - 1
     return float((excess - torch.log1p(excess)).sum() + shift.square().sum()) / 2
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, thinned
 from sde_diffusion.verify.laws import placed
-from sde_diffusion.verify.probe import Trial
+from sde_diffusion.verify.probe import NotAffine, Trial
 
 __all__ = ["Identities", "identities"]
 
@@ -38,7 +39,7 @@ class Identities:
 
     @property
     def holds(self) -> bool:
-        return self.calls[0] == self.calls[1] and max(self.differences) <= self.tolerance
+        return self.calls[0] == self.calls[1] and all(d <= self.tolerance for d in self.differences)
 
     @property
     def verdict(self) -> str:
@@ -92,7 +93,15 @@ def identities(
         process, shape: as in `law`.
         times, steps: as in `sample`, for those that take them.
         tolerance: what counts as rounding; an adapter in float32 brings a larger one.
+    Raises:
+        NotAffine: if a sampler chooses its own steps, or its noise cannot be injected.
     """
+    for name, sampler in (("first", first), ("second", second)):
+        errors.kind(name, sampler, "a Sampler", "grid", "step")
+        if sampler.order is None:
+            raise NotAffine(f"{sampler} chooses its own steps: it shares none with another")
+    errors.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
+    errors.number("tolerance", tolerance, 0)
     own = getattr(first, "process", None) or getattr(second, "process", None)
     data = placed(data, None, process or own)
     shape = probe.sizes(data, shape)

@@ -66,7 +66,7 @@ def of_family(some: Any) -> str:
 
 
 def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
-    sizes = tuple(errors.integer("each of sizes", n) for n in sizes)
+    sizes = tuple(errors.integer("each of sizes", n) for n in errors.shape("sizes", sizes))
     if len(sizes) < least or any(a >= b for a, b in pairwise(sizes)):
         raise ValueError(f"sizes must hold {least} or more growing integers; got {sizes}")
     return sizes

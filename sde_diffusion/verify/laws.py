@@ -9,26 +9,24 @@ the way, with no Monte Carlo.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.sampling import Sampler, checked_times
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, numbers, thinned
+from sde_diffusion.verify.outliers import at_levels, even, odd_draws, odd_steps
 from sde_diffusion.verify.probe import Asked
 
 __all__ = ["Draw", "Law", "Step", "law", "measured", "placed"]
 
-STANDS_OUT = 4.0  # a step whose change is so many times that of its neighbours is named
 MOST = 10**8  # numbers that a law may take, 0.8 GB
-SMOOTH = 16  # fewer steps than these are too coarse to tell
 
 
 class Step(NamedTuple):
@@ -40,6 +38,7 @@ class Step(NamedTuple):
             (from N(0, I) if the model does not say what that is).
         gain: (d, d), state per unit of start.
         exact: mean and covariance of the data's exact law at t, if the model knows it.
+        log_snr: of the level.
     """
 
     t: float
@@ -47,6 +46,7 @@ class Step(NamedTuple):
     covariance: Tensor
     gain: Tensor
     exact: tuple[Tensor, Tensor] | None
+    log_snr: float
 
     @property
     def unit(self) -> float:
@@ -76,7 +76,7 @@ class Step(NamedTuple):
         """
         if self.exact is None or before.exact is None:
             return math.nan
-        by = self.gain @ torch.linalg.inv(before.gain)
+        by = self.gain @ torch.linalg.pinv(before.gain)
         mean = self.mean - self.exact[0] - by @ (before.mean - before.exact[0])
         spread = self.covariance - self.exact[1]
         spread = spread - by @ (before.covariance - before.exact[1]) @ by.T
@@ -137,7 +137,7 @@ class Law:
         return gaussian_w2((self.mean, self.covariance), self._other(mean, covariance))
 
     def kl(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
-        """KL(output || N(mean, covariance)) in nats, by default to the data."""
+        """KL(output || N(mean, covariance)) in nats, by default to the data; it may be inf."""
         return gaussian_kl((self.mean, self.covariance), self._other(mean, covariance))
 
     @property
@@ -177,7 +177,9 @@ class Law:
         if self.faults:
             more = f"; and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
             return "; ".join(self.faults[:3]) + more
-        return "affine, each sample for itself; no step stands out"
+        if not even([step.log_snr for step in at_levels(self.steps)]):
+            return "affine, each sample for itself; steps too unlike to judge one by the others"
+        return "affine, each sample for itself; no step stands out (of the inner ones)"
 
     def __str__(self) -> str:
         calls, used = len(self.steps) - 1, [draw for draw in self.draws if draw.added > 0]
@@ -208,7 +210,15 @@ class Law:
 
     def _other(self, mean: Tensor | None, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
         if mean is not None and covariance is not None:
-            return mean, covariance
+            d = self.mean.numel()
+            for name, value, shape in (("mean", mean, (d,)), ("covariance", covariance, (d, d))):
+                if tuple(getattr(value, "shape", ("a number",))) != shape:
+                    raise ValueError(f"{name} must be a tensor of shape {shape}; got {value!r:.80}")
+            if not bool((torch.linalg.eigvalsh(covariance) >= 0).all()):
+                raise ValueError("covariance must be positive semi-definite")
+            return mean.double(), covariance.double()
+        if mean is not None or covariance is not None:
+            raise TypeError("give both mean and covariance, or neither for the data's")
         if self.data is None:
             raise TypeError("the model does not say what law its data have: give mean, covariance")
         return self.data
@@ -261,7 +271,7 @@ def measured(
     made = probe.run(sampler, data, probe.Basis(d, draws), shape, steps, times)
     end = Parts.of(made.end, d)
     first, last = edges(sampler, data, steps, times)
-    begin = marginal(data, first)
+    begin = marginal(data, first, d)
     walk = [*made.asked, Asked(last, made.end)]
     prior = torch.zeros(d).double(), data.process.prior_std**2 * torch.eye(d).double()
     mean, covariance = end.law(*prior)
@@ -273,7 +283,7 @@ def measured(
         end.noises,
         tuple(step(asked, data, begin, d) for asked in walk),
         tuple(draw(walk, made.draws, index, d) for index in range(draws)),
-        marginal(data, last),
+        marginal(data, last, d),
         made.asked[-1].level.sigma / made.asked[-1].level.alpha if last.sigma == 0 else 0.0,
         made.remark,
     )
@@ -300,6 +310,8 @@ class Parts(NamedTuple):
 
 def placed(data: Any, sampler: Any, process: Process | None) -> Model:
     """The data on the process asked for, or on the sampler's own if it has one, or on their own."""
+    if process is not None:
+        errors.kind("process", process, "a Process", "log_alpha", "variance")
     if process is not None and not hasattr(data, "on"):
         raise TypeError(
             f"{type(data).__name__} stays on its own process: leave out process, or give an "
@@ -318,79 +330,34 @@ def edges(
     return first, last
 
 
-def marginal(data: Any, level: Level[float]) -> tuple[Tensor, Tensor] | None:
+def marginal(data: Any, level: Level[float], d: int) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance of the data's exact law at a level, if the model knows them."""
     if not (hasattr(data, "mean") and hasattr(data, "covariance")):
         return None
     mean, covariance = data.mean, data.covariance
-    noise = level.sigma**2 * torch.eye(len(mean), dtype=torch.float64)
+    if len(mean) == 1:  # the law of each coordinate, independently
+        mean, covariance = mean.expand(d), covariance * torch.eye(d, dtype=torch.float64)
+    noise = level.sigma**2 * torch.eye(d, dtype=torch.float64)
     return level.alpha * mean, level.alpha**2 * covariance + noise
 
 
 def step(asked: Asked, data: Model, begin: tuple[Tensor, Tensor] | None, d: int) -> Step:
     parts = Parts.of(asked.x, d)
     start = begin or (torch.zeros(d).double(), torch.eye(d).double())
-    exact = marginal(data, asked.level) if begin is not None else None
-    return Step(asked.level.t, *parts.law(*start), parts.start, exact)
+    exact = marginal(data, asked.level, d) if begin is not None else None
+    return Step(asked.level.t, *parts.law(*start), parts.start, exact, asked.level.log_snr)
 
 
 def draw(walk: list[Asked], draws: list[int], index: int, d: int) -> Draw:
     before, began = draws[index], draws[index - 1] if index else 0
-    t, s = walk[max(min(began, before - 1), 0)].level, walk[before].level
-    added, gain = (
+    gains = [
         float(Parts.of(walk[at].x, d).noises[index].square().sum() / d) ** 0.5
-        for at in (before, -1)
-    )
+        for at in (before, min(before + 1, len(walk) - 1), -1)
+    ]
+    if not gains[0] and gains[1]:  # drawn first, and used after the call: Ho et al.'s Algorithm 2
+        before, began = before + 1, began + 1
+    added, gain = gains[0] or gains[1], gains[-1]
+    t, s = walk[max(min(began, before - 1), 0)].level, walk[before].level
     kernel2 = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2 if s.alpha else t.sigma**2
     share = added / math.sqrt(kernel2) if kernel2 > 1e-9 * t.sigma**2 else math.nan
     return Draw(t.t, s.t, added, gain, share)
-
-
-def odd_draws(draws: Sequence[Draw]) -> list[str]:
-    """Draws that add more or less noise, for their step, than those around them."""
-    shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
-    if any(math.isnan(share) for share in shares):
-        return []
-    return [
-        f"draw {index + 1} of {len(draws)} (t={draws[index].t:.4g} to {draws[index].s:.4g}) adds "
-        f"{draws[index].added:.3e}, {math.exp(excess):.3g} times what those around it would"
-        for index, excess in spikes(shares, least=0.1)
-    ]
-
-
-def odd_steps(steps: Sequence[Step]) -> list[str]:
-    """Steps that move the law away from the data's by more than those around them."""
-    departures = [step.shift for step in steps]
-    found: dict[int, float] = {}
-    for values in zip(*departures, strict=True):
-        changes = [b - a for a, b in pairwise(values)]
-        for index, excess in spikes(changes, least=1e-3):
-            found[index] = max(abs(excess), found.get(index, 0.0))
-    return [
-        f"step {index + 1} of {len(steps) - 1} (t={steps[index].t:.4g} to "
-        f"{steps[index + 1].t:.4g}) moves the law by {excess:.2e} standard deviations more than "
-        f"those around it"
-        for index, excess in sorted(found.items())
-    ]
-
-
-def spikes(values: Sequence[float], least: float) -> list[tuple[int, float]]:
-    """Where a sequence leaves what its neighbours say, and by how much.
-
-    Each value is compared with the median of the three to either side; it must be further from it
-    than STANDS_OUT times all but one of them, and than `least`. The first and the last three are
-    not judged: a multistep scheme warms up there, and the finish at sigma = 0 is a step of its own.
-    Nor are fewer than SMOOTH, among which an honest step stands out (26 of 216 laws at 10 steps,
-    none of 648 at 20, 50 and 100).
-    """
-    found: list[tuple[int, float]] = []
-    if len(values) < SMOOTH:
-        return found
-    for index in range(3, len(values) - 3):
-        around = [*values[index - 3 : index], *values[index + 1 : index + 4]]
-        middle = median(around)
-        usual = sorted(abs(value - middle) for value in around)[-2]  # an odd one may stand near
-        excess = values[index] - middle
-        if abs(excess) > max(least, STANDS_OUT * usual):
-            found.append((index, excess))
-    return found

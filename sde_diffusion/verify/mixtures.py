@@ -30,7 +30,7 @@ from sde_diffusion.verify.probe import NotAffine
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
 DIRECTIONS = 64  # of the sliced distance
-FLOORS = 16  # batches of exact samples that the floor is estimated from
+FLOORS = 32  # batches of exact samples that the floor is estimated from
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,13 +97,15 @@ def endpoint(
     """
     model, x, ends = begun(sampler, data, process, times, steps, samples)
 
-    def none(t: float, s: float, like: Tensor) -> Tensor:
-        raise NotAffine(f"{sampler} draws noise: its end is no function of its start")
-
     asked = Counted(model)
     made = sample(asked, sampler, x, steps=steps, times=times, noise=none)
     off = coordinates(made - flow(model, x, *ends))
     return Endpoint(probe.describe(sampler), asked.calls, off.square().mean(1).sqrt())
+
+
+def none(t: float, s: float, like: Tensor) -> Tensor:
+    """The noise of what must draw none."""
+    raise NotAffine("the solver draws noise, so its end is no function of its start")
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,10 +126,10 @@ class Distribution:
 
     @property
     def excess(self) -> dict[str, float]:
-        """How many standard deviations of the floor each distance lies above its mean."""
+        """How many standard deviations of the floor each distance lies above it, in logarithms."""
         return {
-            name: (value - float(self.floors[name].mean()))
-            / (float(self.floors[name].std()) * math.sqrt(1 + 1 / FLOORS))
+            name: (math.log(value) - float(self.floors[name].log().mean()))
+            / (float(self.floors[name].log().std()) * math.sqrt(1 + 1 / FLOORS))
             for name, value in self.distances.items()
         }
 
@@ -188,7 +190,7 @@ def distribution(
     apart = torch.Generator().manual_seed(seed + 2**31)  # the floor is that of the data alone
     exact = [coordinates(model.sample(samples, apart)) for _ in range(FLOORS)]
     law = Known.of(model, samples)
-    measures = {"W2" if made.shape[1] == 1 else "sliced W2": law.w2, "MMD^2": law.mmd2}
+    measures = {"W2" if made.shape[1] == 1 else "sliced W2": law.w2, "MMD": law.mmd}
     return Distribution(
         probe.describe(sampler), samples,
         {name: measure(made) for name, measure in measures.items()},
@@ -231,13 +233,13 @@ class Known:
         lines = (x @ self.directions.T).sort(0).values.T
         return float((lines - self.quantiles).square().mean().sqrt())
 
-    def mmd2(self, x: Tensor) -> float:
-        """The unbiased estimate of MMD^2; it may be negative."""
+    def mmd(self, x: Tensor) -> float:
+        """The distance of the points themselves, as a law, to the mixture."""
         n = len(x)
         spread = torch.einsum("k,kii->", self.weights, self.covariances)
         center = self.weights @ self.means
         h2 = (spread + self.weights @ (self.means - center).square().sum(1)) / x.shape[1]
-        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum() - n
+        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum()
         eye = torch.eye(x.shape[1], dtype=torch.float64)
         parts = list(zip(self.weights, self.means, self.covariances, strict=True))
         cross = sum(w * smoothed(x - m, c, h2, eye).mean() for w, m, c in parts)
@@ -246,7 +248,7 @@ class Known:
             for a, m, c in parts
             for b, q, e in parts
         )
-        return float(own / (n * (n - 1)) - 2 * cross + inner)
+        return math.sqrt(max(float(own / n**2 - 2 * cross + inner), 0.0))
 
 
 def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tensor:
@@ -279,8 +281,12 @@ def fixed_directions(d: int) -> Tensor:
 
 def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Tensor:
     """The exact probability flow from time t to s, by DOP853 at 1e-10; the last 32 are kept."""
+    errors.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
+    errors.batch("x", x)
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
-    text = repr((data.process, t, s, x.dtype, x.shape)).encode()
+    # By its levels too: an edited class may have the name of the one before.
+    levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
+    text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:
         text += b"|" if part is None else part.contiguous().numpy().tobytes()
     return followed(Problem(hashlib.sha256(text).hexdigest(), data, x, t, s)).clone()
@@ -330,6 +336,7 @@ def begun(
     errors.kind("sampler", sampler, "a Sampler", "grid", "step")
     errors.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
     errors.integer("samples", samples, 2)
+    errors.integer("seed", seed, 0)
     model = placed(data, sampler, process)
     grid = checked_times(model.process, sampler, steps, times)
     seeds = range(seed * samples, (seed + 1) * samples)

@@ -92,7 +92,10 @@ class Order:
 
     @property
     def holds(self) -> bool:
-        return self.floor is None and max(self.fitted, self.tends) >= self.declared - SLACK
+        rates = self.rates
+        falling = len(rates) > 1 and rates[-1] < rates[-2] - SLACK / 2
+        reached = self.tends if falling else max(self.fitted, self.tends)
+        return self.floor is None and reached >= self.declared - SLACK
 
     @property
     def verdict(self) -> str:
@@ -189,20 +192,20 @@ class LocalOrder:
     @property
     def fitted(self) -> dict[float, float]:
         """p of the whole stretch at each ratio: the slope of log error against log span, less 1."""
-        return {ratio: self._fit(values) for ratio, values in self.whole.items()}
+        return {ratio: self._fit(v, self.rounding) for ratio, v in self.whole.items()}
 
     @property
     def of_one_step(self) -> dict[float, float]:
         """p of the last step alone at each ratio where calls show it."""
         return {
-            ratio: self._fit(values)
+            ratio: self._fit(values, self.rounding / 1000)  # differences of two near states
             for ratio, values in self.single.items()
             if not any(math.isnan(value) for value in values)
         }
 
-    def _fit(self, values: Sequence[float]) -> float:
+    def _fit(self, values: Sequence[float], rounding: float) -> float:
         kept = [(h, value) for h, value in zip(self.spans, values, strict=True)
-                if value > self.rounding][-3:]  # fmt: skip
+                if value > rounding][-3:]  # fmt: skip
         return slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
 
     @property
@@ -273,6 +276,8 @@ def local_order(
     for name, values in (("spans", spans), ("ratios", ratios)):
         for value in values:
             errors.number(f"each of {name}", value, 0, strict=True)
+    if not ratios:
+        raise ValueError("ratios must hold one or more numbers; got none")
     if len(spans) < 2 or any(a <= b for a, b in pairwise(spans)):
         raise ValueError(f"spans must hold two or more decreasing numbers; got {tuple(spans)}")
     whole: dict[float, tuple[float, ...]] = {}

@@ -14,7 +14,7 @@ from sde_diffusion.processes import Process
 from sde_diffusion.sampling import Sampler, sample
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
-from sde_diffusion.verify.mixtures import begun, flow
+from sde_diffusion.verify.mixtures import begun, flow, none
 
 __all__ = ["Bias", "Tolerances", "bias", "tolerances"]
 
@@ -86,11 +86,13 @@ def tolerances(
     """
     errors.kind("solver", solver, "a solver with rtol and atol", "rtol", "atol", "step")
     found: list[float] = []
+    if not values:
+        raise ValueError("values must hold one or more tolerances; got none")
     for value in values:
         at = replace(solver, rtol=value, atol=value)
         model, x, (t, s) = begun(at, data, process, None, None, samples)
         exact = model.flow(x, t, s) if hasattr(model, "flow") else flow(model, x, t, s)
-        found.append(float((sample(model, at, x) - exact).abs().max()))
+        found.append(float((sample(model, at, x, noise=none) - exact).abs().max()))
     return Tolerances(probe.describe(solver), tuple(values), tuple(found))
 
 

@@ -60,6 +60,13 @@ class Diffusers(Foreign):
             )
         if self.scheduler.config.get("use_flow_sigmas"):
             raise TypeError(f"{self}: use_flow_sigmas puts flow matching on a chain's timesteps")
+        more = inspect.signature(self.scheduler.step).parameters.values()
+        needed = [p.name for p in list(more)[3:] if p.default is p.empty and p.kind in (0, 1, 3)]
+        if needed or "prev_timestep" in inspect.signature(self.scheduler.step).parameters:
+            raise TypeError(f"{self}: its step wants more than the output, the timestep and x")
+        times = self._started().timesteps
+        if float(times[0]) < float(times[-1]):
+            raise TypeError(f"{self} runs from data to noise")
 
     @property
     def name(self) -> str:
@@ -76,6 +83,8 @@ class Diffusers(Foreign):
     def process(self) -> Process:
         if self._chain is not None:
             power = np.concatenate([[1.0], self._chain])
+            if power[-1] >= power[-2]:  # zero-SNR: diffusers keeps 2^-24 of it, out of order
+                power[-1] = 0.0
             return Discrete(tuple((1 - power[1:] / power[:-1]).tolist()))
         (_, sigma), _ = self.ends()
         return EDM(sigma) if self._is_edm else RectifiedFlow()
@@ -134,13 +143,16 @@ class Diffusers(Foreign):
         scale = scale_of(scheduler, t)
         if step != round(step) and scale < 1:
             return unit(nearest_sigma(scheduler, math.sqrt(1 / scale**2 - 1)))
-        logs = np.log((1 - self._chain) / self._chain) / 2
-        return unit(math.exp(np.interp(step, np.arange(len(logs)), logs)))
+        with np.errstate(divide="ignore"):
+            logs = np.log((1 - self._chain) / self._chain) / 2
+        return unit(math.exp(min(np.interp(step, np.arange(len(logs)), logs), 700.0)))
 
     def _out(self, said: Prediction, alpha: float, sigma: float) -> Tensor:
         """What the network puts out."""
         if self._is_edm:
-            return Karras(self.scheduler.config.sigma_data).target(said)
+            out = Karras(self.scheduler.config.sigma_data).target(said)
+            turned = self.scheduler.config.prediction_type == "v_prediction"  # c_out < 0 there
+            return -out if turned else out
         if self._chain is None:
             return said.velocity
         kind = self.scheduler.config.get("prediction_type", "epsilon")
@@ -191,6 +203,10 @@ class KDiffusion(Foreign):
         sigmas = self.levels
         if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[:-1] > sigmas[1:]).all()):
             raise ValueError(f"sigmas must decrease; got {sigmas.tolist()!r:.80}")
+        if not bool((sigmas >= 0).all()) or (not self._takes("sigmas") and len(self._positive) < 2):
+            raise ValueError(
+                f"sigmas must be positive, the last may be 0; got {sigmas.tolist()!r:.60}"
+            )
 
     @property
     def levels(self) -> Tensor:
@@ -294,6 +310,7 @@ class Azula(Foreign):
 
 def ratios(process: Process, times: Tensor) -> Tensor:
     """sigma / alpha at these times of a process: where a peer that counts in sigmas stands."""
+    errors.kind("process", process, "a Process", "log_alpha", "variance")
     levels = process.levels(times)
     return torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)
 

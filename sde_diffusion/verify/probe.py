@@ -5,7 +5,6 @@ answers. For a model that is affine in x, every linear scheme is affine in all o
 and they are handed out here: by a noise source and by a model that stands in front of the true one.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -23,6 +22,7 @@ from sde_diffusion.sampling import Sampler, trajectory
 
 __all__ = ["Asked", "Basis", "Inputs", "NotAffine", "Probe", "Trial", "check", "run", "sizes"]
 
+C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine
 LARGE = 100.0  # size of the second trial input; thresholds of the field lie well below
 
 
@@ -73,15 +73,15 @@ class Basis(Inputs):
 
 @dataclass(frozen=True)
 class Trial(Inputs):
-    """Rows that are given nothing; some A; some B, a hundred times larger; and A + B.
+    """Rows that are given nothing; some A; some B, a hundred times larger; A + B; C A + D B.
 
-    A and B are fixed standard normal numbers in the start, each draw and each answer.
+    A and B are fixed numbers in the start, each draw and each answer, normal ones kept from 0.
 
     Args:
-        parts: which of the four rows, and in what order.
+        parts: which of the five rows, and in what order.
     """
 
-    parts: tuple[int, ...] = (0, 1, 2, 3)
+    parts: tuple[int, ...] = (0, 1, 2, 3, 4)
 
     @property
     def rows(self) -> int:
@@ -99,8 +99,8 @@ class Trial(Inputs):
     def _numbers(self, kind: int, index: int, d: int) -> Tensor:
         source = stream(0, Purpose.PATH, step=index, position=kind)
         a, b = torch.from_numpy(source.standard_normal((2, d)))
-        b = LARGE * b
-        return torch.stack([a * 0, a, b, a + b])[list(self.parts)]
+        a, b = a + 0.5 * a.sign(), LARGE * (b + b.sign())
+        return torch.stack([a * 0, a, b, a + b, C * a + D * b])[list(self.parts)]
 
 
 class Asked(NamedTuple):
@@ -144,10 +144,10 @@ class Probe:
         more = self.inputs.answer(index, x.shape[1:].numel())
         if more is None:
             return prediction
-        more = more.reshape(x.shape).to(x) / math.hypot(level.alpha, level.sigma)
-        x0 = prediction.x0 + level.sigma * more
-        eps = prediction.eps - level.alpha * more
-        return truth(x0, eps, level)
+        if level.sigma == 0:
+            return prediction
+        more = more.reshape(x.shape).to(x)
+        return truth(prediction.x0 + more, prediction.eps - level.alpha / level.sigma * more, level)
 
     def noise(self, t: float, s: float, like: Tensor) -> Tensor:
         if like.numel() and len(like) != self.inputs.rows:
@@ -175,7 +175,8 @@ class Run(NamedTuple):
 
 def sizes(data: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of one sample; an exact model knows its own, and one coordinate will do else."""
-    return tuple(getattr(data, "shape", ()) if shape is None else shape) or (1,)
+    own = getattr(data, "shape", ()) if shape is None else errors.shape("shape", shape)
+    return tuple(own) or (1,)
 
 
 def run(
@@ -190,7 +191,13 @@ def run(
     probe = Probe(data, inputs)
     x = inputs.start(prod(shape)).reshape(inputs.rows, *shape)
     path = trajectory(probe, sampler, x, steps=steps, times=times, noise=probe.noise)
-    *_, last = path
+    try:
+        *_, last = path
+    except NotAffine as refusal:
+        known = str(refusal).startswith(str(sampler))
+        raise refusal if known else NotAffine(f"{sampler}: {refusal}") from None
+    if not probe.asked:
+        raise NotAffine(f"{sampler} never asked the network")
     remark = getattr(last.memory, "remark", "")
     return Run(probe.asked, probe.draws, coordinates(last.x), remark)
 
@@ -226,12 +233,12 @@ def check(
         if where is not None:
             raise NotAffine(f"{sampler}: {what}, first {place(whole, where)}")
 
-    whole = trial(0, 1, 2, 3)
+    whole = trial(0, 1, 2, 3, 4)
     for index, state in enumerate(states(whole)):
         if not bool(state.isfinite().all()):
             raise NotAffine(f"{sampler} is not finite, first {place(whole, index)}")
     compare(
-        [0, 1, 2, 3], trial(0, 1, 2, 3),
+        [0, 1, 2, 3, 4], trial(0, 1, 2, 3, 4),
         "two runs on the same start and noise differ; it draws random numbers that were not "
         "injected, or keeps a state between runs",
     )  # fmt: skip
@@ -241,12 +248,18 @@ def check(
             "a sample depends on its batch mates, by a step size or a norm for the whole batch or "
             "by random numbers drawn elsewhere",
         )  # fmt: skip
-    sums = [a + b - nothing for nothing, a, b, _ in states(whole)]
-    where = differs(sums, [both for *_, both in states(whole)], tolerance)
+    sums = [
+        torch.stack([a + b - nothing, nothing + C * (a - nothing) + D * (b - nothing)])
+        for nothing, a, b, *_ in states(whole)
+    ]
+    where = differs(sums, [state[3:] for state in states(whole)], tolerance)
     if where is not None:
+        by = float((sums[where] - states(whole)[where][3:]).abs().max())
+        share = by / (float(states(whole)[where].abs().max()) + 1.0)
+        why = "is it in float32? then give rounding=1e-4" if share < 1e-4 else "does it clip?"
         raise NotAffine(
-            f"{sampler} is not affine on {type(data).__name__}, first {place(whole, where)}: it "
-            f"has no Gaussian law (does it clip or threshold?)"
+            f"{sampler} is not affine on {type(data).__name__}, first {place(whole, where)}, by "
+            f"{share:.1e} of its size: it has no Gaussian law ({why})"
         )
 
 

@@ -1,0 +1,83 @@
+"""Outliers: the draws and steps of a law that their neighbours do not explain."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+__all__ = ["at_levels", "even", "odd_draws", "odd_steps"]
+
+STANDS_OUT = 4.0  # a step whose change is so many times that of its neighbours is named
+MISSING = -5.0  # log share of an outer draw against its neighbour
+SMOOTH = 32  # fewer steps than these are too coarse to tell
+UNLIKE = 1.35  # ratio of neighbouring steps from which on each may be of its own size
+
+
+def odd_draws(draws: Sequence[Any]) -> list[str]:
+    """Draws that add more or less noise, for their step, than those around them."""
+    shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
+    if any(math.isnan(share) for share in shares) or max(shares, default=0.0) < -20:
+        return []
+    found = spikes(shares, least=0.1)
+    if len(shares) >= SMOOTH:  # at the ends shares bend, but none is missing
+        pairs = [(0, 1), (1, 2), (2, 3), (-2, -3), (-3, -4)]  # the last may rightly add none
+        edge = [(a % len(shares), shares[a] - shares[b]) for a, b in pairs]
+        found = sorted([*found, *((at, excess) for at, excess in edge if excess < MISSING)])
+    return [
+        f"draw {index + 1} of {len(draws)} (t={draws[index].t:.4g} to {draws[index].s:.4g}) adds "
+        f"{draws[index].added:.3e}, {math.exp(excess):.3g} times what those around it would"
+        for index, excess in found
+    ]
+
+
+def odd_steps(steps: Sequence[Any]) -> list[str]:
+    """Steps that move the law away from the data's by more than those around them."""
+    steps = at_levels(steps)
+    if not even([step.log_snr for step in steps]):
+        return []
+    departures = [step.shift for step in steps]
+    found: dict[int, float] = {}
+    for values in zip(*departures, strict=True):
+        changes = [b - a for a, b in pairwise(values)]
+        for index, excess in spikes(changes, least=1e-3):
+            found[index] = max(abs(excess), found.get(index, 0.0))
+    return [
+        f"step {index + 1} of {len(steps) - 1} (t={steps[index].t:.4g} to "
+        f"{steps[index + 1].t:.4g}) moves the law by {excess:.2e} standard deviations more than "
+        f"those around it"
+        for index, excess in sorted(found.items())
+    ]
+
+
+def at_levels(steps: Sequence[Any]) -> list[Any]:
+    """The last state at each level: a second stage may have come before."""
+    last = {step.t: step for step in steps}
+    return list(last.values())
+
+
+def even(log_snr: Sequence[float]) -> bool:
+    """Whether neighbouring steps are alike in log-SNR, all but the three at either end."""
+    steps = [b - a for a, b in pairwise(log_snr)][3:-3]
+    return all(a > 0 and b > 0 and 1 / UNLIKE < b / a < UNLIKE for a, b in pairwise(steps))
+
+
+def spikes(values: Sequence[float], least: float) -> list[tuple[int, float]]:
+    """Where a sequence leaves what its neighbours say, and by how much.
+
+    Each value is compared with the median of the three to either side; it must be further from it
+    than STANDS_OUT times all but one of them, and than `least`. The first and the last three are
+    not judged: a multistep scheme warms up there, and the finish at sigma = 0 is a step of its own.
+    Nor are fewer than SMOOTH, among which an honest step stands out.
+    """
+    found: list[tuple[int, float]] = []
+    if len(values) < SMOOTH:
+        return found
+    for index in range(3, len(values) - 3):
+        around = [*values[index - 3 : index], *values[index + 1 : index + 4]]
+        middle = median(around)
+        usual = sorted(abs(value - middle) for value in around)[-2]  # an odd one may stand near
+        excess = values[index] - middle
+        if abs(excess) > max(least, STANDS_OUT * usual):
+            found.append((index, excess))
+    return found

@@ -236,7 +236,9 @@ MORE = {
     "first": lambda: verify.identities(None, sd.Heun(), DATA, steps=3),
     "tolerance": lambda: verify.identities(sd.Heun(), sd.Heun(), DATA, steps=3, tolerance="x"),
     "values": lambda: verify.tolerances(sd.TorchODE(), DATA, values=()),
-    "draws its path": lambda: verify.tolerances(sd.AdaptiveTorchSDE(), DATA, values=(1e-1,), samples=2),
+    "draws its path": lambda: verify.tolerances(
+        sd.AdaptiveTorchSDE(), DATA, values=(1e-1,), samples=2
+    ),
     "data": lambda: verify.flow(None, torch.zeros(2, 1).double()),
     "x must": lambda: verify.flow(DATA, "x"),
     "start": lambda: verify.Function(one_call, start="a"),

@@ -61,8 +61,8 @@ class Adams:
 
     @property
     def step_order(self) -> int:
-        """k: a step ends with a prediction, and the correction comes at the next."""
-        return self.k
+        """k, up to the order: a step ends with a prediction, which the next one corrects."""
+        return min(self.k, self.order)
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         return frames.grid(process, errors.integer("steps", steps), self.p)

@@ -198,7 +198,7 @@ class LocalOrder:
     def of_one_step(self) -> dict[float, float]:
         """p of the last step alone at each ratio where calls show it."""
         return {
-            ratio: self._fit(values, self.rounding / 1000)  # differences of two near states
+            ratio: self._fit(values, self.rounding / 30)  # differences of two near states
             for ratio, values in self.single.items()
             if not any(math.isnan(value) for value in values)
         }

@@ -254,3 +254,14 @@ MORE = {
 @pytest.mark.parametrize("word", MORE)
 def test_a_bad_argument_of_any_check_is_one_line_that_names_it(word):
     refused(MORE[word], word)
+
+
+def test_a_sampler_that_changes_its_input_is_refused():
+    @dataclass(frozen=True)
+    class InPlace(sd.Ancestral):
+        def step(self, model, x, t, s, noise, memory):
+            made, memory = super().step(model, x, t, s, noise, memory)
+            return x.copy_(made), memory
+
+    with pytest.raises(verify.NotAffine, match=r"InPlace.* changes the batch that it is given"):
+        verify.law(InPlace(eta=0.0), DATA, steps=3)

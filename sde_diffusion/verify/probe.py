@@ -196,6 +196,8 @@ def run(
     except NotAffine as refusal:
         known = str(refusal).startswith(str(sampler))
         raise refusal if known else NotAffine(f"{sampler}: {refusal}") from None
+    if not torch.equal(x, inputs.start(prod(shape)).reshape(x.shape)):
+        raise NotAffine(f"{sampler} changes the batch that it is given")
     if not probe.asked:
         raise NotAffine(f"{sampler} never asked the network")
     remark = getattr(last.memory, "remark", "")

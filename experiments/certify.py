@@ -41,17 +41,7 @@ class Config:
     """folder of everything written"""
 
 
-PROCESSES: dict[str, sd.Process] = {
-    "vp": sd.VP(),
-    "sub-vp": sd.SubVP(),
-    "ve": sd.VE(),
-    "ou": sd.OU(),
-    "cosine": sd.Cosine(),
-    "edm": sd.EDM(),
-    "rectified": sd.RectifiedFlow(),
-    "ddpm": sd.Discrete.linear(),
-    "interpolated": sd.continuous(sd.Discrete.linear()),
-}
+PROCESSES = command.PROCESSES | {"interpolated": sd.continuous(sd.Discrete.linear())}
 FIXED: dict[str, sd.Sampler] = {
     "ancestral": sd.Ancestral(),
     "ancestral-beta": sd.Ancestral("beta"),

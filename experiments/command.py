@@ -21,6 +21,18 @@ from sde_diffusion import storage
 
 Config = TypeVar("Config")
 
+# The words of the scripts for processes, all at their published parameters.
+PROCESSES: dict[str, sd.Process] = {
+    "vp": sd.VP(),
+    "sub-vp": sd.SubVP(),
+    "ve": sd.VE(),
+    "ou": sd.OU(),
+    "cosine": sd.Cosine(),
+    "edm": sd.EDM(),
+    "rectified": sd.RectifiedFlow(),
+    "ddpm": sd.Discrete.linear(),
+}
+
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 

@@ -46,16 +46,6 @@ TOYS: dict[str, toy.Toy] = {
     "two-gaussians": toy.TwoGaussians(),
     "chequerboard": toy.Chequerboard(),
 }
-PROCESSES: dict[str, sd.Process] = {
-    "vp": sd.VP(),
-    "sub-vp": sd.SubVP(),
-    "ve": sd.VE(),
-    "ou": sd.OU(),
-    "cosine": sd.Cosine(),
-    "edm": sd.EDM(),
-    "rectified": sd.RectifiedFlow(),
-    "ddpm": sd.Discrete.linear(),
-}
 WEIGHTS: dict[str, sd.losses.Weight | None] = {
     "none": None,
     "simple": sd.Simple(),
@@ -100,7 +90,7 @@ def train(
     points = data.Points(distribution.sample(50_000, config.seed))
     torch.manual_seed(config.seed)  # the network's first weights
     network = sd.networks.MLP(shape=(2,), width=128, depth=4, fourier=16)
-    process = PROCESSES[config.process]
+    process = command.PROCESSES[config.process]
     if process.prior_std > 1:  # the network must not see levels of 50 or 80, nor be told them by t
         denoiser = sd.Denoiser(network, process, sd.Karras(sigma_data=1.0), sd.LogRatio())
     else:

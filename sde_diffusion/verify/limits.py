@@ -25,6 +25,7 @@ from sde_diffusion.verify.laws import Law
 
 __all__ = ["Limit", "extrapolated", "limit"]
 
+FAR = 4.0  # times the uncertainty: a limit further off is not the data's
 SLOWEST = 0.45  # a lower rate foretells no limit
 
 
@@ -71,7 +72,7 @@ class Limit:
     @property
     def near(self) -> bool:
         """Whether the limit is the data's law, or misses it by what its last step leaves."""
-        allowed = max(3 * self.uncertainty, self.rounding)
+        allowed = max(FAR * self.uncertainty, self.rounding)
         return self.distance <= allowed or (
             abs(self.distance - self.left) <= max(allowed, 0.1 * self.left)
         )
@@ -89,7 +90,7 @@ class Limit:
             return f"TENDS TO ANOTHER LAW: {said}"
         if not self.told:
             return f"NO LIMIT IS TOLD BY THESE SIZES: {said}"
-        known = self.left > self.rounding and self.distance > 3 * self.uncertainty
+        known = self.left > self.rounding and self.distance > FAR * self.uncertainty
         left = f", as an Euler step from its last level leaves {self.left:.1e}" if known else ""
         return f"tends to the data: {said}{left}"
 

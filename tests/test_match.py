@@ -313,6 +313,6 @@ def test_ancestral_sampling_of_a_matched_model_tends_to_the_reverse_sde(kind, lo
     for n in sizes:
         matched = sd.match(model, sd.discretize(sd.VP(), n))
         steps = matched.process.num_steps  # n - 1: the last one is noisier than VP ever is
-        law = sd.verify.law(sd.Ancestral(kind), matched, steps=steps, shape=(1,))
+        law = sd.verify.measured(sd.Ancestral(kind), matched, steps=steps, shape=(1,))
         errors.append(w2((float(law.mean), float(law.covariance)), limit))
     assert low <= fitted_order(sizes, errors) <= high

@@ -210,8 +210,8 @@ def test_the_squared_mmd_of_exact_samples_is_what_n_points_have_with_themselves(
 
 
 def test_exact_samples_are_hardly_ever_told_from_exact_ones():
-    """One in a hundred would be too many: none of 200, at 4.5 deviations in logarithms."""
-    seeds = range(200)
+    """None of 60, at 4.5 deviations in logarithms; none of 200 when it was last tried."""
+    seeds = range(60)
     told = [verify.distribution(Drawn(seed=seed), MODES, samples=128, seed=seed) for seed in seeds]
     assert all(each.holds for each in told)
 

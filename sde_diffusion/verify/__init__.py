@@ -3,7 +3,7 @@
 from sde_diffusion.verify.certificate import Certificate, certificate
 from sde_diffusion.verify.foreign import Function
 from sde_diffusion.verify.identities import Identities, identities
-from sde_diffusion.verify.laws import Law, law
+from sde_diffusion.verify.laws import Law, law, measured
 from sde_diffusion.verify.limits import Limit, limit
 from sde_diffusion.verify.mixtures import Distribution, Endpoint, distribution, endpoint, flow
 from sde_diffusion.verify.orders import LocalOrder, Order, local_order, order
@@ -36,6 +36,7 @@ __all__ = [
     "law",
     "limit",
     "local_order",
+    "measured",
     "order",
     "ratios",
     "tolerances",

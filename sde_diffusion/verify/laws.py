@@ -258,7 +258,7 @@ def measured(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
 ) -> Law:
-    """The law of a sampler that `probe.check` has found to be affine."""
+    """`law` without its check, for a sampler that has passed it at another number of steps."""
     d = prod(shape)
     trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
     draws = len(trial.draws)

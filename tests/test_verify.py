@@ -343,3 +343,24 @@ def test_a_law_prints_its_numbers_its_verdict_and_what_it_does_not_prove():
     parts = ("100 calls, 99 draws", f"{float(law.mean):.8g}", f"{float(law.covariance):.8g}",
              f"{law.w2():.3e}", f"verdict: {law.verdict}", "does not prove:")  # fmt: skip
     assert all(part in text for part in parts)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "sampler", [sd.Ancestral(), sd.Ancestral("beta"), sd.EulerMaruyama(), sd.Heun()], ids=str
+)
+def test_an_honest_sampler_on_a_random_grid_is_not_accused(sampler, seed):
+    inner = torch.rand(59, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    times = [1.0, *inner.sort(descending=True).values.tolist(), 0.0]
+    law = sd.verify.law(sampler, DATA, times=times)
+    assert law.holds
+    assert "too unlike" in law.verdict
+
+
+def test_a_law_says_where_it_does_not_judge_and_starts_where_alpha_is_0():
+    assert "fewer than 32" in sd.verify.law(sd.Heun(), DATA, steps=20).verdict
+    flow = sd.exact.Gaussian(sd.RectifiedFlow(), DATA.mean, DATA.covariance)
+    once = sd.verify.law(sd.Ancestral(), flow, steps=1)
+    assert once.finish == math.inf
+    assert once.left == pytest.approx(float(DATA.covariance.trace()) ** 0.5, rel=1e-12)
+    assert float(once.covariance) < 1e-24  # the mean of the data, and nothing of the start

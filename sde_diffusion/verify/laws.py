@@ -21,7 +21,7 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.sampling import Sampler, checked_times
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, numbers, thinned
-from sde_diffusion.verify.outliers import at_levels, even, odd_draws, odd_steps
+from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
 from sde_diffusion.verify.probe import Asked
 
 __all__ = ["Draw", "Law", "Step", "law", "measured", "placed"]
@@ -165,7 +165,7 @@ class Law:
     def faults(self) -> list[str]:
         """What stands out from its neighbours by more than a smooth scheme can."""
         remarks = [self.remark] if self.remark else []
-        return [*remarks, *odd_draws(self.draws), *odd_steps(self.steps)]
+        return [*remarks, *odd_draws(self.draws, self.steps), *odd_steps(self.steps)]
 
     @property
     def holds(self) -> bool:
@@ -177,9 +177,8 @@ class Law:
         if self.faults:
             more = f"; and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
             return "; ".join(self.faults[:3]) + more
-        if not even([step.log_snr for step in at_levels(self.steps)]):
-            return "affine, each sample for itself; steps too unlike to judge one by the others"
-        return "affine, each sample for itself; no step stands out (of the inner ones)"
+        told = unjudged(self.steps) or "no step stands out (the first and last three not judged)"
+        return f"affine, each sample for itself; {told}"
 
     def __str__(self) -> str:
         calls, used = len(self.steps) - 1, [draw for draw in self.draws if draw.added > 0]
@@ -262,11 +261,11 @@ def measured(
     d = prod(shape)
     trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
     draws = len(trial.draws)
-    numbers = (1 + d + d * draws) * d * (len(trial.asked) + 1)
-    if numbers > MOST:
+    needed = (1 + d + d * draws) * d * (len(trial.asked) + 1)
+    if needed > MOST:
         raise ValueError(
             f"the law of {d} coordinates over {len(trial.asked)} calls and {draws} draws takes "
-            f"{numbers:.1e} numbers: take fewer coordinates (every one is treated alike) or steps"
+            f"{needed:.1e} numbers: take fewer coordinates (every one is treated alike) or steps"
         )
     made = probe.run(sampler, data, probe.Basis(d, draws), shape, steps, times)
     end = Parts.of(made.end, d)
@@ -284,9 +283,14 @@ def measured(
         tuple(step(asked, data, begin, d) for asked in walk),
         tuple(draw(walk, made.draws, index, d) for index in range(draws)),
         marginal(data, last, d),
-        made.asked[-1].level.sigma / made.asked[-1].level.alpha if last.sigma == 0 else 0.0,
+        ratio(made.asked[-1].level) if last.sigma == 0 else 0.0,
         made.remark,
     )
+
+
+def ratio(level: Level[float]) -> float:
+    """sigma / alpha."""
+    return level.sigma / level.alpha if level.alpha else math.inf
 
 
 class Parts(NamedTuple):

@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-__all__ = ["at_levels", "even", "odd_draws", "odd_steps"]
+__all__ = ["odd_draws", "odd_steps", "unjudged"]
 
 STANDS_OUT = 4.0  # a step whose change is so many times that of its neighbours is named
 MISSING = -5.0  # log share of an outer draw against its neighbour
@@ -14,12 +14,16 @@ SMOOTH = 32  # fewer steps than these are too coarse to tell
 UNLIKE = 1.35  # ratio of neighbouring steps from which on each may be of its own size
 
 
-def odd_draws(draws: Sequence[Any]) -> list[str]:
-    """Draws that add more or less noise, for their step, than those around them."""
+def odd_draws(draws: Sequence[Any], steps: Sequence[Any]) -> list[str]:
+    """Draws that add more or less noise, for their step, than those around them.
+
+    Between steps unlike in size the shares of an honest sampler differ too: there a draw is named
+    only if it is all but missing.
+    """
     shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
     if any(math.isnan(share) for share in shares) or max(shares, default=0.0) < -20:
         return []
-    found = spikes(shares, least=0.1)
+    found = spikes(shares, least=-MISSING if unjudged(steps) else 0.1)
     if len(shares) >= SMOOTH:  # at the ends shares bend, but none is missing
         pairs = [(0, 1), (1, 2), (2, 3), (-2, -3), (-3, -4)]  # the last may rightly add none
         edge = [(a % len(shares), shares[a] - shares[b]) for a, b in pairs]
@@ -33,9 +37,9 @@ def odd_draws(draws: Sequence[Any]) -> list[str]:
 
 def odd_steps(steps: Sequence[Any]) -> list[str]:
     """Steps that move the law away from the data's by more than those around them."""
-    steps = at_levels(steps)
-    if not even([step.log_snr for step in steps]):
+    if unjudged(steps):
         return []
+    steps = at_levels(steps)
     departures = [step.shift for step in steps]
     found: dict[int, float] = {}
     for values in zip(*departures, strict=True):
@@ -48,6 +52,18 @@ def odd_steps(steps: Sequence[Any]) -> list[str]:
         f"those around it"
         for index, excess in sorted(found.items())
     ]
+
+
+def unjudged(steps: Sequence[Any]) -> str:
+    """Why steps are not judged by their neighbours; empty where they are."""
+    steps = at_levels(steps)
+    if steps[0].exact is None:
+        return "no step is judged, since the model does not say what law its data have"
+    if len(steps) <= SMOOTH:
+        return f"fewer than {SMOOTH} steps are not judged by their neighbours"
+    if not even([step.log_snr for step in steps]):
+        return "steps too unlike in size to judge one by the others"
+    return ""
 
 
 def at_levels(steps: Sequence[Any]) -> list[Any]:

@@ -29,11 +29,13 @@ __all__ = [
     "dequantize",
     "fashion_mnist",
     "mnist",
+    "moments",
     "order",
     "to_uint8",
 ]
 
 VARIABLE = "SDE_DIFFUSION_DATA"
+DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives to every pixel
 
 
 class DataNotFound(FileNotFoundError):
@@ -110,6 +112,25 @@ def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
     """
     u = (uniform * 65536).floor() / 65536
     return ((pixels + u) / 128 - 1).float()
+
+
+def moments(images: Images) -> tuple[Tensor, Tensor]:
+    r"""Mean (C, H, W) and covariance (d, d) of the dequantized images, float64.
+
+    With pixels p and u uniform in [0, 1):  E x = (E p + 1/2) / 128 - 1,  and dequantization adds
+    DEQUANTIZATION to each variance: also to that of a constant pixel, which has no other.
+    """
+    d = images.pixels[0].numel()
+    total = torch.zeros(d, dtype=torch.float64)
+    squares = torch.zeros(d, d, dtype=torch.float64)
+    for part in images.pixels.reshape(len(images), d).split(4096):
+        pixels = part.double() - 128  # sums of whole numbers below 2^53 are exact
+        total += pixels.sum(0)
+        squares += pixels.T @ pixels
+    mean = total / len(images)
+    covariance = (squares / len(images) - mean[:, None] * mean) / 128**2
+    covariance.diagonal().add_(DEQUANTIZATION)
+    return ((mean + 0.5) / 128).reshape(images.shape), covariance
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -17,10 +17,17 @@ def uniform(steps: int, start: float = 1.0) -> Tensor:
     return start * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
-def power(steps: int, start: float, p: float = 1.0) -> Tensor:
-    """Evenly spaced in u^(1/p): start * (1 - i / n)^p.  p > 1 gathers the levels near the data."""
+def power(steps: int, start: float, p: float = 1.0, first: float = 1.0) -> Tensor:
+    """Evenly spaced in u^(1/p): start * (1 - i / n)^p.  p > 1 gathers the levels near the data.
+
+    Args:
+        first: length of the first interval, in units of the others, in (0, 1].
+    """
     errors.number("p", p, 0, strict=True)
-    return start * uniform(steps) ** p
+    errors.number("first", first, 0, 1, strict=True)
+    places = uniform(steps)
+    places[1:] *= steps / (steps - 1 + first)
+    return start * places**p
 
 
 def karras(

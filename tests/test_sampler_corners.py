@@ -234,7 +234,9 @@ def test_adams_is_of_the_order_it_declares_and_of_no_higher(k):
     model, sizes = gaussian(sd.RectifiedFlow()), (64, 128, 256)
     x = model.process.prior((16, 1), seeds=range(16), dtype=torch.float64)
     flow = model.flow(x, 1.0, 0.0)
-    errors = [float((sd.sample(model, sd.Adams(k), x, steps=n) - flow).norm()) for n in sizes]
+    errors = [
+        float((sd.sample(model, sd.Adams(k, p=1.0), x, steps=n) - flow).norm()) for n in sizes
+    ]
     assert fitted_order(sizes, errors) == pytest.approx(sd.Adams(k).order, abs=0.2)
 
 

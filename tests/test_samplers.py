@@ -231,5 +231,6 @@ def test_bad_settings_are_named(make, named):
 
 def test_samplers_are_values():
     for sampler in FIXED_STEP.values():
-        assert type(sampler)(**dataclasses.asdict(sampler)) == sampler
+        values = {field.name: getattr(sampler, field.name) for field in dataclasses.fields(sampler)}
+        assert type(sampler)(**values) == sampler
         assert hash(sampler) is not None

@@ -1,15 +1,18 @@
-r"""Variable-step Adams methods in the straight frame, with a correction that costs no call.
+r"""Variable-step Adams methods, with a correction that costs no call.
 
-With slopes F_n = velocity(y_n, u_n), a step from u_n to u_(n+1) is predicted by Adams-Bashforth,
-and before the *next* step, when F at the predicted point has been evaluated anyway, it is redone
-by Adams-Moulton (the idea of UniPC, Zhao et al. 2023, in velocity form):
+With slopes F_n = dz/dc of a frame (see frames.py) at c_n on its clock, a step from c_n to c_(n+1)
+is predicted by Adams-Bashforth, and before the *next* step, when F at the predicted point has been
+evaluated anyway, it is redone by Adams-Moulton (the idea of UniPC, Zhao et al. 2023):
 
-    predict   y_(n+1) = y_n + sum_j w_j F_(n-j),   j = 0 .. k-1     w = integrals of the Lagrange
-    correct   y_(n+1) = y_n + sum_j w_j F_(n+1-j), j = 0 .. k       basis over [u_n, u_(n+1)]
+    predict   z_(n+1) = z_n + sum_j w_j F_(n-j),   j = 0 .. k-1     w = integrals of the Lagrange
+    correct   z_(n+1) = z_n + sum_j w_j F_(n+1-j), j = 0 .. c-1     basis over [c_n, c_(n+1)]
 
-One call a step. The last step, to sigma = 0, is a prediction: nothing is evaluated there.
+One call a step. A prediction extrapolates and few slopes serve it best; a correction interpolates,
+and takes as many as there are, up to five. The last step, to sigma = 0, is a prediction that
+nothing corrects: it has one slope less.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,44 +23,60 @@ from torch import Tensor
 
 from sde_diffusion import errors, frames
 from sde_diffusion.denoiser import Model
+from sde_diffusion.frames import Frame, Straight
 from sde_diffusion.noise import Noise
 from sde_diffusion.processes import Level, Process
 
 __all__ = ["Adams", "adams_weights"]
 
+SLOPES = 5  # in a correction, or k + 1 if that is more
+FIRST = 0.5  # length of the first step, in units of the others
+
 
 class History(NamedTuple):
     """The last corrected state and the slopes on the way to it, newest first."""
 
-    y: Tensor
+    z: Tensor
     nodes: tuple[float, ...]
     slopes: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Adams:
-    """Adams-Bashforth-Moulton with k slopes, on a grid evenly spaced in u^(1/p).
+    """Adams-Bashforth-Moulton with k slopes, on a grid evenly spaced in clock^(1/p).
 
-    The order is k + 1, that of the corrector, but 3 at most: the first steps have only one slope
-    to predict from and two to correct with, an error of third order.
+    The first steps have fewer slopes, so the first one is half as long as the others would be. The
+    order is k + 1, that of a prediction once corrected, but 3 at most, the order of the first
+    step, and k at most, that of the last (but for k = 1).
 
     Args:
-        k: slopes in the prediction, 1 to 5. 2 suits up to 12 calls, 3 up to 30.
-        p: concentration of the grid towards the data; 1 is even in u.
+        k: slopes in the prediction, 1 to 5.
+        p: concentration of the grid towards the data; 1 is even on the clock.
+        frame: what is integrated, `frames.Straight()` or a `frames.Gaussian`.
+        start: for a Gaussian frame, the sigma / alpha at which the calls begin: from the noise to
+            there the Gaussian's exact flow is trusted, one step more that makes no call. A matter
+            of few calls, since what it leaves out does not shrink with the steps. None: from t = 1.
     """
 
     k: int = 3
-    p: float = 1.25
+    p: float = 1.4
+    frame: Frame = Straight()  # noqa: RUF009 a frozen value
+    start: float | None = None
 
     def __post_init__(self) -> None:
-        errors.integer("k", self.k)
-        if self.k > 5:
-            raise ValueError(f"k must be at most 5; got {self.k}")
+        errors.integer("k", self.k, at_most=5)
         errors.number("p", self.p, 0, strict=True)
+        errors.kind("frame", self.frame, "a Frame", "enter", "leave", "slope", "clock")
+        if self.start is not None:
+            errors.number("start", self.start, 0, strict=True)
+            if self.frame == Straight():
+                raise ValueError(
+                    "start needs a Gaussian frame: the straight one trusts no Gaussian"
+                )
 
     @property
     def order(self) -> int:
-        return min(self.k + 1, 3)
+        return min(max(self.k, 2), 3)
 
     @property
     def step_order(self) -> int:
@@ -65,7 +84,11 @@ class Adams:
         return min(self.k, self.order)
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, errors.integer("steps", steps), self.p)
+        """n steps, and before them the one that makes no call, if there is a `start`."""
+        steps = errors.integer("steps", steps)
+        begin = 1.0 if self.start is None else process.time(-2 * math.log(self.start)).item()
+        times = frames.grid(process, steps, self.p, self.frame, first=FIRST, begin=begin)
+        return times if begin == 1 else torch.cat([times.new_ones(1), times])
 
     def step(
         self,
@@ -76,17 +99,23 @@ class Adams:
         noise: Noise,
         memory: History | None,
     ) -> tuple[Tensor, History | None]:
-        if t.u - s.u <= finest(x.dtype):  # or alpha has underflowed at both: one level, no step
-            return frames.leave(frames.enter(x, t), s), memory
-        slope = model(x, t).velocity
+        frame = self.frame
+        now, then = frame.clock(t), frame.clock(s)
+        trusted = self.start is not None and s.sigma >= (1 - 1e-9) * self.start * s.alpha
+        if trusted or now - then <= finest(
+            x.dtype
+        ):  # alpha may have underflowed at both: one level
+            return frame.leave(frame.enter(x, t), s), memory
+        slope = frame.slope(model(x, t))
         if memory is None:
-            y, nodes, slopes = frames.enter(x, t), (t.u,), (slope,)
+            z, nodes, slopes = frame.enter(x, t), (now,), (slope,)
         else:
-            nodes, slopes = (t.u, *memory.nodes), (slope, *memory.slopes)
-            y = advanced(memory.y, nodes, slopes, memory.nodes[0], t.u)
-        nodes, slopes = nodes[: self.k], slopes[: self.k]
-        predicted = advanced(y, nodes, slopes, t.u, s.u)
-        return frames.leave(predicted, s), History(y, nodes, slopes)
+            nodes, slopes = (now, *memory.nodes), (slope, *memory.slopes)
+            z = advanced(memory.z, nodes, slopes, memory.nodes[0], now)
+        k = max(1, self.k - 1) if s.sigma == 0 else self.k
+        predicted = advanced(z, nodes[:k], slopes[:k], now, then)
+        last = max(self.k, SLOPES - 1)  # one fewer than a correction takes: the next slope joins it
+        return frame.leave(predicted, s), History(z, nodes[:last], slopes[:last])
 
 
 def finest(dtype: torch.dtype) -> float:
@@ -95,21 +124,21 @@ def finest(dtype: torch.dtype) -> float:
 
 
 def advanced(
-    y: Tensor, nodes: Sequence[float], slopes: Sequence[Tensor], start: float, end: float
+    z: Tensor, nodes: Sequence[float], slopes: Sequence[Tensor], start: float, end: float
 ) -> Tensor:
-    """y plus the integral over [start, end] of the polynomial through the slopes."""
+    """z plus the integral over [start, end] of the polynomial through the slopes."""
     weights = adams_weights(tuple(nodes), start, end)
-    y = y.add(slopes[0], alpha=weights[0])
+    z = z.add(slopes[0], alpha=weights[0])
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):
-        y.add_(slope, alpha=weight)
-    return y
+        z.add_(slope, alpha=weight)
+    return z
 
 
 @lru_cache(maxsize=4096)
 def adams_weights(nodes: tuple[float, ...], start: float, end: float) -> tuple[float, ...]:
     """Integrals over [start, end] of the Lagrange polynomials on `nodes`.
 
-    In z = (u - start) / (end - start) each is expanded in powers of z and integrated over [0, 1].
+    In z = (c - start) / (end - start) each is expanded in powers of z and integrated over [0, 1].
     """
     h = end - start
     z = [(node - start) / h for node in nodes]

@@ -1,0 +1,44 @@
+"""The Gaussian frame of MNIST: mean and covariance of the dequantized training digits.
+
+    python experiments/mnist_frame.py --data-root DIR
+
+Writes mnist.safetensors with its JSON; a copy comes with the package and is read by
+`frames.Gaussian.pretrained("mnist")`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import command
+
+from sde_diffusion import data, errors, frames
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compute and write the frame."""
+
+    rank: int = 128
+    """eigenvectors kept; the variance of the other directions is the mean of theirs"""
+    data_root: Path | None = None
+    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    out: Path = Path("runs/mnist_frame")
+    """folder of what is written"""
+
+
+def main(config: Config) -> None:
+    errors.integer("--rank", config.rank, 1, 784)
+    command.check_out(config.out)
+    digits = data.mnist(config.data_root)
+    mean, covariance = data.moments(digits)
+    frame = frames.Gaussian.of(mean, covariance, rank=config.rank, floor=data.DEQUANTIZATION)
+    explained = float(frame.variances.sum() / covariance.trace())
+    out = command.folder(config.out)
+    record = {"command": command.command(), "commit": command.commit(), "images": len(digits)}
+    frame.save(out / "mnist.safetensors", **record, explained=explained)
+    print(f"{config.rank} of 784 directions hold {explained:.2%} of the variance")
+    print(f"-> {out / 'mnist.safetensors'}")
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

@@ -2,10 +2,11 @@
 
     python experiments/adams_table.py
 
-Every setting is run on random mixtures (those of benchmark_solvers.py, at seeds of its own) and
-held against the exact flow. The score is the geometric mean over the problems of the RMS error;
-among settings within 3 % of the best the one with the least median error is taken. Writes
-adams_table.md and adams_table.json, and prints the two tables as samplers/adams.py has them.
+Every setting is run on random mixtures (those of benchmark_solvers.py at seeds of its own, and the
+same with modes a third as wide) and held against the exact flow. The score is the geometric mean
+over the problems of the RMS error; among settings within 3 % of the best the one with the least
+median error is taken. Writes adams_table.md and adams_table.json, and prints the two tables as
+samplers/adams.py has them.
 """
 
 import json
@@ -16,15 +17,15 @@ from pathlib import Path
 
 import command
 import torch
-from benchmark_problems import Problem, problems
+from benchmark_problems import Problem, problems, standardized
 
 import sde_diffusion as sd
 from sde_diffusion import frames, storage
 from sde_diffusion.frames import Frame
 
 CALLS = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
-POWERS = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8)
-STARTS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # sigma / alpha, for few calls
+POWERS = (1.0, 1.2, 1.3, 1.4, 1.6, 1.8)
+STARTS = (2.0, 4.0, 6.0, 12.0)  # sigma / alpha, for few calls
 FEW = 15
 
 
@@ -34,8 +35,8 @@ class Config:
 
     calls: tuple[int, ...] = CALLS
     """numbers of calls to find the best setting for"""
-    seeds: tuple[int, ...] = (100, 101, 102)
-    """of the problems, nine to a seed"""
+    seeds: tuple[int, ...] = (100, 101)
+    """of the problems, eighteen to a seed"""
     samples: int = 256
     """per problem"""
     out: Path = Path("runs/adams_table")
@@ -63,6 +64,16 @@ def candidates(calls: int, gaussian: bool) -> Iterator[tuple[int, float, float |
             yield k, p, None
             for start in STARTS if gaussian and calls <= FEW else ():
                 yield k, p, start
+
+
+def sharper(problem: Problem) -> Problem:
+    """The same with modes a third as wide."""
+    data = problem.data
+    spread = data.variances.expand(-1, data.means.shape[1])
+    if data.axes is not None:
+        spread = data.axes * spread[:, None, :] @ data.axes.mT
+    made = standardized(data.log_weights.exp(), data.means, spread / 9)
+    return Problem(f"sharper {problem.name}", made, problem.noise)
 
 
 def frame_of(problem: Problem) -> Frame:
@@ -111,7 +122,8 @@ def markdown(settings: list[Setting]) -> str:
 def main(config: Config) -> None:
     command.check_out(config.out)
     found: list[Setting] = []
-    made = [p for seed in config.seeds for p in problems(seed, samples=config.samples)]
+    given = [p for seed in config.seeds for p in problems(seed, samples=config.samples)]
+    made = [*given, *map(sharper, given)]
     straight: list[tuple[Problem, Frame]] = [(problem, frames.Straight()) for problem in made]
     gaussian = [(problem, frame_of(problem)) for problem in made]
     for name, over in (("Straight", straight), ("Gaussian", gaussian)):

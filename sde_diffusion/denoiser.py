@@ -130,7 +130,8 @@ class Denoiser(nn.Module):
             c = c.reshape(-1).expand(len(x)).to(dtype)
         else:
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
-        seen = (x * self.parameterization.input_scale(level)).to(dtype)
+        scale = self.parameterization.input_scale(level)
+        seen = (x if is_one(scale) else x * scale).to(dtype)
         inputs = (seen, c) if cond is None else (seen, c, cond)
         return prediction.read(x, self.network(*inputs), level, self.parameterization)
 
@@ -199,6 +200,11 @@ class Denoiser(nn.Module):
             reason = " ".join(str(error).split())
             raise storage.BadFile(f"{path.with_suffix('.json')}: {reason}") from None
         return made.eval()
+
+
+def is_one(scalar: Scalar) -> bool:
+    """True for the float 1, by which a batch need not be multiplied."""
+    return isinstance(scalar, float) and scalar == 1.0
 
 
 def pretrained(name: str) -> Denoiser:

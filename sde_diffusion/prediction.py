@@ -274,7 +274,8 @@ def read(x: Tensor, out: Tensor, level: Level, meaning: Parameterization) -> Pre
     Args:
         out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`.
     """
-    errors.kind("what the network answers", out, "a tensor", "shape", "to")
+    if not isinstance(out, Tensor):
+        raise TypeError(f"what the network answers must be a tensor; got {out!r:.80}")
     out = out.to(x.dtype)
     if out.shape == x.shape:
         return Prediction(x, out, level, meaning)

@@ -32,6 +32,16 @@ __all__ = ["Adams", "adams_weights"]
 SLOPES = 5  # in a correction, or k + 1 if that is more
 FIRST = 0.5  # length of the first step, in units of the others
 
+# Calls -> (k, p, start), as experiments/adams_table.py finds them.
+STRAIGHT: dict[int, tuple[int, float, float | None]] = {
+    3: (2, 1.0, None), 4: (2, 1.0, None), 5: (2, 1.4, None), 6: (2, 1.4, None),
+    8: (2, 1.4, None), 10: (3, 1.4, None), 12: (3, 1.3, None), 15: (3, 1.4, None),
+    20: (4, 1.4, None), 30: (5, 1.6, None), 50: (5, 1.4, None), 100: (5, 1.4, None),
+}  # fmt: skip
+GAUSSIAN: dict[int, tuple[int, float, float | None]] = {
+    3: (2, 1.0, 2.0), 5: (2, 1.5, 4.0), 100: (5, 1.4, None),
+}  # fmt: skip
+
 
 class History(NamedTuple):
     """The last corrected state and the slopes on the way to it, newest first."""
@@ -73,6 +83,18 @@ class Adams:
                 raise ValueError(
                     "start needs a Gaussian frame: the straight one trusts no Gaussian"
                 )
+
+    @staticmethod
+    def auto(calls: int, frame: Frame = Straight()) -> "Adams":  # noqa: B008 a frozen value
+        """The setting that served so many calls best: `sample(..., Adams.auto(n), x, steps=n)`.
+
+        From the first row of a table that has room for the calls; experiments/adams_table.py
+        derives it on mixtures, and so do you for data of another kind.
+        """
+        errors.integer("calls", calls)
+        table = STRAIGHT if frame == Straight() else GAUSSIAN
+        k, p, start = table[min((n for n in table if n >= calls), default=max(table))]
+        return Adams(k, p, frame, start)
 
     @property
     def order(self) -> int:

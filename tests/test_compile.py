@@ -67,7 +67,13 @@ def test_a_compiled_network_is_one_graph_for_all_levels(name):
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - NOT_WHOLE))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("adams") else [])
+        for name in sorted(SAMPLERS.keys() - NOT_WHOLE)
+    ],
+)  # to trace the weights of Adams takes half a minute
 def test_a_compiled_step_has_no_break_and_as_many_graphs_at_20_steps_as_at_12(name):
     """fullgraph=True raises at a break. The first steps, the inner ones and the last differ."""
     graphs, sampler, model = [], SAMPLERS[name], denoiser()

@@ -41,7 +41,7 @@ STRAIGHT: dict[int, tuple[int, float, float | None]] = {
 GAUSSIAN: dict[int, tuple[int, float, float | None]] = {
     3: (1, 1.3, 2.0), 4: (1, 1.6, 4.0), 5: (2, 1.3, 4.0), 6: (2, 1.6, 4.0),
     8: (2, 1.4, 12.0), 10: (2, 1.6, 12.0), 12: (3, 1.6, 12.0), 15: (3, 1.6, 12.0),
-    20: (4, 1.8, None), 30: (4, 1.6, None), 50: (5, 1.6, None), 100: (5, 1.4, None),
+    20: (3, 1.6, None), 30: (4, 1.6, None), 50: (5, 1.6, None), 100: (5, 1.4, None),
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def picture(drawn: dict[str, dict[int, Tensor]]) -> Any:
             )
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            if row is axes[0]:
+            if name == next(iter(drawn)):
                 axis.set_title(f"{calls} calls")
         row[0].set_ylabel(name)
     return figure

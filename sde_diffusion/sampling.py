@@ -4,7 +4,8 @@ Convention: a sampler moves a batch from time t to an earlier time s < t. x is (
 from 1 and any floating dtype, which the samples keep.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import errors
+from sde_diffusion.brownian import Brownian
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise, Seeded
 from sde_diffusion.processes import Level, Process
@@ -67,7 +69,6 @@ class Sample(NamedTuple):
     memory: Memory
 
 
-@torch.no_grad()
 def trajectory(
     model: Model,
     sampler: Sampler,
@@ -88,16 +89,19 @@ def trajectory(
         steps: number of steps on the sampler's own grid.
         times: any decreasing grid in [0, 1] instead, (n + 1,).
         generator: source of all noise.
-        seeds: one per sample instead: each sample's noise depends on its own seed alone.
+        seeds: one per sample instead: each follows a Brownian path of its own (brownian.py), a
+            function of its seed alone, the same in any batch and on any number of steps.
         noise: an injected source noise(t, s, like) instead.
     Raises:
         ValueError: naming the argument, if the grid or the batch makes no sense.
     """
     levels = model.process.levels(checked_times(model.process, sampler, steps, times))
-    source = chosen_noise(x, generator, seeds, noise)
+    path = partial(Brownian, log_snr=model.process.log_snr, times=[level.t for level in levels])
+    source = chosen_noise(x, generator, seeds, noise, path)
     memory = None
     for t, s in pairwise(levels):
-        x, memory = sampler.step(model, x, t, s, source, memory)
+        with torch.no_grad():
+            x, memory = sampler.step(model, x, t, s, source, memory)
         yield Sample(x, s.t, memory)
 
 
@@ -155,8 +159,9 @@ def chosen_noise(
     generator: torch.Generator | None,
     seeds: Sequence[int] | None,
     noise: Noise | None,
+    path: Callable[[Sequence[int]], Noise] = Seeded,
 ) -> Noise:
-    """The one source of noise asked for."""
+    """The one source of noise asked for; `path` makes that of seeds."""
     errors.batch("x", x)
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("give one of generator, seeds and noise")
@@ -166,4 +171,4 @@ def chosen_noise(
         return Generated(generator)
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
-    return Seeded(seeds)
+    return path(seeds)

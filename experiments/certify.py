@@ -50,12 +50,23 @@ FIXED: dict[str, sd.Sampler] = {
     "torchsde": sd.TorchSDE(),
     "torchsde-milstein": sd.TorchSDE("milstein"),
     "heun": sd.Heun(),
+    "churn": sd.Churn(sd.Heun(), s_churn=10.0),
+    "dpm2": sd.DPMSolver(2),
+    "dpm3": sd.DPMSolver(3),
+    "sde-dpm2": sd.SDEDPMSolver(),
+    "multistep": sd.VelocityMultistep(),
     **{f"adams{k}": sd.Adams(k) for k in range(1, 6)},
 }
-BY_TOLERANCE: dict[str, sd.Sampler] = {"torch-ode": sd.TorchODE(), "scipy-ode": sd.ScipyODE()}
+BY_TOLERANCE: dict[str, sd.Sampler] = {
+    "torch-ode": sd.TorchODE(),
+    "scipy-ode": sd.ScipyODE(),
+    "adaptive-ode": sd.AdaptiveODE(),
+}
 BY_BIAS: dict[str, sd.Sampler] = {
+    "langevin": sd.Langevin(sd.Ancestral(eta=0.0)),
     "torchsde-srk": sd.TorchSDE("srk"),
     "torchsde-adaptive": sd.AdaptiveTorchSDE(),
+    "adaptive-sde": sd.AdaptiveSDE(),
 }
 SAMPLERS = FIXED | BY_TOLERANCE | BY_BIAS
 

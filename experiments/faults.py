@@ -2,8 +2,8 @@
 
     python experiments/faults.py
 
-Each fault is a sampler of this package, or DPM-Solver++(2M), with one line of it wrong, beside the
-right one. A row of the matrix is a fault, a column a check of `sde_diffusion.verify`.
+Each fault is a sampler of this package with one line of it wrong, beside the right one. A row of
+the matrix is a fault, a column a check of `sde_diffusion.verify`.
 """
 
 import math
@@ -18,7 +18,6 @@ from torch import Tensor
 
 import sde_diffusion as sd
 from sde_diffusion import storage, verify
-from sde_diffusion.denoiser import Model
 from sde_diffusion.prediction import Prediction, truth
 from sde_diffusion.processes import Level
 from sde_diffusion.verify.gaussians import gaussian_w2
@@ -37,45 +36,6 @@ class Config:
 
     out: Path = Path("runs/faults")
     """folder of what is written"""
-
-
-# ---- a right sampler that the package does not have yet ------------------------------------------
-
-
-@dataclass(frozen=True)
-class DPMSolver2M:
-    """DPM-Solver++(2M), Lu et al. 2022b, Algorithm 2, on Karras' levels.
-
-    With lambda = log(alpha / sigma), h = lambda_s - lambda_t, r = h_before / h,
-
-        x_s = sigma_s / sigma_t x - alpha_s (e^-h - 1) ((1 + 1 / (2 r)) x0 - 1 / (2 r) x0_before)
-    """
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    def grid(self, process: sd.Process, steps: int | None) -> Tensor:
-        return sd.Heun().grid(process, steps)
-
-    def ratio(self, h_before: float, h: float) -> float:
-        return h_before / h
-
-    def ask(self, model: Model, x: Tensor, t: Level[float]) -> Tensor:
-        return model(x, t).x0
-
-    def step(
-        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Any, memory: Any
-    ) -> tuple[Tensor, Any]:
-        x0, h = self.ask(model, x, t), (s.log_snr - t.log_snr) / 2
-        if memory is None or s.sigma == 0 or math.isinf(memory[1]):
-            mixed = x0
-        else:
-            before, h_before = memory
-            half = 1 / (2 * self.ratio(h_before, h))
-            mixed = (1 + half) * x0 - half * before
-        kept = s.sigma / t.sigma
-        return kept * x - s.alpha * math.expm1(-h) * mixed, (x0, h)
 
 
 # ---- the faults ----------------------------------------------------------------------------------
@@ -134,21 +94,43 @@ class DriftNotCorrected(sd.Ancestral):
 
 
 @dataclass(frozen=True)
-class RatioInverted(DPMSolver2M):
-    """h / h_before for h_before / h."""
+class OnKarras(sd.DPMSolver):
+    """DPM-Solver++(2M) on the levels of Karras et al. 2022, where every step shrinks."""
 
-    def ratio(self, h_before: float, h: float) -> float:
-        return h / h_before
+    def grid(self, process: sd.Process, steps: int | None) -> Tensor:
+        return sd.Heun().grid(process, steps)
 
 
 @dataclass(frozen=True)
-class TimeRounded(DPMSolver2M):
+class RatioInverted(OnKarras):
+    """h / h_before for h_before / h."""
+
+    def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
+        if memory is not None and s.sigma > 0:
+            here = t.log_snr / 2
+            h_before, h = here - memory.half_log_snr[0], s.log_snr / 2 - here
+            memory = memory._replace(half_log_snr=(here - h * h / h_before,))
+        return super().step(model, x, t, s, noise, memory)
+
+
+@dataclass(frozen=True)
+class TimeRounded(OnKarras):
     """The network is asked at a whole step of 1000, about an x that is between two."""
 
-    def ask(self, model: Any, x: Tensor, t: Level[float]) -> Tensor:
-        whole = max(round(1000 * t.t), 1) / 1000
-        near = model.process.levels(torch.tensor([whole], dtype=torch.float64))[0]
-        return (x - t.sigma * model(x, near).eps) / t.alpha
+    def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
+        class Rounded:
+            process = model.process
+
+            def __call__(self, x: Tensor, level: Level) -> Prediction:
+                whole = max(round(1000 * level.t), 1) / 1000
+                (near,) = model.process.levels(torch.tensor([whole], dtype=torch.float64))
+                eps = model(x, near).eps
+                return truth((x - level.sigma * eps) / level.alpha, eps, level)
+
+            def rows(self, index: Tensor) -> Any:
+                return self
+
+        return super().step(Rounded(), x, t, s, noise, memory)
 
 
 @dataclass(frozen=True)
@@ -188,8 +170,8 @@ FAULTS = (
     Fault("noise one level off", NoiseOneLevelOff("beta"), sd.Ancestral("beta"), sd.VP()),
     Fault("stride off by one", StrideOffByOne(eta=0.0), sd.Ancestral(eta=0.0), sd.VP()),
     Fault("drift not corrected for noise", DriftNotCorrected(), sd.Ancestral(), sd.VP()),
-    Fault("step ratio inverted", RatioInverted(), DPMSolver2M(), sd.VP()),
-    Fault("time step rounded", TimeRounded(), DPMSolver2M(), sd.VP()),
+    Fault("step ratio inverted", RatioInverted(), OnKarras(), sd.VP()),
+    Fault("time step rounded", TimeRounded(), OnKarras(), sd.VP()),
     Fault("x0 clipped, eps kept", ClippedX0("beta"), sd.Ancestral("beta"), sd.VP()),
 )
 

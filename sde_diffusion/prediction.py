@@ -10,7 +10,7 @@ operations, and none is computed that is not asked for.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -268,7 +268,7 @@ def truth(x0: Tensor, eps: Tensor, level: Level) -> Prediction:
     return Prediction(x0, eps, level, Pair())
 
 
-def read(x: Tensor, out: Tensor, level: Level, meaning: Parameterization) -> Prediction:
+def read(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Prediction:
     """The prediction of a network that answered `out` for x (B, C, ...).
 
     Args:

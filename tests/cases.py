@@ -22,10 +22,20 @@ FIXED_STEP = {
     "euler-maruyama": sd.EulerMaruyama(),
     "torchsde": sd.TorchSDE(),
     "heun": sd.Heun(),
+    "churn": sd.Churn(sd.Heun(), s_churn=10.0),
+    "dpm2": sd.DPMSolver(2),
+    "dpm3": sd.DPMSolver(3),
+    "sde-dpm2": sd.SDEDPMSolver(),
+    "multistep": sd.VelocityMultistep(),
+    "langevin": sd.Langevin(sd.Ancestral(eta=0.0)),
     "adams1": sd.Adams(1),
     "adams3": sd.Adams(3),
 }
-OWN_STEPS = {"torch-ode": sd.TorchODE(), "scipy-ode": sd.ScipyODE()}
+OWN_STEPS = {
+    "torch-ode": sd.TorchODE(),
+    "scipy-ode": sd.ScipyODE(),
+    "adaptive-ode": sd.AdaptiveODE(),
+}
 PARAMETERIZATIONS = {
     "eps": sd.Eps(),
     "x0": sd.X0(),

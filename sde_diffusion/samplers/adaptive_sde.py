@@ -1,0 +1,381 @@
+r"""The reverse SDE with steps that each sample chooses for itself, on a Brownian path that is kept.
+
+In kappa = alpha^2 / (alpha^2 + sigma^2), from 0 (noise) to 1 (data), and y = alpha x / (alpha^2 +
+sigma^2), the reverse SDE (Anderson 1982) of every process has additive noise and no singular end:
+
+    dy = D dkappa + dW,        D = x0 + alpha score = x0 - (alpha / sigma) eps,
+
+with D = 0 for data N(0, I). A step of length k with the path's increment sqrt(k) z is predicted by
+Euler-Maruyama and corrected, before the next one, with the slope at the predicted point:
+
+    predict    y' = y + k D + sqrt(k) z,         D' at y'
+    correct    y  = y + k (D + D') / 2 + sqrt(k) z,        error  k (D' - D) / 2,
+
+one call a step. A step whose error is too large is split in two by the path's own tree: the same
+noise is seen at finer times, none is thrown away. Redrawing it would bias the law towards samples
+whose noise is easy to follow (Gaines & Lyons 1997; Rackauckas & Nie 2017).
+
+So would an estimate that is small because a step's noise happens to be: in one coordinate, at a
+tolerance of 0.02, it makes the standard deviation 1.5 % too large. The change of the slope is
+therefore brought to what a displacement of the usual size, k^2 |D|^2 + k in its square, would have
+made; that leaves 0.1 %.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors, frames
+from sde_diffusion.brownian import (
+    ROOT,
+    WHOLE,
+    Brownian,
+    Interval,
+    child,
+    mixed_,
+    normals,
+    rotated,
+    share,
+    signed,
+    span,
+)
+from sde_diffusion.denoiser import Model
+from sde_diffusion.noise import Generated, Noise
+from sde_diffusion.prediction import coordinates
+from sde_diffusion.processes import Level, Process
+from sde_diffusion.sampling import Memory, SolverError
+
+__all__ = ["AdaptiveSDE", "PathReport"]
+
+
+class PathReport(NamedTuple):
+    """What became of each sample between two times, all (B,).
+
+    Attributes:
+        calls: how often the model was asked about it.
+        rejections: how many of these calls were for steps that were split.
+        error: root of the sum of its squared error estimates, in y: of the predictions.
+        finished: False where it was given up, and the rest of its way only predicted.
+    """
+
+    calls: Tensor
+    rejections: Tensor
+    error: Tensor
+    finished: Tensor
+
+
+@dataclass(frozen=True)
+class AdaptiveSDE:
+    """Error-controlled steps of the reverse SDE, each sample's own, on a path that is kept.
+
+    A step is accepted if the root mean square over coordinates of its error, over
+    atol + rtol |y|, is at most 1/2; a sample's error is then about the tolerance. Steps
+    are dyadic in u = sigma / (alpha + sigma): the intervals of the path's tree. A sample is the
+    same whatever else is in its batch.
+
+    Noise comes from `seeds=`, whose paths are those of the other samplers, or from `generator=`,
+    which draws the keys of paths. On a grid of several intervals each has paths of its own.
+
+    Args:
+        rtol, atol: tolerances.
+        max_calls: calls for one sample, after which it is given up.
+        return_partial: predict the rest of the way of a sample that is given up, and say so in the
+            report, instead of a SolverError.
+    """
+
+    # An error of order 3/2 in the length of a step allows (ALLOWED / error)^(2/3) of that length.
+    ALLOWED: ClassVar = 0.5  # of the tolerance
+    AIM: ClassVar = 0.4  # of the tolerance: what a step is chosen for
+    SHRINK: ClassVar = 0.1  # change of the step from one to the next, at least,
+    GROW: ClassVar = 4.0  # and at most
+
+    rtol: float = 1e-2
+    atol: float = 1e-2
+    max_calls: int = 10_000
+    return_partial: bool = False
+
+    def __post_init__(self) -> None:
+        errors.number("rtol", self.rtol, 0, strict=True)
+        errors.number("atol", self.atol, 0, strict=True)
+        errors.integer("max_calls", self.max_calls)
+        errors.choice("return_partial", self.return_partial, (True, False))
+
+    @property
+    def order(self) -> None:
+        """None: the error follows the tolerances."""
+        return None
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """(1, 0): the steps between are chosen for each sample."""
+        if steps is not None:
+            raise ValueError("AdaptiveSDE chooses its own steps; leave out steps")
+        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def step(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, PathReport]:
+        """From t to s in as many steps as each sample takes; the memory is a report.
+
+        Raises:
+            SolverError: naming t, the step and the limit, where a sample reaches `max_calls`
+                (unless `return_partial`), where steps fall below rounding, and where the model is
+                not finite.
+            ValueError: for injected noise, which cannot be refined.
+        """
+        keys = path_keys(noise, x)
+        if memory is not None:
+            keys = mixed_(keys + int(t.u * 2**53))
+        if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
+            return frames.leave(frames.enter(x, t), s), blank(x)
+        state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision shows no error
+        walk = Walk(self, model, state, t, s, keys)
+        while len(walk.rows):
+            walk.advance()
+        return (walk.made * scale(s)).to(x.dtype), walk.report
+
+
+def path_keys(noise: Noise, x: Tensor) -> Tensor:
+    """The keys of the samples' paths, (B,)."""
+    if isinstance(noise, Brownian):
+        return noise.keys.to(x.device)
+    if not isinstance(noise, Generated):
+        raise ValueError(
+            "AdaptiveSDE sees its path at finer times where it must, and noise= gives increments "
+            "only: give seeds= or generator="
+        )
+    source = noise.generator
+    keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), generator=source, device=source.device)
+    return keys.to(x.device)
+
+
+def blank(x: Tensor) -> PathReport:
+    none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return PathReport(none, none.clone(), x.new_zeros(len(x)), torch.ones_like(none).bool())
+
+
+def scale(level: Level) -> Any:
+    """x / y."""
+    return (level.alpha**2 + level.sigma**2) / level.alpha
+
+
+class Walk:
+    """The samples of a batch on their way from level t to level s.
+
+    Attributes:
+        made, report: what the samples that are there have come to, in y.
+        rows: which of the batch are still on their way; all that follows is theirs.
+        y, u, slope: where they stand, and D there.
+        longest: the longest step that the last error allows, in kappa.
+        squares, rejections: as in the report, so far.
+        low, code, z: the intervals ahead, stacks (L, n, ...). A sample's next step is the one at
+            its `top`, unless that is split.
+    """
+
+    ROWS = ("rows", "keys", "y", "u", "slope", "longest", "squares", "rejections", "top")
+    STACKS = ("low", "code", "z")
+
+    def __init__(
+        self,
+        solver: AdaptiveSDE,
+        model: Model,
+        x: Tensor,
+        t: Level[float],
+        s: Level[float],
+        keys: Tensor,
+    ) -> None:
+        self.solver, self.whole, self.model, self.end, self.keys = solver, model, model, s.u, keys
+        self.made, self.report, self.calls = torch.empty_like(x), blank(x), 0
+        self.rows = torch.arange(len(x), device=x.device)
+        self.u = torch.full((len(x),), t.u, dtype=torch.float64, device=x.device)
+        self.y = x * (t.alpha / (t.alpha**2 + t.sigma**2))
+        self.slope = self.slope_at(x, t)
+        # Of the same order as what the error will allow.
+        self.longest = torch.full_like(self.u, min(solver.rtol, solver.atol) ** (2 / 3))
+        self.squares, self.rejections = torch.zeros_like(self.u), torch.zeros_like(self.rows)
+        ahead = covering(t.u, s.u, keys, x)
+        self.low = self.u.new_tensor([part.low for part in ahead])[:, None].repeat(1, len(x))
+        codes = [signed(part.code) for part in ahead]
+        self.code = self.rows.new_tensor(codes)[:, None].repeat(1, len(x))
+        self.z = torch.stack([part.z for part in ahead])
+        self.top = torch.full_like(self.rows, len(ahead) - 1)
+
+    def advance(self) -> None:
+        """Try the next step of every sample."""
+        self.refine()
+        low, count, z = self.next()
+        reached, unusual = self.predicted(low, z)
+        there = low <= self.end
+        if bool(there.any()):
+            self.leave(there, reached, finished=True)
+            low, count, reached, unusual = (v[~there] for v in (low, count, reached, unusual))
+        if len(self.rows) and self.calls >= self.solver.max_calls:
+            self.give_up()
+        if not len(self.rows):
+            return
+        process = self.model.process
+        level = process.level(process.time(2 * (torch.log1p(-low) - low.log())), reached)
+        slope = self.slope_at(reached * scale(level), level)
+        length = span(self.u, low)
+        change = (slope - self.slope).mul_(over(length / 2, slope))
+        # The tolerance is that of where the step starts: where it ends is the noise's doing too.
+        tolerance = self.solver.atol + self.solver.rtol * self.y.abs()
+        error = mean_square(change / tolerance).sqrt() / unusual
+        grown = (self.solver.AIM / error) ** (2 / 3)
+        self.longest = length * grown.clamp(self.solver.SHRINK, self.solver.GROW)
+        kept = error <= self.solver.ALLOWED
+        self.y = torch.where(over(kept, change), reached + change, self.y)
+        self.slope = torch.where(over(kept, change), slope, self.slope)
+        self.u = torch.where(kept, low, self.u)
+        self.squares = self.squares + torch.where(kept, mean_square(change), 0)
+        self.rejections = self.rejections + ~kept
+        self.top = self.top - torch.where(kept, count, 0)
+
+    def slope_at(self, x: Tensor, level: Level) -> Tensor:
+        """D = x0 + alpha score."""
+        self.calls += 1
+        slope = self.model(x, level).combine(1.0, -level.alpha / level.sigma)
+        bad = ~coordinates(slope).isfinite().all(1)
+        if bool(bad.any()):
+            raise SolverError(f"{self.where(self.u[bad])}: the model is not finite")
+        return slope
+
+    def predicted(self, low: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """y at u = low, and how unusual the displacement is: its size over the expected one."""
+        length = span(self.u, low)
+        k = over(length, z)
+        drift = k * self.slope
+        moved = drift + k.sqrt() * z
+        usual = mean_square(drift) + length
+        return self.y + moved, (mean_square(moved) / usual).sqrt().clamp(min=0.1)
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        """End and increment of each sample's next step, and how many intervals it takes.
+
+        One; but at the start the tree has many short ones, and a step may take several.
+        """
+        each = torch.arange(len(self.rows), device=self.rows.device)
+        low, z = self.low[self.top, each], self.z[self.top, each]
+        count = torch.ones_like(self.top)
+        joined = self.calls == 1
+        while joined:
+            place = self.top - count
+            further = self.low[place.clamp(min=0), each]
+            (more,) = torch.where((place >= 0) & (span(self.u, further) <= self.longest))
+            z[more] = both(
+                z[more], self.z[place[more], more], self.u[more], low[more], further[more]
+            )
+            low[more] = further[more]
+            count[more] += 1
+            joined = len(more) > 0
+        return low, count, z
+
+    def refine(self) -> None:
+        """Split the next intervals until none is longer than its sample's error allows."""
+        each = torch.arange(len(self.rows), device=self.rows.device)
+        while True:
+            (wide,) = torch.where(span(self.u, self.low[self.top, each]) > self.longest)
+            if not len(wide):
+                return
+            high, top = self.u[wide], self.top[wide]
+            low, code, z = (v[top, wide] for v in (self.low, self.code, self.z))
+            middle = (high + low) / 2
+            if not bool(((low < middle) & (middle < high)).all()):
+                raise SolverError(f"{self.where(high)}: its steps vanish")
+            shares = share(high, middle, high, low), share(middle, low, high, low)
+            n = normals(self.keys[wide] + code, z)
+            noise, data = rotated(z, n, *(over(part, z) for part in shares))
+            if int(top.max()) + 1 == len(self.low):
+                for name in self.STACKS:
+                    stack = getattr(self, name)
+                    setattr(self, name, torch.cat([stack, torch.zeros_like(stack[:1])]))
+            for place, end, side, part in ((top, low, 1, data), (top + 1, middle, 0, noise)):
+                at = place, wide
+                self.low[at], self.code[at], self.z[at] = end, child(code, side), part
+            self.top[wide] += 1
+
+    def leave(self, gone: Tensor, y: Tensor, *, finished: bool) -> None:
+        """These samples have come to y."""
+        rows, left = self.rows[gone], ~gone
+        self.made[rows] = y[gone]
+        self.report.calls[rows] = self.calls
+        self.report.rejections[rows] = self.rejections[gone]
+        self.report.error[rows] = self.squares[gone].sqrt().to(y.dtype)
+        self.report.finished[rows] = finished
+        for name in self.ROWS:
+            setattr(self, name, getattr(self, name)[left])
+        for name in self.STACKS:
+            setattr(self, name, getattr(self, name)[:, left])
+        self.model = self.whole.rows(self.rows)
+
+    def give_up(self) -> None:
+        """At max_calls: by name, or by a prediction along the path."""
+        if not self.solver.return_partial:
+            raise SolverError(
+                f"{self.where(self.u)}: max_calls reached by {len(self.rows)} of "
+                f"{len(self.made)} samples, the next step being {float(self.longest[0]):.2g} in "
+                f"kappa"
+            )
+        high, end = self.u, torch.full_like(self.u, self.end)
+        z = torch.zeros_like(self.y)
+        for place in range(len(self.low) - 1, -1, -1):
+            ahead = self.top >= place
+            low = torch.where(ahead, self.low[place], high)
+            part = over(share(high, low, self.u, end).sqrt(), z) * self.z[place]
+            z = torch.where(over(ahead, z), z + part, z)
+            high = low
+        everyone = torch.ones_like(self.top).bool()
+        self.leave(everyone, self.predicted(end, z)[0], finished=False)
+
+    def where(self, u: Tensor) -> str:
+        """The solver, and the place of the first of these samples."""
+        level = frames.level_at(self.model.process, float(u[0]))
+        solver = f"AdaptiveSDE(rtol={self.solver.rtol:g}, atol={self.solver.atol:g})"
+        return f"{solver} failed at t={level.t:.3g} (u={level.u:.3g}) after {self.calls} calls"
+
+
+def covering(high: float, low: float, keys: Tensor, x: Tensor) -> list[Interval]:
+    """The intervals of the tree that make up [low, high], the one nearest to noise last."""
+    waiting = [Interval(1.0, 0.0, ROOT, normals(keys + signed(WHOLE), x))]
+    found: list[Interval] = []
+    while waiting:
+        above, below, code, z = waiting.pop()
+        if below >= high or above <= low:
+            continue
+        if above <= high and below >= low:
+            found.append(Interval(above, below, code, z))
+            continue
+        # Halves, as in the whole tree, until what is left is nothing to speak of and is cut off.
+        if span(above, below) > 1e-4 * span(high, low):
+            at, codes, drawn_by = (above + below) / 2, (child(code, 0), child(code, 1)), code
+        else:
+            at, codes, drawn_by = (high if high < above else low), (code, code), child(code, 2)
+        n = normals(keys + signed(drawn_by), x)
+        noise, data = rotated(z, n, share(above, at, above, below), share(at, below, above, below))
+        waiting.append(Interval(at, below, codes[1], data))
+        waiting.append(Interval(above, at, codes[0], noise))
+    return found[::-1]
+
+
+def both(first: Tensor, second: Tensor, high: Tensor, middle: Tensor, low: Tensor) -> Tensor:
+    """The increment over [low, high] from those over its two parts, the one at noise first."""
+    of_first, of_second = share(high, middle, high, low), share(middle, low, high, low)
+    return first * over(of_first.sqrt(), first) + second * over(of_second.sqrt(), second)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Over coordinates, (n,) in float64."""
+    return coordinates(x).double().square().mean(1)
+
+
+def over(v: Tensor, like: Tensor) -> Tensor:
+    """(n,) as (n, 1, ..., 1), numbers in the type of `like`."""
+    v = v.reshape(-1, *[1] * (like.ndim - 1))
+    return v.to(like.dtype) if v.is_floating_point() else v

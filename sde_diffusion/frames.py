@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, grids, storage
+from sde_diffusion import errors, spacings, storage
 from sde_diffusion.prediction import Prediction, coordinates
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -84,7 +84,7 @@ class Straight:
         return said.velocity
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gaussian:
     r"""Where the exact flow of N(m, S) would end: only what no Gaussian explains is integrated.
 
@@ -129,6 +129,9 @@ class Gaussian:
         if not bool((self.variances > 0).all()):
             raise ValueError("variances must be positive: give a floor")
         errors.number("rest", self.rest, 0, strict=True)
+
+    def __repr__(self) -> str:
+        return f"Gaussian(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
 
     @staticmethod
     def of(
@@ -281,6 +284,6 @@ def grid(
         first: length of the first interval, in units of the others, in (0, 1].
     """
     (top,) = process.levels(torch.tensor([begin], dtype=torch.float64))
-    times = process.time(frame.log_snr(grids.power(steps, frame.clock(top), p, first)))
+    times = process.time(frame.log_snr(spacings.power(steps, frame.clock(top), p, first)))
     times[0], times[-1] = begin, 0.0
     return times

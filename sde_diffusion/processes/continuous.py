@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import errors, grids
+from sde_diffusion import errors, spacings
 from sde_diffusion.processes.process import Process, VariancePreserving
 
 __all__ = ["EDM", "OU", "VE", "VP", "Cosine", "RectifiedFlow", "SubVP"]
@@ -81,7 +81,7 @@ class SubVP(LinearRate):
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """Evenly spaced times."""
-        return grids.uniform(steps, start)
+        return spacings.uniform(steps, start)
 
 
 @dataclass(frozen=True)

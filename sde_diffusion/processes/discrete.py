@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import errors, grids
+from sde_diffusion import errors, spacings
 from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import VariancePreserving
 
@@ -214,7 +214,7 @@ class Discrete(Interpolated):
                 f"a chain of {self.num_steps} steps has no grid of {steps} from t={start:g}: "
                 f"{most} are left; use equivalence.continuous(process) to go between its times"
             )
-        return (grids.uniform(steps, start) * self.num_steps).round() / self.num_steps
+        return (spacings.uniform(steps, start) * self.num_steps).round() / self.num_steps
 
 
 def kernel_variances(log_alpha: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, grids
+from sde_diffusion import errors, spacings
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
 __all__ = ["Level", "Process", "Scalar", "Shortened", "VariancePreserving", "double"]
@@ -229,9 +229,9 @@ class Process(ABC):
         above = ratio > 80 * (1 + 1e-9)  # EDM's own 80 is reached with rounding
         in_front = above and start == 1.0
         if in_front and steps == 1:
-            return grids.uniform(1)
+            return spacings.uniform(1)
         high = min(80.0, ratio)
-        levels = grids.karras(steps - in_front, high, sigma_min=min(0.002, high / 100))
+        levels = spacings.karras(steps - in_front, high, sigma_min=min(0.002, high / 100))
         times = self.time(-2 * levels.log())
         if in_front:
             return torch.cat([end, times])
@@ -299,7 +299,7 @@ class VariancePreserving(Process):
 
     def times(self, steps: int, start: float = 1.0) -> Tensor:
         """Evenly spaced times."""
-        return grids.uniform(steps, start)
+        return spacings.uniform(steps, start)
 
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         log_a = self._log_ratio(s, t)

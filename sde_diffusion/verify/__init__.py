@@ -1,6 +1,7 @@
 """Verification: what a sampler's output law is, by running the sampler. Ours or a peer's."""
 
 from sde_diffusion.verify.certificate import Certificate, certificate
+from sde_diffusion.verify.few_steps import Guarantee, steps_for
 from sde_diffusion.verify.foreign import Function
 from sde_diffusion.verify.identities import Identities, identities
 from sde_diffusion.verify.laws import Law, law, measured
@@ -19,6 +20,7 @@ __all__ = [
     "Distribution",
     "Endpoint",
     "Function",
+    "Guarantee",
     "Identities",
     "KDiffusion",
     "Law",
@@ -39,5 +41,6 @@ __all__ = [
     "measured",
     "order",
     "ratios",
+    "steps_for",
     "tolerances",
 ]

@@ -1,0 +1,193 @@
+r"""How many steps a tolerance takes, told before any network is asked.
+
+The W2 between a sampler's output and Gaussian data is known exactly from one or two runs on the
+data's spectrum (see spectra.py), so the least number of steps can be searched for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.exact import Gaussian
+from sde_diffusion.processes import Process
+from sde_diffusion.sampling import Sampler
+from sde_diffusion.verify import spectra
+from sde_diffusion.verify.gaussians import ending
+from sde_diffusion.verify.ladders import Family, made_from, of_family
+
+__all__ = ["Guarantee", "steps_for"]
+
+
+@dataclass(frozen=True, repr=False)
+class Guarantee:
+    """The steps that a sampler takes to reach a tolerance on Gaussian data; print it.
+
+    Every W2 is in the units of the data and over all coordinates: W2^2 is the sum of theirs.
+
+    Attributes:
+        sampler, process: their names.
+        d: coordinates.
+        tol: the W2 asked for.
+        tried: W2 to the data of a run from the prior, by number of steps, ascending.
+        steps: the least number such that it and every larger one tried meet `tol`; the largest
+            number tried, if that does not.
+        times: its grid.
+        calls: its network calls.
+        departure: W2 at `steps` of a run that starts from the data's own law at the first time: the
+            share of the steps. What more there is in `w2` is the prior's, and no steps mend it.
+        narrowest: what `steps_for` was given; if it was, every W2 is the worst of its Gaussians.
+    """
+
+    sampler: str
+    process: str
+    d: int
+    tol: float
+    tried: dict[int, float]
+    steps: int
+    times: Tensor
+    calls: int
+    departure: float
+    narrowest: float | None = None
+
+    @property
+    def w2(self) -> float:
+        """W2 at `steps`."""
+        return self.tried[self.steps]
+
+    @property
+    def rms(self) -> float:
+        """The same per coordinate: the root of its mean square over them."""
+        return self.w2 / self.d**0.5
+
+    @property
+    def holds(self) -> bool:
+        return self.w2 <= self.tol
+
+    @property
+    def verdict(self) -> str:
+        if self.holds:
+            return f"{self.steps} steps reach W2 {self.tol:g} ({self.calls} calls)"
+        floor = "; the prior alone leaves more" if self.departure <= self.tol else ""
+        return f"NOT REACHED by {self.steps} steps{floor}"
+
+    def __str__(self) -> str:
+        rows = [f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}"]
+        if self.narrowest is not None:
+            rows.append(f"  worst of the Gaussians with no std below {self.narrowest:g}")
+        rows.append(f"  {'steps':>10}{'W2':>12}{'per coordinate':>16}")
+        for n, w2 in self.tried.items():
+            chosen = "  <-" if n == self.steps else ""
+            rows.append(f"  {n:10d}{w2:12.3e}{w2 / self.d**0.5:16.3e}{chosen}")
+        rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
+        return "\n".join([*rows, *ending(
+            self.verdict,
+            "anything of data that are not Gaussian, for which W2 is larger (by the factors in "
+            "the docs of steps_for), of the network's own error, or of steps that were not tried",
+        )])  # fmt: skip
+
+    __repr__ = __str__
+
+
+def steps_for(
+    tol: float,
+    data: Gaussian | Tensor,
+    sampler: Family,
+    process: Process | None = None,
+    *,
+    narrowest: float | None = None,
+    most: int = 1024,
+) -> Guarantee:
+    """The least number of steps whose exact W2 to Gaussian data is at most `tol`; asks no network.
+
+    Of a run as a user makes it, from the prior. Steps are doubled until two numbers in a row meet
+    the tolerance, since W2 may pass through a low point, and then bisected.
+
+    Args:
+        tol: W2, in the units of the data, over all coordinates: `rms * d**0.5` for an RMS per
+            coordinate.
+        data: exact.Gaussian; or a covariance (d, d), or its eigenvalues (d,), of mean 0.
+        sampler: a Sampler, on its own grid; or a function of the number of steps that makes one.
+        process: as in `law`; a covariance needs one.
+        narrowest: least standard deviation of any part of the data, such as a mode, at most the
+            largest of the covariance. The W2 is then the worst of all Gaussians of d coordinates
+            whose standard deviations lie between that and the largest.
+        most: steps beyond which it gives up.
+    Raises:
+        NotAffine: naming the sampler, if it is no affine map of each row and each eigenvector for
+            itself.
+    """
+    tol = errors.number("tol", tol, 0, strict=True)
+    most = errors.integer("most", most)
+    some, there, steps = placed(sampler, data, process, 1)
+    between = None if narrowest is None else banded(there, narrowest)
+    spectra.check(some, there, steps)
+    if there.process.first_time > 0:
+        most = min(most, round(1 / there.process.first_time))  # a chain has no more
+    tried: dict[int, float] = {}
+
+    def meets(n: int) -> bool:
+        some, there, steps = placed(sampler, data, process, n)
+        found = spectra.along(some, there, steps)
+        tried[n] = float(found.errors.norm())
+        if between is not None:
+            rest = spectra.along(some, between, steps)
+            tried[n] = worst(found.errors, rest.errors)
+        return tried[n] <= tol
+
+    low, high = 0, most  # the largest number tried that fails; one that meets tol, or `most`
+    for n in doubled(most):
+        if not meets(n):
+            low, high = n, most
+        elif high < n:
+            break
+        else:
+            high = n
+    while high - low > 1:
+        middle = (low + high) // 2
+        if meets(middle):
+            high = middle
+        else:
+            low = middle
+    some, there, steps = placed(sampler, data, process, high)
+    found = spectra.check(some, there, steps)
+    departure = float(found.departures.norm())
+    if between is not None:
+        departure = worst(found.departures, spectra.along(some, between, steps).departures)
+    return Guarantee(
+        of_family(some), type(there.process).__name__, len(found.offset), tol,
+        dict(sorted(tried.items())), high, found.times, found.calls, departure, narrowest,
+    )  # fmt: skip
+
+
+def banded(data: Gaussian, narrowest: float) -> Gaussian:
+    """Variances from narrowest^2 to the largest of the data, one a coordinate."""
+    largest = float(data.variances.max())
+    errors.number("narrowest", narrowest, 0, largest**0.5, strict=True)
+    return spectra.centred(spectra.band(narrowest**2, largest), data.process)
+
+
+def worst(own: Tensor, between: Tensor) -> float:
+    """W2 over as many coordinates as `own` has, if all were as bad as the worst."""
+    return float(torch.cat([own, between]).max()) * len(own) ** 0.5
+
+
+def doubled(most: int) -> Iterator[int]:
+    """1, 2, 4, ... and `most`."""
+    n = 1
+    while n < most:
+        yield n
+        n *= 2
+    yield most
+
+
+def placed(
+    sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
+) -> tuple[Sampler, Gaussian, int | None]:
+    """The sampler for n steps, the data on its process, and what `steps` it is to be given."""
+    some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
+    steps = None if hasattr(some, "declared") else n  # a peer in an adapter has its levels
+    return some, spectra.on_process(data, some, process), steps

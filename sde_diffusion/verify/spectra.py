@@ -1,0 +1,268 @@
+r"""The exact law of a sampler's output along the eigenvectors of a Gaussian's covariance.
+
+A sampler whose coefficients are the same for all coordinates, as are those of all of ours, carries
+each eigenvector of the data's covariance for itself. So the law of d coordinates, for which `law`
+needs 1 + d + d draws rows, is known from 2 + draws: nothing; a unit start along all eigenvectors at
+once; a unit impulse along all of them in each draw.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import errors
+from sde_diffusion.exact import Gaussian
+from sde_diffusion.noise import Purpose, stream
+from sde_diffusion.prediction import Prediction, coordinates
+from sde_diffusion.processes import Level, Process
+from sde_diffusion.sampling import Sampler, checked_times, trajectory
+from sde_diffusion.verify import probe
+from sde_diffusion.verify.laws import MOST, placed
+from sde_diffusion.verify.probe import Inputs, NotAffine, Probe
+
+__all__ = ["Along", "along", "band", "centred", "check", "on_process", "spectrum"]
+
+
+@dataclass(frozen=True, eq=False)
+class Impulses(Inputs):
+    """Row 0: nothing. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
+
+    Args:
+        along: (d,), the sum of the eigenvectors.
+        draws: how many of them have a row.
+    """
+
+    along: Tensor
+    draws: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 2 + self.draws
+
+    def start(self, d: int) -> Tensor:
+        return self._impulse(1)
+
+    def draw(self, index: int, d: int) -> Tensor:
+        return self._impulse(2 + index)
+
+    def answer(self, index: int, d: int) -> None:
+        return None
+
+    def _impulse(self, row: int) -> Tensor:
+        made = torch.zeros(self.rows, len(self.along), dtype=torch.float64)
+        made[row : row + 1] = self.along
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed(Inputs):
+    """One row: other numbers along each eigenvector, in the start and in each draw.
+
+    Args:
+        axes: (d, d), the eigenvectors in columns; None for the coordinates.
+    """
+
+    axes: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return 1
+
+    def start(self, d: int) -> Tensor:
+        return rotated(self.amounts(0, d), self.axes)[None]
+
+    def draw(self, index: int, d: int) -> Tensor:
+        return rotated(self.amounts(1 + index, d), self.axes)[None]
+
+    def answer(self, index: int, d: int) -> None:
+        return None
+
+    def amounts(self, index: int, d: int) -> Tensor:
+        return torch.from_numpy(stream(1, Purpose.PATH, step=index).standard_normal(d))
+
+
+@dataclass
+class Counted(Probe):
+    """A probe that keeps no batch: of d coordinates and many draws they would be too many."""
+
+    calls: int = 0
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        self.calls += 1
+        return self.model(x, level)
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """A sampler's output along each eigenvector of the data's covariance, (d,).
+
+        output = offset + start x + sum_k noises_k z_k,      x the start, z_k standard normal
+
+    Attributes:
+        times: its grid (n + 1,).
+        calls: network calls.
+        offset: output for a start of 0 and no noise.
+        start: output per unit of start.
+        noises: (draws, d), output per unit of each draw.
+        data: mean and variance of the data's exact law at the last time.
+        prior_std: of the prior.
+        way: (n, d), after each step of a run that starts from the data's exact law at the first
+            time: the W2 that it would end with if the exact flow took over from there, or, where
+            noise is drawn, the exact reverse SDE. Its sign is that of std - exact std.
+    """
+
+    times: Tensor
+    calls: int
+    offset: Tensor
+    start: Tensor
+    noises: Tensor
+    data: tuple[Tensor, Tensor]
+    prior_std: float
+    way: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        r"""W2 to the data along each eigenvector, of a run that starts from the prior.
+
+        Of two normals W2^2 = (m - m')^2 + (s - s')^2.
+        """
+        variance = self.prior_std**2 * self.start.square() + self.noises.square().sum(0)
+        return torch.hypot(self.offset - self.data[0], variance.sqrt() - self.data[1].sqrt())
+
+    @property
+    def departures(self) -> Tensor:
+        """The same of a run that starts from the data's exact law at the first time."""
+        return self.way[-1].abs()
+
+
+@torch.no_grad()
+def along(
+    sampler: Sampler,
+    data: Gaussian,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+) -> Along:
+    """The exact law along each eigenvector, from one run and one more if noise is drawn.
+
+    Not checked to be that: see `check`.
+    """
+    mean, variances, axes = spectrum(data)
+    direction = torch.ones_like(mean) if axes is None else axes.sum(1)
+    shape = probe.sizes(data, None)
+    grid = checked_times(data.process, sampler, steps, times)
+    levels = data.process.levels(grid)
+    exact = [marginal(mean, variances, level) for level in levels]
+    last, (_, target) = levels[-1], exact[-1]
+
+    def run(draws: int) -> tuple[Counted, list[Tensor], Tensor]:
+        made, way = Counted(data, Impulses(direction, draws)), []
+        start = end = made.inputs.start(len(mean)).reshape(2 + draws, *shape)
+        path = trajectory(made, sampler, start, times=grid, noise=made.noise)
+        for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
+            end = coordinates(state.x) if axes is None else coordinates(state.x) @ axes
+            gains = end[1:] - end[0]
+            shift = end[0] + gains[0] * exact[0][0] - m
+            spread = gains[0].square() * exact[0][1] + gains[1:].square().sum(0) - v
+            gain = level.alpha / last.alpha * target / v if draws else (target / v).sqrt()
+            off = (target + gain.square() * spread).clamp(min=0).sqrt() - target.sqrt()
+            way.append(torch.copysign(torch.hypot(gain * shift, off), off))
+        return made, way, end
+
+    made, way, end = run(0)
+    if made.draws:
+        needed = (2 + len(made.draws)) * len(mean)
+        if needed > MOST:
+            raise ValueError(
+                f"the law along {len(mean)} eigenvectors with {len(made.draws)} draws takes "
+                f"{needed:.1e} numbers: take fewer steps or coordinates"
+            )
+        made, way, end = run(len(made.draws))
+    gains = end[1:] - end[0]
+    return Along(
+        grid, made.calls, end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
+        torch.stack(way),
+    )  # fmt: skip
+
+
+def check(
+    sampler: Sampler,
+    data: Gaussian,
+    steps: int | None = None,
+    times: Tensor | Sequence[float] | None = None,
+) -> Along:
+    """`along`, of a sampler that has shown in trial runs that this is its law.
+
+    Raises:
+        NotAffine: naming the sampler, if it is no affine map of each row (see `probe.check`) and of
+            each eigenvector for itself.
+    """
+    shape, axes = probe.sizes(data, None), spectrum(data)[2]
+    probe.check(sampler, data, shape, steps, times)
+    found = along(sampler, data, steps, times)
+    inputs, d = Mixed(axes), len(found.offset)
+    made = probe.run(sampler, data, inputs, shape, steps, times).end[0]
+    made = made if axes is None else made @ axes
+    expected = found.offset + found.start * inputs.amounts(0, d)
+    for index, gain in enumerate(found.noises):
+        expected = expected + gain * inputs.amounts(1 + index, d)
+    scale = float(torch.maximum(made.abs().max(), expected.abs().max())) + 1.0
+    tolerance: float = getattr(sampler, "rounding", 1e-9)  # of the sampler's own arithmetic
+    if not bool(((made - expected).abs() <= tolerance * scale).all()):
+        raise NotAffine(
+            f"{sampler} does not carry each eigenvector of the covariance for itself: it mixes "
+            f"coordinates, as a frame with other axes does; verify.law has no need of that"
+        )
+    return found
+
+
+def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | None) -> Gaussian:
+    """Gaussian data, or N(0, S) for a covariance S, on the process asked for or the sampler's.
+
+    Args:
+        data: exact.Gaussian; or S, (d, d), or its eigenvalues (d,).
+    """
+    if not isinstance(data, Tensor):
+        errors.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
+        return placed(data, sampler, process)  # type: ignore[return-value]
+    process = process or getattr(sampler, "process", None)
+    if process is None:
+        raise ValueError("a covariance is on no process: give one")
+    return centred(data, process)
+
+
+def centred(covariance: Tensor, process: Process) -> Gaussian:
+    """N(0, S), S (d, d) or its eigenvalues (d,)."""
+    S = covariance.double()
+    if S.ndim not in (1, 2) or not S.numel() or (S.ndim == 2 and S.shape[0] != S.shape[1]):
+        raise ValueError(
+            f"a covariance is (d, d), or (d,) for its eigenvalues; got shape {tuple(S.shape)}"
+        )
+    errors.kind("process", process, "a Process", "log_alpha", "variance")
+    return Gaussian(process, torch.zeros(len(S), dtype=torch.float64), S)
+
+
+def band(low: float, high: float) -> Tensor:
+    """Variances from low to high, evenly spaced in their logarithm, at most a factor 2^(1/4)."""
+    intervals = math.ceil(4 * math.log2(high / low))
+    return torch.logspace(math.log10(low), math.log10(high), intervals + 1, dtype=torch.float64)
+
+
+def spectrum(data: Gaussian) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean and variances along the axes, (d,) each, and these, (d, d), or None: coordinates."""
+    variances = data.variances[0].expand(len(data.mean))
+    if data.axes is None:
+        return data.mean, variances, None
+    return data.mean @ data.axes[0], variances, data.axes[0]
+
+
+def rotated(amounts: Tensor, axes: Tensor | None) -> Tensor:
+    """(d,) along the eigenvectors, as coordinates."""
+    return amounts if axes is None else axes @ amounts
+
+
+def marginal(mean: Tensor, variances: Tensor, level: Level[float]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of x_t along the eigenvectors."""
+    return level.alpha * mean, level.alpha**2 * variances + level.sigma**2

@@ -22,21 +22,34 @@ from tqdm import tqdm
 import sde_diffusion as sd
 from sde_diffusion import data, errors, frames, plots, storage, training
 
-STEPS = {"ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "heun": 18, "adams": 20}
+STEPS = {
+    "ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "langevin": 125, "heun": 18,
+    "churn": 50, "adams": 20, "dpm2": 20, "dpm3": 20, "sde-dpm2": 50, "multistep": 50,
+}  # fmt: skip
+TOLERANCES = {"ode": (1e-3, 1e-3), "adaptive-ode": (1e-3, 1e-3), "adaptive-sde": (0.01, 0.01)}
+FRAMED = ("adams", "adaptive-ode")
 
 
 @dataclass(frozen=True)
 class Config:
     """Draw digits, or train and then draw. Flags marked (train) need --train."""
 
-    sampler: Literal["ancestral", "ddim", "sde", "torchsde", "heun", "adams", "ode"] = "ode"
-    """ode: dopri5 on the probability flow; sde: Euler-Maruyama of the reverse SDE"""
+    sampler: Literal[
+        "ancestral", "ddim", "sde", "torchsde", "langevin", "heun", "churn", "adams", "dpm2",
+        "dpm3", "sde-dpm2", "multistep", "ode", "adaptive-ode", "adaptive-sde",
+    ] = "ode"  # fmt: skip
+    """ode: dopri5 on the probability flow; sde: Euler-Maruyama of the reverse SDE; dpm2, dpm3:
+    DPM-Solver++; multistep: stochastic, by velocities; langevin: ancestral with corrections"""
     steps: int | None = None
-    """steps of a fixed-step sampler [adams 20, heun 18, the others 250]"""
+    """steps of a fixed-step sampler [heun 18; adams, dpm2, dpm3 20; churn, sde-dpm2, multistep 50;
+    langevin 125; the others 250]"""
+    frame: Literal["straight", "gaussian"] | None = None
+    """in which adams and adaptive-ode integrate: gaussian knows mean and covariance of MNIST
+    [straight]"""
     rtol: float | None = None
-    """relative tolerance of ode [1e-3]"""
+    """relative tolerance of ode, adaptive-ode [1e-3] and adaptive-sde [1e-2]"""
     atol: float | None = None
-    """absolute tolerance of ode [1e-3]"""
+    """absolute tolerance of the same"""
     num_samples: int = 64
     seed: int = 0
     """sample k depends on (seed, k) alone"""
@@ -97,7 +110,8 @@ def check(config: Config) -> None:
     errors.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
     if config.log_snr_std is not None:
         errors.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
-    for name in ("rtol", "atol") if config.sampler != "ode" else ("steps",):
+    unused = ("steps",) if config.sampler in TOLERANCES else ("rtol", "atol")
+    for name in unused if config.sampler in FRAMED else (*unused, "frame"):
         if getattr(config, name) is not None:
             raise ValueError(f"{flag(name)} has no effect with --sampler {config.sampler}")
     if config.checkpoint and config.network:
@@ -136,14 +150,25 @@ def load(config: Config, device: torch.device) -> sd.Denoiser:
 
 def sampler(config: Config) -> sd.Sampler:
     """The one place where a word becomes a sampler."""
+    frame = frames.Gaussian.pretrained("mnist") if config.frame == "gaussian" else frames.Straight()
+    rtol, atol = TOLERANCES.get(config.sampler, (1.0, 1.0))
+    rtol, atol = config.rtol or rtol, config.atol or atol
     made: dict[str, sd.Sampler] = {
         "ancestral": sd.Ancestral(),
         "ddim": sd.Ancestral(eta=0.0),
         "sde": sd.EulerMaruyama(),
         "torchsde": sd.TorchSDE(),
+        "langevin": sd.Langevin(sd.Ancestral()),
         "heun": sd.Heun(),
-        "adams": sd.Adams(),
-        "ode": sd.TorchODE(rtol=config.rtol or 1e-3, atol=config.atol or 1e-3),
+        "churn": sd.Churn(sd.Heun()),
+        "adams": sd.Adams.auto(config.steps or STEPS["adams"], frame),
+        "dpm2": sd.DPMSolver(2),
+        "dpm3": sd.DPMSolver(3),
+        "sde-dpm2": sd.SDEDPMSolver(),
+        "multistep": sd.VelocityMultistep(),
+        "ode": sd.TorchODE(rtol=rtol, atol=atol),
+        "adaptive-ode": sd.AdaptiveODE(rtol, atol, frame),
+        "adaptive-sde": sd.AdaptiveSDE(rtol, atol),
     }
     return made[config.sampler]
 

@@ -33,10 +33,16 @@ OURS: dict[str, Fixed] = {
     "heun": lambda steps, problem: sd.Heun(),
 }
 OURS_ADAPTIVE: dict[str, Adaptive] = {
-    f"torch-ode {method}": lambda tolerance, problem, method=method: sd.TorchODE(
-        method, rtol=tolerance, atol=tolerance
-    )
-    for method in ("dopri5", "bosh3")
+    "adaptive-ode": lambda tolerance, problem: sd.AdaptiveODE(tolerance, tolerance),
+    "adaptive-ode, Gaussian frame": lambda tolerance, problem: sd.AdaptiveODE(
+        tolerance, tolerance, problem.frame
+    ),
+    **{
+        f"torch-ode {method}": lambda tolerance, problem, method=method: sd.TorchODE(
+            method, tolerance, tolerance
+        )
+        for method in ("dopri5", "bosh3")
+    },
 }
 
 

@@ -100,9 +100,11 @@ def diffusers_solvers() -> dict[str, Family]:
                 lower_order_final=True)  # fmt: skip
         add("DPMSolverMultistep", f"dpmsolver++ {order} sigma_min", (*even, *sigmas, "lu"),
             final_sigmas_type="sigma_min", **more)  # fmt: skip
-        for kind, end in (("bh1", "sigma_min"), ("bh2", "zero")):  # bh1 is not finite at 0
-            add("UniPCMultistep", f"{kind} {order}", (*even, *sigmas), solver_type=kind,
-                final_sigmas_type=end, **more)  # fmt: skip
+        for kind in ("bh1", "bh2"):
+            add("UniPCMultistep", f"{kind} {order} sigma_min", (*even, *sigmas), solver_type=kind,
+                final_sigmas_type="sigma_min", **more)  # fmt: skip
+        # To sigma = 0 only bh2: there bh1 is not finite.
+        add("UniPCMultistep", f"bh2 {order}", (*even, *sigmas), **more)
         add("DEISMultistep", f"{order}", (*even, *sigmas), **more)
     add("DPMSolverMultistep", "dpmsolver++ 2 heun", (*even, *sigmas, "lu"), solver_type="heun",
         **CHAIN)  # fmt: skip

@@ -74,30 +74,31 @@ def normals(keys: Tensor, like: Tensor) -> Tensor:
 
         sign(u) sqrt(-2 log |u|) (sin(pi v / 2), cos(pi v / 2)).
 
-    A float64 batch has 32 more bits in u and v; else the numbers are those of a float32 one.
+    A float64 batch has 31 more bits in u and v; else the numbers are those of a float32 one.
 
     Args:
         keys: (B,) int64, on the device of `like`.
         like: (B, ...), float32 or float64.
     """
     size = like.shape[1:].numel()
-    uniform = halves(keys, size, like)
+    uniform = odd_halves(keys, size, like)
     if like.dtype == torch.float64:
-        finer = halves(keys ^ signed(GAMMA), size, like)
-        uniform.add_(finer.mul_(2.0**-32).add_(0.5 + 2.0**-33))
-    else:
-        uniform.add_(0.5)
+        uniform.add_(odd_halves(keys ^ signed(GAMMA), size, like).mul_(2.0**-31))
     uniform.mul_(2.0**-31)
     v, u = uniform[:, 0], uniform[:, 1]
-    radius = u.abs().log_().neg_().sqrt_().copysign_(u)
+    radius = u.abs().log_().neg_().sqrt_().mul_(u.sign())
     torch.abs(v, out=u).sub_(1)  # cos(pi v / 2) = sin(pi (1 - |v|) / 2); its sign is that of u
     made = quarter_sine(uniform).mul_(radius[:, None])
     return made.flatten(1)[:, :size].reshape(like.shape)
 
 
-def halves(keys: Tensor, size: int, like: Tensor) -> Tensor:
-    """Integers of 32 bits, with sign, in the type of `like`: (B, 2, pairs) for `size` numbers."""
+def odd_halves(keys: Tensor, size: int, like: Tensor) -> Tensor:
+    """Odd integers of 32 bits, with sign, in the type of `like`: (B, 2, pairs) for `size` numbers.
+
+    Odd, so that none is 0 and each is as likely as its negative.
+    """
     words = mixed_(keys[:, None] + counters((size + 1) // 2, keys.device))
+    words.bitwise_or_(2**32 + 1)
     made = torch.empty((len(words), 2, words.shape[1]), dtype=like.dtype, device=like.device)
     return made.copy_(words.view(torch.int32).view(*words.shape, 2).mT)
 
@@ -140,8 +141,8 @@ FREE = mixed(3)  # and what follows it: intervals without length
 # An interval with more times of the grid in it is split at its middle, any other at a time. On a
 # mixture 20 and 40 steps of SDE-DPM-Solver++ 2M differ by this share of what two seeds do: .160 on
 # the path itself (6.6 normals a step); .168 for 1 time (2 normals), .170 for 2 (1.5), .176 for 3
-# (1.4), .192 where every split is at a time (1).
-FEW = 2
+# (1.35), .192 where every split is at a time (1).
+FEW = 3
 
 
 def span(high: Any, low: Any) -> Any:
@@ -214,7 +215,7 @@ class Brownian:
     """Standard normals noise(t, s, like), one Brownian path per sample.
 
     The tree halves [0, 1] in u = sigma / (alpha + sigma) until few times of the grid are left in an
-    interval, which is then split at the one nearest to its middle: 1.5 normals a step. On every
+    interval, which is then split at the one nearest to its middle: 1.35 normals a step. On every
     grid the same normals belong to nearly the same times, so two grids differ by what happens
     within a step: the strong order is 1.
 

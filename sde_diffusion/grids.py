@@ -132,4 +132,4 @@ def blurred(variances: Tensor, process: Process) -> tuple[Gaussian, Tensor]:
     places = (OCTAVE * variances.log2()).round()[:, None]
     places = (places + torch.arange(-OCTAVE, OCTAVE + 1)).flatten()
     places, counts = places.unique(return_counts=True)
-    return spectra.centred(2 ** (places / OCTAVE), process), counts / counts.sum()
+    return spectra.centred(2 ** (places / OCTAVE), process), counts.double() / counts.sum()

@@ -179,6 +179,17 @@ def test_adaptive_solvers_keep_their_tolerance_and_pay_for_it(small):
     assert tight.calls == tight.slowest  # one step size for all
 
 
+def test_a_solver_with_steps_for_each_sample_is_told_by_its_mean_and_its_slowest(small):
+    """The report of the solver itself."""
+    (made,) = benchmark_ends.by_tolerance(
+        {"own": benchmark_ends.OURS_ADAPTIVE["adaptive-ode"]}, [small], (1e-4,)
+    )
+    (last,) = sd.trajectory(small.data, sd.AdaptiveODE(1e-4, 1e-4), small.start)
+    assert made.calls == float(last.memory.calls.double().mean())
+    assert made.slowest == int(last.memory.calls.max())
+    assert made.calls < made.slowest
+
+
 def test_the_mean_over_problems_is_geometric_and_needs_all_of_them():
     def end(solver, problem, rms):
         return benchmark_ends.End(solver, problem, 10, 10.0, 10, rms, rms / 4, 1.0)

@@ -80,9 +80,11 @@ def test_ddim_on_a_grid_even_in_its_angle_has_the_closed_form():
     times = VP.time(-2 * ratios.log())
     times[0], times[-1] = 1.0, 0.0
     found = spectra.along(
-        sd.Ancestral(eta=0.0), spectra.centred(torch.tensor([std**2]).double(), VP), times=times
+        sd.Ancestral(eta=0.0),
+        spectra.centred(torch.tensor([std**2], dtype=torch.float64), VP),
+        times=times,
     )
-    kept = torch.cos(torch.tensor(angle / n).double()) ** torch.arange(1, n + 1)
+    kept = math.cos(angle / n) ** torch.arange(1, n + 1, dtype=torch.float64)
     assert_close(found.way[:, 0], std * (kept - 1), rtol=1e-9, atol=1e-12)
 
 
@@ -91,10 +93,10 @@ def test_ddim_on_a_grid_even_in_its_angle_has_the_closed_form():
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_one_step_less_misses_and_every_larger_number_tried_meets(name):
-    found = verify.steps_for(0.03, EIGENVALUES, FLOWS[name], VP)
+    found = verify.steps_for(0.2, EIGENVALUES, FLOWS[name], VP)
     assert found.holds
-    assert found.w2 <= 0.03 < found.tried[found.steps - 1]
-    assert all(distance <= 0.03 for n, distance in found.tried.items() if n >= found.steps)
+    assert found.w2 <= 0.2 < found.tried[found.steps - 1]
+    assert all(distance <= 0.2 for n, distance in found.tried.items() if n >= found.steps)
     assert torch.equal(found.times, FLOWS[name].grid(VP, found.steps))
     assert found.times.dtype == torch.float64
     assert found.rms == pytest.approx(found.w2 / 24**0.5, rel=1e-12)
@@ -102,7 +104,7 @@ def test_one_step_less_misses_and_every_larger_number_tried_meets(name):
 
 def test_a_smaller_tolerance_takes_more_steps():
     """Ancestral's W2 falls with every step tried, so the answers are ordered as the tolerances."""
-    found = [verify.steps_for(tol, EIGENVALUES, sd.Ancestral(), VP) for tol in (1, 0.3, 0.1)]
+    found = [verify.steps_for(tol, EIGENVALUES, sd.Ancestral(), VP) for tol in (1, 0.5, 0.25)]
     assert found[0].steps < found[1].steps < found[2].steps
     for each in found:
         distances = list(each.tried.values())
@@ -165,13 +167,13 @@ def test_the_report_says_its_unit_and_what_it_does_not_prove():
 def test_with_narrowest_the_w2_bounds_that_of_every_gaussian_between(name):
     """Between variances a factor 2^(1/4) apart the worst may be 1 % off: see `spectra.band`.
 
-    The errors are smooth in log2(variance) over an octave, e'' of order e: (1/4)^2 / 8 e'' < 0.01 e.
+    The errors e are smooth in log2(variance), with e'' of order e: (1/4)^2 / 8 e'' < 0.01 e.
     """
     sampler, narrowest = FLOWS[name], 0.05
     found = verify.steps_for(1e-9, EIGENVALUES[:3], sampler, VP, narrowest=narrowest, most=8)
     high = math.log(float(EIGENVALUES[0]))
     low = 2 * math.log(narrowest)
-    for draw in normal(40, 3):
+    for draw in normal(12, 3):
         variances = (low + (high - low) * torch.special.ndtr(draw)).exp()
         law = verify.law(sampler, sd.exact.Gaussian(VP, torch.zeros(3), variances), steps=8)
         assert law.w2() <= 1.01 * found.w2
@@ -208,7 +210,7 @@ class Clipped(Swapped):
 @pytest.mark.parametrize("sampler", [Swapped(), Clipped(), *OWN_STEPS.values()], ids=str)
 @pytest.mark.parametrize("ask", [
     lambda sampler: verify.steps_for(0.1, EIGENVALUES, sampler, VP),
-    lambda sampler: grids.optimized(sampler, 4, EIGENVALUES, VP),
+    lambda sampler: grids.optimized(sampler, 5, EIGENVALUES, VP),
 ], ids=["steps_for", "optimized"])  # fmt: skip
 def test_what_has_no_law_along_eigenvectors_is_refused_by_name(ask, sampler):
     with pytest.raises(verify.NotAffine, match=type(sampler).__name__):
@@ -258,3 +260,114 @@ def test_optimized_refuses_what_makes_no_sense(change, error, match):
     asked = {"sampler": sd.Heun(), "steps": 4, "covariance": EIGENVALUES, "process": VP} | change
     with pytest.raises(error, match=match):
         grids.optimized(**asked)
+
+
+# ---- optimized grids --------------------------------------------------------------------------
+
+
+def way(sampler, eigenvalues, times):
+    """What `optimized` makes least, typed once more: the W2 at the end and, as a mean, before."""
+    data, weights = grids.blurred(eigenvalues, VP)
+    squares = spectra.along(sampler, data, times=times).way.square() @ weights
+    return float(squares[-1] + squares[:-1].sum() / len(squares))
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("name", [*FLOWS, "ancestral"])
+def test_the_optimized_grid_is_better_than_all_it_starts_from(name, steps):
+    sampler = FIXED_STEP[name]
+    found = way(sampler, EIGENVALUES, grids.optimized(sampler, steps, EIGENVALUES, VP))
+    starts = grids.starts(sampler, steps, VP)
+    assert len(starts) >= 6
+    assert all(found < way(sampler, EIGENVALUES, times) for times in starts)
+
+
+def test_heun_gets_nearer_to_the_data_than_on_any_grid_in_use():
+    sampler, steps = sd.Heun(), 6
+    best = w2(sampler, EIGENVALUES, grids.optimized(sampler, steps, EIGENVALUES, VP))
+    used = [
+        grids.uniform(steps),
+        sd.Process.times(VP, steps),
+        *(frames.grid(VP, steps, p) for p in (1.0, 1.25, 1.5, 2.0)),
+    ]
+    assert all(best < w2(sampler, EIGENVALUES, times) for times in used)
+
+
+def test_for_ddim_on_one_variance_it_is_nearly_the_best_grid_there_is():
+    """The best is even in the angle: of angles of a given sum, equal ones have the largest cosines.
+
+    That is for W2 at this variance. `optimized` weighs an octave about it, and the way, for which
+    its own grid is better; but none of those that it starts from comes as near.
+    """
+    std, steps, sampler = 0.5, 6, sd.Ancestral(eta=0.0)
+    variance = torch.tensor([std**2], dtype=torch.float64)
+    (top,) = VP.levels(torch.ones(1, dtype=torch.float64))
+    angle = math.atan(top.sigma / top.alpha / std)
+    least = std * (1 - math.cos(angle / steps) ** steps)
+    ratios = std * (angle * torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tan()
+    even = VP.time(-2 * ratios.log())
+    even[0], even[-1] = 1.0, 0.0
+    assert w2(sampler, variance, even) == pytest.approx(least, rel=1e-9)
+    found = grids.optimized(sampler, steps, variance, VP)
+    assert least <= w2(sampler, variance, found)
+    assert all(w2(sampler, variance, found) < w2(sampler, variance, times)
+               for times in grids.starts(sampler, steps, VP))  # fmt: skip
+    assert way(sampler, variance, found) <= way(sampler, variance, even)
+
+
+@pytest.mark.parametrize("process", [sd.VP(), sd.EDM(), sd.RectifiedFlow(), sd.Cosine()], ids=str)
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.EulerMaruyama()], ids=str)
+def test_an_optimized_grid_is_one_of_the_samplers_and_the_same_each_time(process, sampler):
+    state = torch.get_rng_state()
+    times, again = (grids.optimized(sampler, 3, EIGENVALUES, process) for _ in range(2))
+    assert torch.equal(times, again)
+    assert times.dtype == torch.float64
+    assert times.shape == (4,)
+    assert (times[:-1] > times[1:]).all()
+    assert times[0] == sampler.grid(process, 3)[0]
+    assert times[-1] == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_step_has_one_grid():
+    assert grids.optimized(sd.Heun(), 1, EIGENVALUES, VP).tolist() == [1.0, 0.0]
+
+
+# ---- on mixtures, at a seed of which nothing was measured -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixtures():
+    return problems(40, dimensions=(2, 8), samples=128)
+
+
+def rms(problem, sampler, times):
+    made = sd.sample(problem.data, sampler, problem.start, times=times)
+    return float(problem.errors(made).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_mixture_takes_no_more_than_six_times_the_steps_of_its_gaussian(mixtures, name):
+    """As steps_for's docstring states it, with and without `narrowest`."""
+    sampler = FLOWS[name]
+    for problem in mixtures:
+        covariance, narrowest = problem.moments[1], float(problem.data.variances.min()) ** 0.5
+        for steps, least, factor in ((5, None, 6), (20, None, 6), (20, narrowest, 5)):
+            error = rms(problem, sampler, sampler.grid(VP, steps))
+            tol = error * len(covariance) ** 0.5
+            found = verify.steps_for(tol, covariance, sampler, VP, narrowest=least, most=64)
+            assert steps <= factor * found.steps, (problem, steps, found)
+
+
+def test_a_grid_optimized_for_the_covariance_serves_the_mixture(mixtures):
+    """Heun in 5 steps, the geometric mean over the mixtures, against the best grid in use."""
+    steps, sampler = 5, sd.Heun()
+    total, known = 0.0, torch.zeros(len(grids.starts(sampler, steps, VP)), dtype=torch.float64)
+    for problem in mixtures[::2]:
+        covariance = problem.moments[1]
+        total += math.log(rms(problem, sampler, grids.optimized(sampler, steps, covariance, VP)))
+        known += torch.tensor(
+            [math.log(rms(problem, sampler, times)) for times in grids.starts(sampler, steps, VP)],
+            dtype=torch.float64,
+        )
+    assert total < float(known.min())

@@ -1,8 +1,8 @@
 r"""An Adams method in which every sample has its own steps, held to a tolerance at no extra call.
 
-On u = sigma / (alpha + sigma) each sample keeps the slopes F_j = dz/du at its own last nodes u_j.
-With l_j the Lagrange polynomials on k of these nodes and omega(v) = prod_j (v - u_j), a step from u
-to w is
+On the clock u of a frame (frames.py) each sample keeps the slopes F_j = dz/du at its own last nodes
+u_j. With l_j the Lagrange polynomials on k of these nodes and omega(v) = prod_j (v - u_j), a step
+from u to w is
 
     predict    z'  = z + sum_j F_j int_u^w l_j dv                  (Adams-Bashforth)
     evaluate   F   = dz/du at (z', w)
@@ -80,7 +80,8 @@ class AdaptiveODE:
     SHARE: ClassVar = 0.9  # of the way that is left: the largest step but the last
     LAST: ClassVar = 0.01  # of the tolerance: the error the last step may have
     BLIND: ClassVar = 0.1  # of the last surprise: the least that is taken to be left out
-    REACH: ClassVar = 30.0  # tolerances: the longest last step
+    REACH: ClassVar = 30.0  # tolerances: the longest last step,
+    SPECK: ClassVar = 0.1  # and one that need not be good: slopes of size 1 do no harm there
 
     rtol: float = 5e-5
     atol: float = 5e-5
@@ -109,14 +110,9 @@ class AdaptiveODE:
         return torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, AdaptiveReport]:
+    ) -> tuple[Tensor, AdaptiveReport]:  # fmt: skip
         """From t to s in as many steps as each sample takes; the memory is a report.
 
         Raises:
@@ -124,7 +120,8 @@ class AdaptiveODE:
                 steps vanish (unless `return_partial`), and where the model is not finite.
         """
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-        if t.u - s.u <= finest(state) or not x.numel():  # one level, or there is no sample
+        whole = self.frame.clock(t) - self.frame.clock(s)
+        if whole <= finest(state) or not x.numel():  # one level, or there is no sample
             z = self.frame.enter(state, t)
             return self.frame.leave(z, s).to(x), blank(len(x), x.device)
         walk = Walk(self, model, state, t, s)
@@ -180,13 +177,13 @@ class Walk:
     def __init__(
         self, solver: AdaptiveODE, model: Model, x: Tensor, t: Level[float], s: Level[float]
     ) -> None:
-        self.solver, self.whole, self.model, self.end = solver, model, model, s.u
+        self.solver, self.whole, self.model = solver, model, model
+        self.end = solver.frame.clock(s)
         z, slope = solver.frame.enter(x, t), solver.frame.slope(model(x, t))
         self.out, self.report, self.calls = torch.empty_like(z), blank(len(z), z.device), 1
         size, slots = norm(slope), solver.k + 1
-        u = torch.full_like(size, t.u)
-        if not bool(size.isfinite().all()):
-            self.refuse_infinite(slope, u)
+        u = torch.full_like(size, solver.frame.clock(t))
+        self.refuse(~(size + self.tolerance(z)).isfinite(), slope, u)
         self.rule = Quadrature.of_degree(solver.k, like=u)
         # Euler's error h^2 |dF/du| / 2 is then a 200th of the tolerance, for a slope that changes
         # by its own size over all u.
@@ -223,7 +220,7 @@ class Walk:
 
         size, tolerance, order = norm(surprise), self.tolerance(corrected), used.sum(1)
         error = gain.abs() * size
-        ratio = (error / tolerance).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        ratio = error / tolerance
         kept = ratio <= 1
         at = torch.where(kept, w, u)
         nodes = torch.cat([w[:, None], front.nodes[:, :-1]], dim=1)
@@ -233,12 +230,13 @@ class Walk:
         # hides much where nodes are far apart: hence a least share of d, and two steps that agree.
         # Data of standard deviation s bend a path by s^2 / 2u at u: where s is above some
         # tolerances and u below REACH of them, that shows in d.
-        ahead = product(nodes, newest(known, order), rule.places(at, self.end))
-        ahead = (rule.integral(ahead, at, self.end) / omega[:, -1]).abs()
-        rest = at - self.end
+        rest, places = at - self.end, rule.places(at, self.end)
+        ahead = rule.integral(product(nodes, newest(known, order), places), at, self.end)
+        ahead = (ahead / omega[:, -1]).abs()
         left_out = ahead.maximum(solver.BLIND * rest) * size / tolerance
         near = rest <= self.end + solver.REACH * tolerance
-        done = kept & near & (left_out <= solver.LAST) & (front.left_out <= 1)
+        good = (left_out <= solver.LAST) & (front.left_out <= 1)
+        done = kept & near & (good | (rest <= solver.SPECK * tolerance))
 
         self.calls += 1
         self.front = Front(
@@ -254,15 +252,16 @@ class Walk:
             known=known,
             slopes=(slope, *front.slopes[:-1]),
         )
-        self.part(done, ~kept & (self.front.h < finest(slope) * at), ~size.isfinite(), w)
+        vanished = ~kept & (self.front.h < finest(slope) * at)
+        self.part(done, vanished, ~(size + tolerance).isfinite(), w)
 
-    def part(self, done: Tensor, vanished: Tensor, odd: Tensor, w: Tensor) -> None:
+    def part(self, done: Tensor, vanished: Tensor, broken: Tensor, w: Tensor) -> None:
         """Let go who is done or cannot go on. The host waits for two numbers, once a step."""
         front, go = self.front, done | vanished
-        stay, oddities = torch.stack([(~go).sum(), (odd | vanished).sum()]).tolist()
-        if oddities:
-            self.refuse_infinite(front.slopes[0], w)
-            if bool(vanished.any()) and not self.solver.return_partial:
+        stay, failures = torch.stack([(~go).sum(), (broken | vanished).sum()]).tolist()
+        if failures:
+            self.refuse(broken, front.slopes[0], w)
+            if not self.solver.return_partial:
                 where = self.place(front.u[vanished], front.h[vanished])
                 raise SolverError(f"{self.name} failed at {where}")
         if stay < len(go):
@@ -273,17 +272,20 @@ class Walk:
 
     def give_up(self) -> None:
         """At max_calls: by name, or by prediction."""
-        u = self.front.u
+        front = self.front
         if not self.solver.return_partial:
-            raise SolverError(f"{self.name} reached max_calls at {self.place(u, self.front.h)}")
-        everyone = torch.arange(len(u), device=u.device)
-        self.leave(everyone, torch.zeros_like(u, dtype=torch.bool))
-        self.front = self.front.rows(everyone[:0])
+            where = self.place(front.u, front.h)
+            raise SolverError(f"{self.name} reached max_calls at {where}")
+        everyone = torch.arange(len(front.u), device=front.u.device)
+        self.leave(everyone, everyone < 0)
+        self.front = front.rows(everyone[:0])
 
     def leave(self, index: Tensor, done: Tensor) -> None:
         """These samples of the front go to the end by prediction, and are reported."""
         front = self.front.rows(index)
-        basis = lagrange(front.nodes, front.known, self.rule.places(front.u, self.end))
+        # Who is given up has far to go: there one slope, which is Euler's rule, extrapolates least.
+        used = newest(front.known, torch.where(done[index], self.solver.k + 1, 1))
+        basis = lagrange(front.nodes, used, self.rule.places(front.u, self.end))
         weights = self.rule.integral(basis, front.u, self.end)
         self.out[front.samples] = plus(front.z, weights, front.slopes)
         self.report.calls[front.samples] = self.calls
@@ -298,7 +300,7 @@ class Walk:
         return frame.slope(self.model(frame.leave(z, level), level))
 
     def time(self, u: Tensor) -> Tensor:
-        return self.model.process.time(2 * (torch.log1p(-u) - u.log()))
+        return self.model.process.time(self.solver.frame.log_snr(u))
 
     def tolerance(self, z: Tensor) -> Tensor:
         return self.solver.atol + self.solver.rtol * norm(z)
@@ -314,10 +316,12 @@ class Walk:
     def bounded(self, h: Tensor, u: Tensor) -> Tensor:
         return h.minimum(self.solver.SHARE * (u - self.end)).clamp(max=self.solver.LARGEST)
 
-    def refuse_infinite(self, slope: Tensor, u: Tensor) -> None:
-        bad = ~coordinates(slope).isfinite().all(1).to(u.device)
-        if bool(bad.any()):
-            raise SolverError(f"{self.name}: the model is not finite at {self.place(u[bad])}")
+    def refuse(self, broken: Tensor, slope: Tensor, u: Tensor) -> None:
+        """A SolverError, if any of these samples has a norm without bound."""
+        if bool(broken.any()):
+            model = not bool(slope[broken].isfinite().all())
+            what = "the model is not finite" if model else "the state overflows"
+            raise SolverError(f"{self.name}: {what} at {self.place(u[broken])}")
 
     @property
     def name(self) -> str:
@@ -326,8 +330,9 @@ class Walk:
     def place(self, u: Tensor, h: Tensor | None = None) -> str:
         """Where the first of these samples is, and what step it would make."""
         step = "" if h is None else f", {len(h)} of {len(self.out)} samples, step {float(h[0]):.1g}"
-        t, calls = float(self.time(u)[0]), self.calls
-        return f"t={t:.3g} (u={float(u[0]):.3g}{step}) after {calls} calls"
+        return (
+            f"t={float(self.time(u)[0]):.3g} (u={float(u[0]):.3g}{step}) after {self.calls} calls"
+        )
 
 
 class Quadrature(NamedTuple):
@@ -381,7 +386,7 @@ def plus(z: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
 
 
 def over(field: Tensor, like: Tensor) -> Tensor:
-    """A field of the samples, broadcast against a batch of theirs."""
+    """A field of the samples, to be broadcast against a batch of theirs."""
     return field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
 
 

@@ -188,6 +188,8 @@ def placed(
     sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
 ) -> tuple[Sampler, Gaussian, int | None]:
     """The sampler for n steps, the data on its process, and what `steps` it is to be given."""
+    errors.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
+                if not hasattr(sampler, "step") else "grid")  # fmt: skip
     some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
     steps = None if hasattr(some, "declared") else n  # a peer in an adapter has its levels
     return some, spectra.on_process(data, some, process), steps

@@ -1,0 +1,194 @@
+"""AdaptiveODE: each sample's error within its tolerance, alone or in any batch."""
+
+import math
+
+import pytest
+import torch
+from cases import PROCESSES, Recorded, gaussian
+from torch.testing import assert_close
+
+import sde_diffusion as sd
+from sde_diffusion import frames, verify
+from sde_diffusion.prediction import truth
+
+MEANS = torch.tensor([[-1.2, 0.8], [0.4, -1.2], [1.3, 0.6]], dtype=torch.float64)
+MODES = sd.exact.GaussianMixture(sd.VP(), [0.4, 0.35, 0.25], MEANS, [0.05, 0.05, 0.05])
+MEAN = torch.tensor([0.1, -0.1], dtype=torch.float64)
+FRAMES = {
+    "straight": frames.Straight(),
+    "gaussian": frames.Gaussian.of(MEAN, torch.diag(torch.tensor([1.2, 0.8]).double())),
+}
+
+
+def start(process=None, n=32, dtype=torch.float64):
+    return (process or sd.VP()).prior((n, 2), seeds=range(n), dtype=dtype)
+
+
+def ran(model, solver, x, **where):
+    *_, last = sd.trajectory(model, solver, x, **where)
+    return last
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
+def test_the_exact_gaussian_map_within_ten_tolerances(name, tolerance):
+    model = gaussian(PROCESSES[name])
+    x = model.process.prior((16, 1), seeds=range(16), dtype=torch.float64)
+    made = sd.sample(model, sd.AdaptiveODE(tolerance, tolerance), x)
+    assert float((made - model.flow(x, 1.0, 0.0)).abs().max()) <= 10 * tolerance
+
+
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
+def test_every_frame_has_the_flow_of_a_mixture_for_its_limit(frame):
+    """The RMS, over samples of which a few grow an error on a border, within ten tolerances."""
+    x = start()
+    flow = verify.flow(MODES, x, 1.0, 0.0)
+    for tolerance in (1e-4, 1e-6):
+        made = sd.sample(MODES, sd.AdaptiveODE(tolerance, tolerance, frame), x)
+        assert float((made - flow).square().mean().sqrt()) <= 10 * tolerance
+
+
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
+def test_a_sample_is_the_same_in_any_batch(frame):
+    """Bit for bit where every operation is elementwise; 1e-5 is what is promised."""
+    x, solver = start(n=24), sd.AdaptiveODE(1e-3, 1e-3, frame)
+    whole = ran(MODES, solver, x)
+    for parts in (torch.arange(24).split(1), torch.arange(24).split([5, 12, 7])):
+        for rows in parts:
+            part = ran(MODES, solver, x[rows])
+            assert_close(part.x, whole.x[rows], rtol=0, atol=1e-10)
+            assert torch.equal(part.memory.calls, whole.memory.calls[rows])
+
+
+class Shifted:
+    """A conditional model: each sample has a Gaussian of its own mean."""
+
+    def __init__(self, means):
+        self.process, self.means, self.seen = sd.VP(), means, []
+
+    def __call__(self, x, level):
+        self.seen.append(len(x))
+        alpha, sigma = level.alpha, level.sigma
+        gain = 0.25 * alpha / (0.25 * alpha**2 + sigma**2)
+        x0 = self.means + gain * (x - alpha * self.means)
+        eps = sigma * (x - alpha * self.means) / (0.25 * alpha**2 + sigma**2)
+        return truth(x0, eps, level)
+
+    def rows(self, index):
+        part = Shifted(self.means[index])
+        part.seen = self.seen
+        return part
+
+
+def test_finished_samples_leave_the_batch_and_a_condition_follows():
+    """Means far from 0 take more calls than means near it; each ends where its own flow does."""
+    means = torch.linspace(0, 30, 12, dtype=torch.float64)[:, None]
+    model, x = Shifted(means), torch.ones(12, 1, dtype=torch.float64)
+    last = ran(model, sd.AdaptiveODE(1e-5, 1e-5), x)
+    level = model.process.levels(torch.ones(1, dtype=torch.float64))[0]
+    spread = math.sqrt(0.25 / (0.25 * level.alpha**2 + level.sigma**2))
+    exact = means + spread * (x - level.alpha * means)
+    assert_close(last.x, exact, rtol=1e-4, atol=1e-4)
+    assert model.seen == sorted(model.seen, reverse=True)
+    assert model.seen[-1] < 12
+    assert int(last.memory.calls.sum()) == sum(model.seen)
+
+
+def test_the_report_counts_the_calls_and_estimates_the_error():
+    model, x = Recorded(MODES), start()
+    last = ran(model, sd.AdaptiveODE(1e-4, 1e-4), x)
+    report, flow = last.memory, verify.flow(MODES, x, 1.0, 0.0)
+    assert int(report.calls.max()) == len(model.levels)
+    assert bool(report.finished.all())
+    assert bool((report.rejections < report.calls).all())
+    assert bool((report.error > 0).all())
+    # it is of the predictions, before they are corrected: most samples do better
+    assert float((last.x - flow).square().mean(1).sqrt().median()) <= float(report.error.median())
+
+
+def test_tighter_tolerances_take_more_calls_and_leave_less_error():
+    x = start()
+    flow, calls, errors = verify.flow(MODES, x, 1.0, 0.0), [], []
+    for tolerance in (1e-2, 1e-4, 1e-6, 1e-8):
+        last = ran(MODES, sd.AdaptiveODE(tolerance, tolerance), x)
+        calls.append(float(last.memory.calls.double().mean()))
+        errors.append(float((last.x - flow).square().mean(1).sqrt().median()))
+    assert calls == sorted(calls)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] <= 1e-7
+
+
+def test_the_steps_of_a_grid_may_be_taken_one_after_another():
+    x = start()
+    grid = torch.tensor([1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
+    parts = sd.sample(MODES, sd.AdaptiveODE(1e-7, 1e-7), x, times=grid)
+    assert_close(parts, verify.flow(MODES, x, 1.0, 0.0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (2, 1, 4, 4), (0, 2)])
+def test_any_shape(shape):
+    model = sd.exact.Gaussian(sd.VP(), 0.5, 0.25)
+    x = sd.VP().prior(shape, seeds=range(shape[0]))
+    last = ran(model, sd.AdaptiveODE(1e-3, 1e-3), x)
+    assert last.x.shape == shape
+    assert last.x.dtype == torch.float32
+    assert len(last.memory.calls) == shape[0]
+    assert_close(last.x, model.flow(x, 1.0, 0.0), rtol=0, atol=1e-2)
+
+
+def test_at_max_calls_it_gives_up_by_name_or_predicts_the_rest_and_says_so():
+    x = start()
+    with pytest.raises(sd.SolverError, match=r"reached max_calls at t=.*step"):
+        sd.sample(MODES, sd.AdaptiveODE(1e-6, 1e-6, max_calls=30), x)
+    solver = sd.AdaptiveODE(1e-6, 1e-6, max_calls=30, return_partial=True)
+    last = ran(MODES, solver, x)
+    assert int(last.memory.calls.max()) == 30
+    assert not bool(last.memory.finished.any())
+    assert bool(last.x.isfinite().all())
+    # 30 calls have come most of the way
+    flow = verify.flow(MODES, x, 1.0, 0.0)
+    assert float((last.x - flow).square().mean(1).sqrt().median()) < 0.5
+
+
+class Made:
+    """A model that answers by a function of x."""
+
+    def __init__(self, answer):
+        self.process, self.answer = sd.VP(), answer
+
+    def __call__(self, x, level):
+        return truth(torch.zeros_like(x), self.answer(x, level), level)
+
+    def rows(self, index):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, level: torch.full_like(x, math.nan), "not finite at t="),
+        (lambda x, level: x * 1e30, "at t="),
+        (lambda x, level: torch.sin(1e9 * x) * 1e3, "at t="),
+    ],
+    ids=["nan", "blowing up", "rough"],
+)
+def test_nothing_hangs(answer, message):
+    with pytest.raises(sd.SolverError, match=message):
+        sd.sample(Made(answer), sd.AdaptiveODE(max_calls=2000), start(n=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sd.AdaptiveODE(rtol=0.0), "rtol must"),
+        (lambda: sd.AdaptiveODE(atol=-1.0), "atol must"),
+        (lambda: sd.AdaptiveODE(k=0), "k must"),
+        (lambda: sd.AdaptiveODE(max_calls=0), "max_calls must"),
+        (lambda: sd.AdaptiveODE(frame=frames.Straight), "frame must be"),
+        (lambda: sd.AdaptiveODE(return_partial=2), "return_partial must"),
+        (lambda: sd.AdaptiveODE().grid(sd.VP(), 10), "leave out steps"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()

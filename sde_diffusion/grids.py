@@ -27,7 +27,7 @@ OCTAVE = 4  # variances to an octave
 
 
 def optimized(
-    sampler: Sampler, steps: int, covariance: Gaussian | Tensor, process: Process
+    sampler: Sampler, steps: int, covariance: Gaussian | Tensor, process: Process | None = None
 ) -> Tensor:
     r"""The times (n + 1,), float64, of the least W2 on Gaussian data of this spectrum.
 
@@ -50,7 +50,8 @@ def optimized(
         sampler: with fixed steps, and alike in all coordinates: one in a Gaussian frame is not.
         steps: n.
         covariance: of the data (d, d), or its eigenvalues (d,), or an exact.Gaussian.
-        process: a continuous one; a chain has no levels between its times.
+        process: a continuous one, by default the data's, or VP for a covariance; a chain has no
+            levels between its times.
     Raises:
         NotAffine: naming the sampler, if it has no exact law.
     """
@@ -58,6 +59,7 @@ def optimized(
 
     errors.integer("steps", steps)
     data = spectra.on_process(covariance, sampler, process)
+    process = data.process
     if process.first_time > 0:
         raise ValueError(
             "a chain's grids stand on its own times; use equivalence.continuous(process)"

@@ -27,7 +27,7 @@ FIXED_STEP = {
     "dpm3": sd.DPMSolver(3),
     "sde-dpm2": sd.SDEDPMSolver(),
     "multistep": sd.VelocityMultistep(),
-    "langevin": sd.Langevin(sd.Ancestral(eta=0.0)),
+    "langevin": sd.Langevin(sd.Heun()),
     "adams1": sd.Adams(1),
     "adams3": sd.Adams(3),
 }

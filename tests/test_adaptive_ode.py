@@ -1,6 +1,7 @@
 """AdaptiveODE: each sample's error within its tolerance, alone or in any batch."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 import sde_diffusion as sd
 from sde_diffusion import frames, verify
 from sde_diffusion.prediction import truth
+from sde_diffusion.samplers.adaptive import Quadrature, lagrange, newest, product
 
 MEANS = torch.tensor([[-1.2, 0.8], [0.4, -1.2], [1.3, 0.6]], dtype=torch.float64)
 MODES = sd.exact.GaussianMixture(sd.VP(), [0.4, 0.35, 0.25], MEANS, [0.05, 0.05, 0.05])
@@ -136,6 +138,101 @@ def test_any_shape(shape):
     assert_close(last.x, model.flow(x, 1.0, 0.0), rtol=0, atol=1e-2)
 
 
+def test_the_weights_are_those_of_adams_bashforth_and_moulton_on_an_even_grid():
+    """Hairer, Norsett & Wanner 1993, III.1: the coefficients of three slopes, and 3/8 of F."""
+    nodes = torch.tensor([[0.0, 1.0, -1.0, -2.0, -3.0]], dtype=torch.float64)
+    known = torch.tensor([[True, False, True, True, True]])  # the second was of a rejected step
+    start, end = nodes[:, 0], nodes[:, 1]
+    for count, bashforth, moulton in (
+        (1, [1], 1 / 2),
+        (2, [3 / 2, -1 / 2], 5 / 12),
+        (3, [23 / 12, -16 / 12, 5 / 12], 3 / 8),
+        (4, [55 / 24, -59 / 24, 37 / 24, -9 / 24], 251 / 720),
+    ):
+        used, rule = newest(known, count), Quadrature.of_degree(count, like=start)
+        places = rule.places(start, end)
+        weights = rule.integral(lagrange(nodes, used, places), start, end)
+        assert_close(weights[used], torch.tensor(bashforth, dtype=torch.float64))
+        assert weights[~used].abs().max() == 0
+        omega = product(nodes, used, end[:, None])[:, 0]
+        assert_close(
+            rule.integral(product(nodes, used, places), start, end) / omega,
+            torch.tensor([moulton], dtype=torch.float64),
+        )
+
+
+@pytest.mark.parametrize("variance", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-5])
+def test_data_narrower_than_any_step_are_not_missed(variance, tolerance):
+    """From afar a mode of standard deviation s is a point: its paths bend by s^2 / 2u only."""
+    for mean in (0.0, 2.0):
+        model = sd.exact.Gaussian(sd.VP(), torch.tensor([mean, mean]).double(), variance)
+        made = sd.sample(model, sd.AdaptiveODE(tolerance, tolerance), start(n=16))
+        error = (made - model.flow(start(n=16), 1.0, 0.0)).abs().max()
+        assert float(error) <= 10 * tolerance
+
+
+def test_after_a_rejected_step_comes_a_shorter_one_from_the_same_place():
+    """Seen from the model: u rises again as often as the report says, and is never below 0."""
+    data, solver = sd.exact.Gaussian(sd.VP(), 2.0, 1e-5), sd.AdaptiveODE(1e-5, 1e-5)
+    rejected = []
+    for x in start(n=8).split(1):
+        model = Recorded(data)
+        report = ran(model, solver, x).memory
+        u = [float(level.u) for level in model.levels]
+        assert sum(b > a for a, b in pairwise(u)) == int(report.rejections)
+        assert len(u) == int(report.calls)
+        assert min(u) > 0
+        assert all(b < min(u[:i]) for i, b in enumerate(u) if i > 1 and u[i - 1] < u[i - 2] > b)
+        rejected.append(int(report.rejections))
+    assert sum(rejected) > 0
+
+
+def test_in_float32_the_tolerance_holds_down_to_rounding():
+    """Each of some 50 steps rounds a state of size 4 at most."""
+    model, x = gaussian(sd.VP()), start(dtype=torch.float32)[:, :1]
+    flow = model.flow(x.double(), 1.0, 0.0)
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6):
+        last = ran(model, sd.AdaptiveODE(tolerance, tolerance), x)
+        bound = 10 * tolerance + int(last.memory.calls.max()) * 4 * 2**-24
+        assert last.x.dtype == torch.float32
+        assert float((last.x - flow).abs().max()) <= bound
+
+
+def test_each_interval_starts_afresh():
+    """Bit for bit what separate runs give, and each report is of its interval."""
+    x, solver, times = start(n=8), sd.AdaptiveODE(), [1.0, 0.5, 0.1, 0.0]
+    model = Recorded(MODES)
+    states = list(sd.trajectory(model, solver, x, times=times))
+    for (t, s), state in zip(pairwise(times), states, strict=True):
+        x = sd.sample(MODES, solver, x, times=[t, s])
+        assert torch.equal(state.x, x)
+    assert sum(int(state.memory.calls.max()) for state in states) == len(model.levels)
+
+
+def test_a_limit_parts_the_finished_from_the_others():
+    """Who needs no more calls than the limit is not touched by it, bit for bit."""
+    x = start()
+    free = ran(MODES, sd.AdaptiveODE(), x)
+    limit = int(free.memory.calls.median())
+    held = ran(MODES, sd.AdaptiveODE(max_calls=limit, return_partial=True), x)
+    finished = free.memory.calls <= limit
+    assert 0 < int(finished.sum()) < len(x)
+    assert torch.equal(held.memory.finished, finished)
+    assert torch.equal(held.memory.calls, free.memory.calls.clamp(max=limit))
+    assert torch.equal(held.x[finished], free.x[finished])
+    with pytest.raises(sd.SolverError, match=f"{int((~finished).sum())} of 32 samples"):
+        sd.sample(MODES, sd.AdaptiveODE(max_calls=limit), x)
+
+
+def test_a_single_call_is_eulers_rule_for_all():
+    model, x = gaussian(sd.RectifiedFlow()), torch.ones(3, 1, dtype=torch.float64)
+    last = ran(model, sd.AdaptiveODE(max_calls=1, return_partial=True), x)
+    level = model.process.levels(torch.ones(1, dtype=torch.float64))[0]
+    assert_close(last.x, x - model(x, level).velocity)
+    assert last.memory.calls.tolist() == [1, 1, 1]
+
+
 def test_at_max_calls_it_gives_up_by_name_or_predicts_the_rest_and_says_so():
     x = start()
     with pytest.raises(sd.SolverError, match=r"reached max_calls at t=.*step"):
@@ -168,9 +265,11 @@ class Made:
     [
         (lambda x, level: torch.full_like(x, math.nan), "not finite at t="),
         (lambda x, level: x * 1e30, "at t="),
+        (lambda x, level: -20 * (1 + x**2), r"failed at t=.*step"),
+        (lambda x, level: -1e250 * x, "the state overflows at t="),
         (lambda x, level: torch.sin(1e9 * x) * 1e3, "at t="),
     ],
-    ids=["nan", "blowing up", "rough"],
+    ids=["nan", "blowing up", "leaving in finite time", "too large", "rough"],
 )
 def test_nothing_hangs(answer, message):
     with pytest.raises(sd.SolverError, match=message):

@@ -233,7 +233,6 @@ def test_a_frame_with_other_axes_is_refused_and_one_of_the_data_leaves_the_prior
     ({"tol": "small"}, TypeError, "tol"),
     ({"most": 0}, ValueError, "most"),
     ({"sampler": "heun"}, TypeError, "sampler must be a Sampler"),
-    ({"process": None}, ValueError, "a covariance is on no process"),
     ({"process": "vp"}, TypeError, "process must be a Process"),
     ({"data": torch.ones(2, 3)}, ValueError, "shape .2, 3."),
     ({"data": torch.tensor([1.0, 0.0])}, ValueError, "positive definite"),
@@ -253,7 +252,6 @@ def test_steps_for_refuses_what_makes_no_sense(change, error, match):
     ({"steps": 0}, ValueError, "steps"),
     ({"covariance": torch.ones(2, 3)}, ValueError, "shape .2, 3."),
     ({"covariance": 1.0}, TypeError, "exact.Gaussian or a covariance"),
-    ({"process": None}, ValueError, "a covariance is on no process"),
     ({"process": sd.Discrete.linear()}, ValueError, "equivalence.continuous"),
 ])  # fmt: skip
 def test_optimized_refuses_what_makes_no_sense(change, error, match):
@@ -371,3 +369,9 @@ def test_a_grid_optimized_for_the_covariance_serves_the_mixture(mixtures):
             dtype=torch.float64,
         )
     assert total < float(known.min())
+
+
+def test_a_covariance_alone_is_put_on_vp():
+    assert verify.steps_for(0.1, EIGENVALUES, sd.Heun()).process == "VP"
+    alone = grids.optimized(sd.Heun(), 3, EIGENVALUES)
+    assert torch.equal(alone, grids.optimized(sd.Heun(), 3, EIGENVALUES, VP))

@@ -67,9 +67,9 @@ class AdaptiveODE:
             report, instead of a SolverError.
     """
 
-    # Chosen by a search at equal calls, on seeds 4 to 6 of experiments/benchmark_problems.py. The
-    # last three are held to Gaussians of variance 0.1 to 1e-8, where without them the error reached
-    # 6,000 tolerances, and with them 5.
+    # Chosen by a search at equal calls, on seeds 4 to 6 of experiments/benchmark_problems.py; the
+    # last four also on Gaussians of variance 0.1 to 1e-8, where errors were 6,000 tolerances and
+    # are 5.
     FIRST: ClassVar = 0.1  # of sqrt(tolerance / |slope|): the first step
     AIM: ClassVar = 0.1  # of the tolerance: the error a step is chosen for; few are then rejected
     DAMPING: ClassVar = 0.3  # exponent of the proportional part of PI control; the integral's is 1
@@ -122,8 +122,7 @@ class AdaptiveODE:
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         whole = self.frame.clock(t) - self.frame.clock(s)
         if whole <= finest(state) or not x.numel():  # one level, or there is no sample
-            z = self.frame.enter(state, t)
-            return self.frame.leave(z, s).to(x), blank(len(x), x.device)
+            return self.frame.leave(self.frame.enter(state, t), s).to(x), blank(len(x), x.device)
         walk = Walk(self, model, state, t, s)
         while len(walk.front.samples):
             walk.advance()
@@ -139,8 +138,7 @@ class Front(NamedTuple):
         u: where it stands.
         h: the next step, which leads down to u - h.
         ratio: the error of the last step that was kept, in tolerances.
-        left_out: likewise, what a prediction of the rest would have left out after the last step;
-            infinite after one that was rejected.
+        left_out: by a prediction of the rest, likewise; infinite after a step that was rejected.
         error, rejections: as in the report, so far.
         nodes, known: where the model was asked last, newest first (n, k + 1), and whether the
             answer counts, which it does not where the step was rejected.
@@ -178,6 +176,7 @@ class Walk:
         self, solver: AdaptiveODE, model: Model, x: Tensor, t: Level[float], s: Level[float]
     ) -> None:
         self.solver, self.whole, self.model = solver, model, model
+        self.name = f"AdaptiveODE(rtol={solver.rtol:g}, atol={solver.atol:g})"
         self.end = solver.frame.clock(s)
         z, slope = solver.frame.enter(x, t), solver.frame.slope(model(x, t))
         self.out, self.report, self.calls = torch.empty_like(z), blank(len(z), z.device), 1
@@ -236,7 +235,7 @@ class Walk:
         left_out = ahead.maximum(solver.BLIND * rest) * size / tolerance
         near = rest <= self.end + solver.REACH * tolerance
         good = (left_out <= solver.LAST) & (front.left_out <= 1)
-        done = kept & near & (good | (rest <= solver.SPECK * tolerance))
+        done = kept & near & (good | (rest <= solver.SPECK * (solver.atol + solver.rtol)))
 
         self.calls += 1
         self.front = Front(
@@ -274,8 +273,7 @@ class Walk:
         """At max_calls: by name, or by prediction."""
         front = self.front
         if not self.solver.return_partial:
-            where = self.place(front.u, front.h)
-            raise SolverError(f"{self.name} reached max_calls at {where}")
+            raise SolverError(f"{self.name} reached max_calls at {self.place(front.u, front.h)}")
         everyone = torch.arange(len(front.u), device=front.u.device)
         self.leave(everyone, everyone < 0)
         self.front = front.rows(everyone[:0])
@@ -323,16 +321,11 @@ class Walk:
             what = "the model is not finite" if model else "the state overflows"
             raise SolverError(f"{self.name}: {what} at {self.place(u[broken])}")
 
-    @property
-    def name(self) -> str:
-        return f"AdaptiveODE(rtol={self.solver.rtol:g}, atol={self.solver.atol:g})"
-
     def place(self, u: Tensor, h: Tensor | None = None) -> str:
         """Where the first of these samples is, and what step it would make."""
         step = "" if h is None else f", {len(h)} of {len(self.out)} samples, step {float(h[0]):.1g}"
-        return (
-            f"t={float(self.time(u)[0]):.3g} (u={float(u[0]):.3g}{step}) after {self.calls} calls"
-        )
+        t, at = float(self.time(u)[0]), float(u[0])
+        return f"t={t:.3g} (u={at:.3g}{step}) after {self.calls} calls"
 
 
 class Quadrature(NamedTuple):
@@ -344,8 +337,7 @@ class Quadrature(NamedTuple):
     @staticmethod
     def of_degree(degree: int, like: Tensor) -> "Quadrature":
         points, weights = np.polynomial.legendre.leggauss(degree // 2 + 1)
-        made = torch.from_numpy(np.stack([points + 1, weights]) / 2).to(like)
-        return Quadrature(made[0], made[1])
+        return Quadrature(*torch.from_numpy(np.stack([points + 1, weights]) / 2).to(like))
 
     def places(self, start: Tensor, end: Scalar) -> Tensor:
         """The points between start and end, (n, Q)."""

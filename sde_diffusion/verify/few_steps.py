@@ -111,7 +111,7 @@ def steps_for(
             coordinate.
         data: exact.Gaussian; or a covariance (d, d), or its eigenvalues (d,), of mean 0.
         sampler: a Sampler, on its own grid; or a function of the number of steps that makes one.
-        process: as in `law`; a covariance needs one.
+        process: as in `law`; VP for a covariance.
         narrowest: least standard deviation of any part of the data, such as a mode, at most the
             largest of the covariance. The W2 is then the worst of all Gaussians of d coordinates
             whose standard deviations lie between that and the largest.

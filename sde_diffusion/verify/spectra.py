@@ -17,7 +17,7 @@ from sde_diffusion import errors
 from sde_diffusion.exact import Gaussian
 from sde_diffusion.noise import Purpose, stream
 from sde_diffusion.prediction import Prediction, coordinates
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import VP, Level, Process
 from sde_diffusion.sampling import Sampler, checked_times, trajectory
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import MOST, placed
@@ -221,16 +221,15 @@ def check(
 def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | None) -> Gaussian:
     """Gaussian data, or N(0, S) for a covariance S, on the process asked for or the sampler's.
 
+    A covariance alone is put on VP.
+
     Args:
         data: exact.Gaussian; or S, (d, d), or its eigenvalues (d,).
     """
     if not isinstance(data, Tensor):
         errors.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
         return placed(data, sampler, process)  # type: ignore[return-value]
-    process = process or getattr(sampler, "process", None)
-    if process is None:
-        raise ValueError("a covariance is on no process: give one")
-    return centred(data, process)
+    return centred(data, process or getattr(sampler, "process", None) or VP())
 
 
 def centred(covariance: Tensor, process: Process) -> Gaussian:

@@ -12,7 +12,7 @@ Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of th
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import pi, sqrt
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import errors
+from sde_diffusion.brownian import Brownian
 from sde_diffusion.denoiser import Model
 from sde_diffusion.losses import L2, Penalty
 from sde_diffusion.noise import Generated, Noise
@@ -189,8 +190,8 @@ class DDPM:
         source = chosen_noise(x, generator, None, noise)
         i = self.index(i, x)
         mean, of_step = self.p_mean_variance(x, i, variance=variance, clamp=clamp)
-        t = float(i.max() if i.numel() else 1) / self.num_steps
-        z = source(t, t - 1 / self.num_steps, x)
+        last = float(i.max()) if i.numel() else 1.0
+        z = source(last / self.num_steps, (last - 1) / self.num_steps, x)
         return torch.where(per_sample(i > 1, x), mean + of_step.sqrt() * z, mean)
 
     def p_chain(
@@ -205,8 +206,10 @@ class DDPM:
         noise: Noise | None = None,
     ) -> Iterator[Tensor]:
         """x_(i-1), ..., x_0 from x = x_i, one after the other."""
-        source = chosen_noise(x, generator, seeds, noise)
         steps = range(errors.integer("i", i, 1, self.num_steps), 0, -1)
+        times = [k / self.num_steps for k in (*steps, 0)]
+        path = partial(Brownian, log_snr=self.process.log_snr, times=times)
+        source = chosen_noise(x, generator, seeds, noise, path)
         return self._p_chain(x, steps, variance, clamp, source)
 
     @torch.no_grad()

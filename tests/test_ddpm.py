@@ -14,7 +14,7 @@ from oracles import EPS, normal
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.noise import Seeded
+from sde_diffusion.brownian import Brownian
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 CHAINS = {
@@ -241,14 +241,12 @@ def test_p_sample_is_the_published_algorithm(name):
 def test_sample_is_the_ancestral_sampler_on_all_n_steps(kind):
     chain, size = CHAINS["cosine"], {"dtype": torch.float64}
     model = sd.DDPM(sd.exact.GaussianMixture(chain, [0.4, 0.6], [-1.0, 1.0], [0.1, 0.2]))
-    seeds, generators = [3, 1, 4], [torch.Generator().manual_seed(2) for _ in range(2)]
-    for own, theirs, start in (
-        ({"seeds": seeds}, {"noise": Seeded(seeds)}, {"seeds": seeds}),
-        ({"generator": generators[0]}, {"generator": generators[1]}, {"generator": generators[1]}),
-    ):
-        x = chain.prior((3, 2), **start, **size)
-        expected = sd.sample(model.model, sd.Ancestral(kind), x, steps=50, **theirs)
-        assert_close(model.sample((3, 2), variance=kind, **own, **size), expected, **TIGHT)
+    for make in (lambda: {"seeds": [3, 1, 4]},
+                 lambda: {"generator": torch.Generator().manual_seed(2)}):  # fmt: skip
+        source = make()
+        x = chain.prior((3, 2), **source, **size)
+        expected = sd.sample(model.model, sd.Ancestral(kind), x, steps=50, **source)
+        assert_close(model.sample((3, 2), variance=kind, **make(), **size), expected, **TIGHT)
 
 
 def test_p_chain_starts_anywhere_and_gives_every_state_down_to_x0():
@@ -257,7 +255,8 @@ def test_p_chain_starts_anywhere_and_gives_every_state_down_to_x0():
     for i in (1, 7, 50):
         states = list(model.p_chain(x, i, clamp=1.0, seeds=seeds))
         assert len(states) == i
-        noise, here = sd.sampling.chosen_noise(x, None, seeds, None), x
+        times = [j / 50 for j in range(i, -1, -1)]
+        noise, here = Brownian(seeds, chain.log_snr, times), x
         for j, state in zip(range(i, 0, -1), states, strict=True):
             with torch.no_grad():
                 here = model.p_sample(here, j, clamp=1.0, noise=noise)

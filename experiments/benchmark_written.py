@@ -70,9 +70,9 @@ def table_of_ends(means: list[benchmark_ends.Mean]) -> str:
         text.append(f"{pairs} peers: samplers, each with every spacing.\n")
     text.append(
         "Geometric means over the problems of the RMS over samples, in brackets of the median. "
-        "The data have standard deviation 1; the reference is DOP853 at 1e-10. Whoever begins below "
-        "t = 1, as the spacing `leading` does, is given the exact flow's state there; whoever stops "
-        "above the data is compared with the data.\n"
+        "The data have standard deviation 1; the reference is DOP853 at 1e-10. A solver that "
+        "begins below t = 1, as with the spacing `leading`, is given the exact flow's state there; "
+        "one that stops above the data is compared with the data.\n"
     )
     return "\n".join(text)
 

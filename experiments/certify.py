@@ -63,7 +63,7 @@ BY_TOLERANCE: dict[str, sd.Sampler] = {
     "adaptive-ode": sd.AdaptiveODE(),
 }
 BY_BIAS: dict[str, sd.Sampler] = {
-    "langevin": sd.Langevin(sd.Ancestral(eta=0.0)),
+    "langevin": sd.Langevin(sd.Heun()),
     "torchsde-srk": sd.TorchSDE("srk"),
     "torchsde-adaptive": sd.AdaptiveTorchSDE(),
     "adaptive-sde": sd.AdaptiveSDE(),

@@ -85,8 +85,8 @@ class Guarantee:
         rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
         return "\n".join([*rows, *ending(
             self.verdict,
-            "anything of data that are not Gaussian, for which W2 is larger (by the factors in "
-            "the docs of steps_for), of the network's own error, or of steps that were not tried",
+            "anything of data that are not Gaussian, mixtures took up to six times the steps (see "
+            "verify.steps_for); nor of the network's own error, or of steps that were not tried",
         )])  # fmt: skip
 
     __repr__ = __str__
@@ -105,6 +105,20 @@ def steps_for(
 
     Of a run as a user makes it, from the prior. Steps are doubled until two numbers in a row meet
     the tolerance, since W2 may pass through a low point, and then bisected.
+
+    Data that are not Gaussian have larger errors. On 36 mixtures at 5 to 50 steps the RMS of the
+    end against the exact flow, by the W2 per coordinate that their covariance foretells, was in the
+    median, at 90 % and at most
+
+                            covariance        with `narrowest`, of their narrowest mode
+        Ancestral(eta=0)    1.2  1.9  3.4     0.6  1.4  2.3
+        Heun                2.8  9.8   50     1.2  6.0   40
+        Adams.auto          5.9   30  290     1.8   10  110
+
+    In steps this is less: what they had taken, by what this function gives for the RMS there was,
+    was 1.2, 2.2 and at most 5.6; with `narrowest` 0.9, 1.7 and 4.5. So six times the steps have
+    served all of them, and twice the steps, with `narrowest`, nine in ten
+    (experiments/optimized_grids.py --cases-only --seeds 0 1 2 3).
 
     Args:
         tol: W2, in the units of the data, over all coordinates: `rms * d**0.5` for an RMS per

@@ -80,6 +80,8 @@ def normals(keys: Tensor, like: Tensor) -> Tensor:
         keys: (B,) int64, on the device of `like`.
         like: (B, ...), float32 or float64.
     """
+    if not like.numel():
+        return torch.empty_like(like)
     size = like.shape[1:].numel()
     uniform = odd_halves(keys, size, like)
     if like.dtype == torch.float64:

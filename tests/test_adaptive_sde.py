@@ -68,8 +68,8 @@ def test_the_reverse_sde_has_additive_noise_in_the_share_of_signal(process):
 def test_the_law_is_not_biased(process, d):
     """Mean and standard deviation of the reverse SDE from the prior, at the default tolerance.
 
-    Steps are rejected on the way, and with redrawn noise the standard deviation would be 12 % to
-    37 % too large in 1 and 2 coordinates.
+    Steps are rejected on the way. With noise redrawn on rejection the standard deviation is wrong
+    by tenths, which the solvers page of the docs measures.
     """
     n = 8000 // d
     mean = torch.full((d,), 0.7, dtype=torch.float64)

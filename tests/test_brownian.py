@@ -321,3 +321,11 @@ def test_the_noise_of_a_gpu_is_that_of_the_cpu_and_makes_it_wait_for_nothing():
             torch.cuda.set_sync_debug_mode("default")
         here = walked(range(64), shape=(3,), dtype=dtype)
         assert_close(torch.stack(there).cpu(), here, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_an_empty_batch_draws_nothing(shape, dtype):
+    drawn = source(range(shape[0]))(1.0, 0.5, torch.empty(shape, dtype=dtype))
+    assert drawn.shape == shape
+    assert drawn.dtype == dtype

@@ -36,7 +36,7 @@ STOCHASTIC = ("Ancestral",)  # no RMS: its end belongs to its noise
 GRIDS: dict[str, Callable[[sd.Sampler, int], Tensor]] = {
     "own": lambda sampler, steps: sampler.grid(VP, steps),
     "uniform": lambda sampler, steps: grids.uniform(steps),
-    "log-SNR": lambda sampler, steps: grids.even_log_snr(sd.Process.times(VP, steps), VP),
+    "log-SNR": lambda sampler, steps: even_log_snr(sd.Process.times(VP, steps)),
     "Karras": lambda sampler, steps: sd.Process.times(VP, steps),
     "u^(1/1.25)": lambda sampler, steps: frames.grid(VP, steps, 1.25),
 }
@@ -97,6 +97,19 @@ def spectrum(name: str) -> Tensor:
     frame = frames.Gaussian.pretrained("mnist")
     left = len(frame.axes) - len(frame.variances)
     return torch.cat([frame.variances, frame.variances.new_full((left,), frame.rest)])
+
+
+def even_log_snr(times: Tensor) -> Tensor:
+    """The grid evenly spaced in the log-SNR between the first and the last level above 0.
+
+    The first below pure noise, that is: sigma / alpha = 80 and 0.002 in the levels of Karras et al.
+    """
+    log_snr = VP.log_snr(times[:-1])
+    first = min(int(log_snr[0] < -2 * math.log(80.001)), len(log_snr) - 1)
+    even = torch.linspace(
+        log_snr[first].item(), log_snr[-1].item(), len(log_snr) - first, dtype=torch.float64
+    )
+    return torch.cat([times[:first], VP.time(even), times[-1:]])
 
 
 def times_of(name: str, sampler: sd.Sampler, steps: int, covariance: Tensor) -> Tensor:
@@ -208,6 +221,8 @@ def picture(rows: list[Row]) -> Any:
                 marker=marker, label=grid,
             )  # fmt: skip
         axis.set(title=name, xlabel="steps")
+        axis.set_xticks([row.steps for row in own], [str(row.steps) for row in own])
+        axis.minorticks_off()
     figure.axes[0].set_ylabel("W2 per coordinate")
     figure.axes[0].legend(fontsize=7)
     return figure

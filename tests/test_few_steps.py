@@ -1,4 +1,4 @@
-"""`verify.steps_for` and `grids.optimized`: few steps, from the exact law alone.
+"""`verify.steps_for`: how many steps a tolerance takes, from the exact law alone.
 
 Bounds called rounding: float64, some hundred operations on numbers of order 1, hence 1e-10.
 """
@@ -15,7 +15,7 @@ from oracles import normal
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion import frames, grids, verify
+from sde_diffusion import frames, verify
 from sde_diffusion.verify import spectra
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
@@ -27,12 +27,6 @@ COVARIANCE = ROOT @ ROOT.T + 0.05 * torch.eye(3, dtype=torch.float64)
 PLANE = sd.exact.Gaussian(VP, torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64), COVARIANCE)
 EIGENVALUES = 4.0 / torch.arange(1, 25, dtype=torch.float64) ** 2
 FLOWS = {"ddim": sd.Ancestral(eta=0.0), "heun": sd.Heun(), "adams3": sd.Adams(3)}
-
-
-def w2(sampler, eigenvalues, times):
-    """Of a run from the data's own law, by the full law of a diagonal Gaussian."""
-    data = sd.exact.Gaussian(VP, torch.zeros(len(eigenvalues)), eigenvalues)
-    return verify.law(sampler, data, times=times).departure
 
 
 # ---- the exact law along eigenvectors ---------------------------------------------------------
@@ -88,6 +82,27 @@ def test_ddim_on_a_grid_even_in_its_angle_has_the_closed_form():
     assert_close(found.way[:, 0], std * (kept - 1), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ddim", "ancestral", "euler-maruyama"])
+def test_after_each_step_the_rest_is_exact_on_the_way(name):
+    r"""Of the law N(m, s^2) after a step: what the exact flow, or reverse SDE, makes of it.
+
+    x0 given x_t is N(K x_t, v (1 - alpha K)), K = alpha v / (alpha^2 v + sigma^2): so the SDE ends
+    with variance v (1 - alpha K) + K^2 s^2, and the flow with v s^2 / (alpha^2 v + sigma^2).
+    """
+    sampler, v = FIXED_STEP[name], 0.3
+    data = sd.exact.Gaussian(VP, torch.zeros(1), v)
+    times = sampler.grid(VP, 5)
+    found = spectra.along(sampler, data, times=times)
+    for k, level in enumerate(VP.levels(times[1:-1])):
+        s2 = float(verify.law(sampler, data, times=times[: k + 2]).steps[-1].covariance)
+        gain = level.alpha * v / (level.alpha**2 * v + level.sigma**2)
+        if name == "ddim":
+            variance = gain / level.alpha * s2
+        else:
+            variance = v * (1 - level.alpha * gain) + gain**2 * s2
+        assert float(found.way[k]) == pytest.approx(math.sqrt(variance) - math.sqrt(v), abs=1e-10)
+
+
 # ---- the search -------------------------------------------------------------------------------
 
 
@@ -97,6 +112,9 @@ def test_one_step_less_misses_and_every_larger_number_tried_meets(name):
     assert found.holds
     assert found.w2 <= 0.2 < found.tried[found.steps - 1]
     assert all(distance <= 0.2 for n, distance in found.tried.items() if n >= found.steps)
+    # doubled to the second number that meets, and bisected below the first
+    assert max(found.tried) < 4 * found.steps
+    assert len(found.tried) <= 2 * math.log2(found.steps) + 4
     assert torch.equal(found.times, FLOWS[name].grid(VP, found.steps))
     assert found.times.dtype == torch.float64
     assert found.rms == pytest.approx(found.w2 / 24**0.5, rel=1e-12)
@@ -208,13 +226,9 @@ class Clipped(Swapped):
 
 
 @pytest.mark.parametrize("sampler", [Swapped(), Clipped(), *OWN_STEPS.values()], ids=str)
-@pytest.mark.parametrize("ask", [
-    lambda sampler: verify.steps_for(0.1, EIGENVALUES, sampler, VP),
-    lambda sampler: grids.optimized(sampler, 5, EIGENVALUES, VP),
-], ids=["steps_for", "optimized"])  # fmt: skip
-def test_what_has_no_law_along_eigenvectors_is_refused_by_name(ask, sampler):
+def test_what_has_no_law_along_eigenvectors_is_refused_by_name(sampler):
     with pytest.raises(verify.NotAffine, match=type(sampler).__name__):
-        ask(sampler)
+        verify.steps_for(0.1, EIGENVALUES, sampler, VP)
 
 
 def test_a_frame_with_other_axes_is_refused_and_one_of_the_data_leaves_the_prior_alone():
@@ -248,89 +262,6 @@ def test_steps_for_refuses_what_makes_no_sense(change, error, match):
         verify.steps_for(**asked)
 
 
-@pytest.mark.parametrize(("change", "error", "match"), [
-    ({"steps": 0}, ValueError, "steps"),
-    ({"covariance": torch.ones(2, 3)}, ValueError, "shape .2, 3."),
-    ({"covariance": 1.0}, TypeError, "exact.Gaussian or a covariance"),
-    ({"process": sd.Discrete.linear()}, ValueError, "equivalence.continuous"),
-])  # fmt: skip
-def test_optimized_refuses_what_makes_no_sense(change, error, match):
-    asked = {"sampler": sd.Heun(), "steps": 4, "covariance": EIGENVALUES, "process": VP} | change
-    with pytest.raises(error, match=match):
-        grids.optimized(**asked)
-
-
-# ---- optimized grids --------------------------------------------------------------------------
-
-
-def way(sampler, eigenvalues, times):
-    """What `optimized` makes least, typed once more: the W2 at the end and, as a mean, before."""
-    data, weights = grids.blurred(eigenvalues, VP)
-    squares = spectra.along(sampler, data, times=times).way.square() @ weights
-    return float(squares[-1] + squares[:-1].sum() / len(squares))
-
-
-@pytest.mark.parametrize("steps", [2, 5])
-@pytest.mark.parametrize("name", [*FLOWS, "ancestral"])
-def test_the_optimized_grid_is_better_than_all_it_starts_from(name, steps):
-    sampler = FIXED_STEP[name]
-    found = way(sampler, EIGENVALUES, grids.optimized(sampler, steps, EIGENVALUES, VP))
-    starts = grids.starts(sampler, steps, VP)
-    assert len(starts) >= 6
-    assert all(found < way(sampler, EIGENVALUES, times) for times in starts)
-
-
-def test_heun_gets_nearer_to_the_data_than_on_any_grid_in_use():
-    sampler, steps = sd.Heun(), 6
-    best = w2(sampler, EIGENVALUES, grids.optimized(sampler, steps, EIGENVALUES, VP))
-    used = [
-        grids.uniform(steps),
-        sd.Process.times(VP, steps),
-        *(frames.grid(VP, steps, p) for p in (1.0, 1.25, 1.5, 2.0)),
-    ]
-    assert all(best < w2(sampler, EIGENVALUES, times) for times in used)
-
-
-def test_for_ddim_on_one_variance_it_is_nearly_the_best_grid_there_is():
-    """The best is even in the angle: of angles of a given sum, equal ones have the largest cosines.
-
-    That is for W2 at this variance. `optimized` weighs an octave about it, and the way, for which
-    its own grid is better; but none of those that it starts from comes as near.
-    """
-    std, steps, sampler = 0.5, 6, sd.Ancestral(eta=0.0)
-    variance = torch.tensor([std**2], dtype=torch.float64)
-    (top,) = VP.levels(torch.ones(1, dtype=torch.float64))
-    angle = math.atan(top.sigma / top.alpha / std)
-    least = std * (1 - math.cos(angle / steps) ** steps)
-    ratios = std * (angle * torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tan()
-    even = VP.time(-2 * ratios.log())
-    even[0], even[-1] = 1.0, 0.0
-    assert w2(sampler, variance, even) == pytest.approx(least, rel=1e-9)
-    found = grids.optimized(sampler, steps, variance, VP)
-    assert least <= w2(sampler, variance, found)
-    assert all(w2(sampler, variance, found) < w2(sampler, variance, times)
-               for times in grids.starts(sampler, steps, VP))  # fmt: skip
-    assert way(sampler, variance, found) <= way(sampler, variance, even)
-
-
-@pytest.mark.parametrize("process", [sd.VP(), sd.EDM(), sd.RectifiedFlow(), sd.Cosine()], ids=str)
-@pytest.mark.parametrize("sampler", [sd.Heun(), sd.EulerMaruyama()], ids=str)
-def test_an_optimized_grid_is_one_of_the_samplers_and_the_same_each_time(process, sampler):
-    state = torch.get_rng_state()
-    times, again = (grids.optimized(sampler, 3, EIGENVALUES, process) for _ in range(2))
-    assert torch.equal(times, again)
-    assert times.dtype == torch.float64
-    assert times.shape == (4,)
-    assert (times[:-1] > times[1:]).all()
-    assert times[0] == sampler.grid(process, 3)[0]
-    assert times[-1] == 0
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_one_step_has_one_grid():
-    assert grids.optimized(sd.Heun(), 1, EIGENVALUES, VP).tolist() == [1.0, 0.0]
-
-
 # ---- on mixtures, at a seed of which nothing was measured -------------------------------------
 
 
@@ -357,21 +288,5 @@ def test_a_mixture_takes_no_more_than_six_times_the_steps_of_its_gaussian(mixtur
             assert steps <= factor * found.steps, (problem, steps, found)
 
 
-def test_a_grid_optimized_for_the_covariance_serves_the_mixture(mixtures):
-    """Heun in 5 steps, the geometric mean over the mixtures, against the best grid in use."""
-    steps, sampler = 5, sd.Heun()
-    total, known = 0.0, torch.zeros(len(grids.starts(sampler, steps, VP)), dtype=torch.float64)
-    for problem in mixtures[::2]:
-        covariance = problem.moments[1]
-        total += math.log(rms(problem, sampler, grids.optimized(sampler, steps, covariance, VP)))
-        known += torch.tensor(
-            [math.log(rms(problem, sampler, times)) for times in grids.starts(sampler, steps, VP)],
-            dtype=torch.float64,
-        )
-    assert total < float(known.min())
-
-
 def test_a_covariance_alone_is_put_on_vp():
     assert verify.steps_for(0.1, EIGENVALUES, sd.Heun()).process == "VP"
-    alone = grids.optimized(sd.Heun(), 3, EIGENVALUES)
-    assert torch.equal(alone, grids.optimized(sd.Heun(), 3, EIGENVALUES, VP))

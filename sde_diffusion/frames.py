@@ -262,11 +262,8 @@ def rows(scalar: Scalar) -> Scalar:
 
 def level_at(process: Process, u: float) -> Level[float]:
     """The level of a process at which sigma / (alpha + sigma) = u."""
-    if u <= 0:
-        log_snr = math.inf
-    else:
-        log_snr = 2 * (math.log1p(-u) - math.log(u)) if u < 1 else -math.inf
-    return process.levels(process.time(torch.tensor([log_snr], dtype=torch.float64)))[0]
+    reading = torch.tensor([u], dtype=torch.float64).clamp(0, 1)
+    return process.levels(process.time(Straight().log_snr(reading)))[0]
 
 
 def grid(

@@ -18,7 +18,7 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise, Seeded
 from sde_diffusion.processes import Level, Process
 
-__all__ = ["Memory", "Sample", "Sampler", "SolverError", "sample", "trajectory"]
+__all__ = ["Memory", "Report", "Sample", "Sampler", "SolverError", "sample", "trajectory"]
 
 Memory = Any  # what a sampler carries from step to step: None before the first
 
@@ -53,6 +53,28 @@ class Sampler(Protocol):
     ) -> tuple[Tensor, Memory]:
         """x at level t to x at level s. Pure: changes neither x nor memory."""
         ...
+
+
+class Report(NamedTuple):
+    """What became of each sample of a solver that gives each its own steps, all (B,).
+
+    Attributes:
+        calls: how often the model was asked about it.
+        rejections: how many of these calls were for steps that were made again.
+        error: the solver's estimate of the errors of its predictions, before they were corrected.
+        finished: False where it was given up, and the rest of its way only predicted.
+    """
+
+    calls: Tensor
+    rejections: Tensor
+    error: Tensor
+    finished: Tensor
+
+    @staticmethod
+    def unmoved(x: Tensor) -> "Report":
+        """That of a batch which need not move."""
+        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return Report(none, none.clone(), none.double(), none == 0)
 
 
 class Sample(NamedTuple):

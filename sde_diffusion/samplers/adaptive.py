@@ -29,25 +29,9 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Level, Process, Scalar, double
-from sde_diffusion.sampling import Memory, SolverError
+from sde_diffusion.sampling import Memory, Report, SolverError
 
-__all__ = ["AdaptiveODE", "AdaptiveReport"]
-
-
-class AdaptiveReport(NamedTuple):
-    """What became of each sample between two times, all (B,).
-
-    Attributes:
-        calls: how often the model was asked about it.
-        rejections: how many of these calls were for steps that were made again.
-        error: the sum of its error estimates: of the predictions, before they were corrected.
-        finished: False where it was given up, and the rest of its way only predicted.
-    """
-
-    calls: Tensor
-    rejections: Tensor
-    error: Tensor
-    finished: Tensor
+__all__ = ["AdaptiveODE"]
 
 
 @dataclass(frozen=True)
@@ -113,8 +97,10 @@ class AdaptiveODE:
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, AdaptiveReport]:  # fmt: skip
-        """From t to s in as many steps as each sample takes; the memory is a report.
+    ) -> tuple[Tensor, Report]:  # fmt: skip
+        """From t to s in as many steps as each sample takes; the memory is a Report.
+
+        Its error is the sum of the estimates.
 
         Raises:
             SolverError: naming t, the step and the limit, where a sample reaches `max_calls` or its
@@ -123,7 +109,7 @@ class AdaptiveODE:
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         whole = self.frame.clock(t) - self.frame.clock(s)
         if whole <= finest(state) or not x.numel():  # one level, or there is no sample
-            return self.frame.leave(self.frame.enter(state, t), s).to(x), blank(len(x), x.device)
+            return self.frame.leave(self.frame.enter(state, t), s).to(x), Report.unmoved(x)
         walk = Walk(self, model, state, t, s)
         while len(walk.front.samples):
             walk.advance()
@@ -180,7 +166,7 @@ class Walk:
         self.name = f"AdaptiveODE(rtol={solver.rtol:g}, atol={solver.atol:g})"
         self.end = solver.frame.clock(s)
         z, slope = solver.frame.enter(x, t), solver.frame.slope(model(x, t))
-        self.out, self.report, self.calls = torch.empty_like(z), blank(len(z), z.device), 1
+        self.out, self.report, self.calls = torch.empty_like(z), Report.unmoved(z), 1
         size, slots = norm(slope), solver.k + 1
         u = torch.full_like(size, solver.frame.clock(t))
         self.refuse(~(size + self.tolerance(z)).isfinite(), slope, u)
@@ -391,9 +377,3 @@ def norm(z: Tensor) -> Tensor:
 def finest(z: Tensor) -> float:
     """The least share of u whose slopes can be told apart."""
     return torch.finfo(z.dtype).eps
-
-
-def blank(n: int, device: torch.device) -> AdaptiveReport:
-    """Of n samples that need not move."""
-    none = torch.zeros(n, dtype=torch.long, device=device)
-    return AdaptiveReport(none, none.clone(), none.double(), none == 0)

@@ -22,7 +22,7 @@ made; that leaves 0.1 %.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,25 +45,9 @@ from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise
 from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Memory, SolverError
+from sde_diffusion.sampling import Memory, Report, SolverError
 
-__all__ = ["AdaptiveSDE", "PathReport"]
-
-
-class PathReport(NamedTuple):
-    """What became of each sample between two times, all (B,).
-
-    Attributes:
-        calls: how often the model was asked about it.
-        rejections: how many of these calls were for steps that were split.
-        error: root of the sum of its squared error estimates, in y: of the predictions.
-        finished: False where it was given up, and the rest of its way only predicted.
-    """
-
-    calls: Tensor
-    rejections: Tensor
-    error: Tensor
-    finished: Tensor
+__all__ = ["AdaptiveSDE"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +105,10 @@ class AdaptiveSDE:
         s: Level[float],
         noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, PathReport]:
-        """From t to s in as many steps as each sample takes; the memory is a report.
+    ) -> tuple[Tensor, Report]:
+        """From t to s in as many steps as each sample takes; the memory is a Report.
+
+        Its error is the root of the sum of the squared estimates, in y.
 
         Raises:
             SolverError: naming t, the step and the limit, where a sample reaches `max_calls`
@@ -134,7 +120,7 @@ class AdaptiveSDE:
         if memory is not None:
             keys = mixed_(keys + int(t.u * 2**53))
         if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
-            return frames.leave(frames.enter(x, t), s), blank(x)
+            return frames.leave(frames.enter(x, t), s), Report.unmoved(x)
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision shows no error
         walk = Walk(self, model, state, t, s, keys)
         while len(walk.rows):
@@ -154,11 +140,6 @@ def path_keys(noise: Noise, x: Tensor) -> Tensor:
     source = noise.generator
     keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), generator=source, device=source.device)
     return keys.to(x.device)
-
-
-def blank(x: Tensor) -> PathReport:
-    none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return PathReport(none, none.clone(), x.new_zeros(len(x)), torch.ones_like(none).bool())
 
 
 def scale(level: Level) -> Any:
@@ -192,7 +173,7 @@ class Walk:
         keys: Tensor,
     ) -> None:
         self.solver, self.whole, self.model, self.end, self.keys = solver, model, model, s.u, keys
-        self.made, self.report, self.calls = torch.empty_like(x), blank(x), 0
+        self.made, self.report, self.calls = torch.empty_like(x), Report.unmoved(x), 0
         self.rows = torch.arange(len(x), device=x.device)
         self.u = torch.full((len(x),), t.u, dtype=torch.float64, device=x.device)
         self.y = x * (t.alpha / (t.alpha**2 + t.sigma**2))
@@ -307,7 +288,7 @@ class Walk:
         self.made[rows] = y[gone]
         self.report.calls[rows] = self.calls
         self.report.rejections[rows] = self.rejections[gone]
-        self.report.error[rows] = self.squares[gone].sqrt().to(y.dtype)
+        self.report.error[rows] = self.squares[gone].sqrt()
         self.report.finished[rows] = finished
         for name in self.ROWS:
             setattr(self, name, getattr(self, name)[left])

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -81,10 +82,11 @@ class Images:
         return tuple(self.pixels.shape[1:])
 
     def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        x0 = dequantize(self.pixels[index], uniform)
+        x0 = dequantize(self.pixels[index.to(self.pixels.device)].to(uniform.device), uniform)
         if not self.classes:
             return x0, None
-        return x0, torch.nn.functional.one_hot(self.labels[index], self.classes).float()
+        labels = self.labels[index.to(self.labels.device)].to(uniform.device)
+        return x0, torch.nn.functional.one_hot(labels, self.classes).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +103,7 @@ class Points:
         return tuple(self.x.shape[1:])
 
     def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.x[index], None
+        return self.x[index.to(self.x.device)].to(uniform.device), None
 
 
 def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
@@ -148,10 +150,16 @@ def order(seed: int, size: int, start: int, count: int) -> Tensor:
     chosen = [np.empty(0, dtype=np.int64)]
     while count > 0:
         epoch, offset = divmod(start, size)
-        part = stream(seed, Purpose.ORDER, epoch).permutation(size)[offset : offset + count]
+        part = permutation(seed, epoch, size)[offset : offset + count]
         chosen.append(part)
         start, count = start + len(part), count - len(part)
     return torch.from_numpy(np.concatenate(chosen))
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> Any:
+    """That of an epoch; a step asks for that of the step before, so it is kept."""
+    return stream(seed, Purpose.ORDER, epoch).permutation(size)
 
 
 def data_root(given: str | Path | None) -> Path:

@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     BATCH = 3
     TIMES = 4
     TOY = 5
+    DROPOUT = 6
+    FOREIGN = 7
 
 
 def stream(

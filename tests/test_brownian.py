@@ -13,8 +13,9 @@ from cases import PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion import brownian
-from sde_diffusion.brownian import Brownian, mixed, mixed_, normals, rotated, share, signed, span
+from sde_diffusion import brownian, counting
+from sde_diffusion.brownian import Brownian, rotated, share, span
+from sde_diffusion.counting import mixed, mixed_, normals, signed
 
 VP = sd.VP()
 GRID = [1.0, 0.93, 0.9, 0.6, 0.35, 0.34, 0.2, 0.1, 0.03, 0.01, 1e-4, 0.0]
@@ -49,7 +50,7 @@ def test_the_words_are_those_of_splitmix64():
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
         16408922859458223821,
     ]  # fmt: skip
-    words = [(1234567 + k * brownian.GAMMA) % 2**64 for k in range(1, 6)]
+    words = [(1234567 + k * counting.GAMMA) % 2**64 for k in range(1, 6)]
     assert [mixed(word) for word in words] == published
     tensor = torch.tensor([signed(word) for word in words])
     assert mixed_(tensor).tolist() == [signed(word) for word in published]
@@ -60,7 +61,7 @@ def test_the_sine_is_the_sine():
     v = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     exact = math.sqrt(2) * torch.sin(math.pi / 2 * v)
     for dtype, bound in ((torch.float64, 5e-15), (torch.float32, 1e-8 + 6 * 2**-24)):
-        assert (brownian.quarter_sine(v.to(dtype)).double() - exact).abs().max() < bound
+        assert (counting.quarter_sine(v.to(dtype)).double() - exact).abs().max() < bound
 
 
 def drawn(n, dtype=torch.float32, first=0, width=64):

@@ -23,7 +23,7 @@ from sde_diffusion.prediction import V
 from sde_diffusion.processes import VP, RectifiedFlow
 from sde_diffusion.storage import BadFile
 from sde_diffusion.times import NormalLogSNR
-from sde_diffusion.training import Recipe, TrainState, draw, newest_checkpoint
+from sde_diffusion.training import Recipe, TrainState, draw, newest_checkpoint, restore, save
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -31,9 +31,9 @@ from sde_diffusion.training import Recipe, TrainState, draw, newest_checkpoint
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, run, cut):
     network, data = RUNS[run]
     stopped = ran(cut, network=network, data=data)
-    checkpoint = stopped.save(tmp_path)
+    checkpoint = save(stopped, tmp_path)
     resumed = fresh(network, seed=99)
-    resumed.restore(checkpoint)
+    restore(resumed, checkpoint)
     assert_same_bits(content(resumed), content(stopped))
     for _ in range(4):
         resumed.advance(draw(data, RECIPE, TIMES, resumed.step))
@@ -43,7 +43,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, run, cut):
 def test_saving_changes_nothing(tmp_path):
     state = ran(3)
     before = content(state)
-    state.save(tmp_path)
+    save(state, tmp_path)
     assert_same_bits(content(state), before)
     state.advance(draw(POINTS, RECIPE, TIMES, 3))
     assert_same_bits(content(state), content(ran(4)))
@@ -51,7 +51,7 @@ def test_saving_changes_nothing(tmp_path):
 
 def test_a_checkpoint_holds_the_averaged_denoiser(tmp_path):
     state = ran(5)
-    checkpoint = state.save(tmp_path, command="as typed")
+    checkpoint = save(state, tmp_path, command="as typed")
     loaded = Denoiser.load(checkpoint / "denoiser.safetensors")
     assert_same_bits(loaded.network.state_dict(), state.averaged.network.state_dict())
     assert loaded.process == VP()
@@ -66,7 +66,7 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     state = fresh()
     for _ in range(4):
         state.advance(draw(POINTS, RECIPE, TIMES, state.step))
-        assert newest_checkpoint(tmp_path) != (saved := state.save(tmp_path))
+        assert newest_checkpoint(tmp_path) != (saved := save(state, tmp_path))
         assert newest_checkpoint(tmp_path) == saved
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-00000003", "checkpoint-00000004"]
@@ -78,19 +78,19 @@ def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
     (tmp_path / "checkpoint-notes.txt").write_text("mine")
     assert newest_checkpoint(tmp_path) is None
     for steps in (1, 2, 3):
-        ran(steps).save(tmp_path)
+        save(ran(steps), tmp_path)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-00000003"
     assert (tmp_path / "checkpoint-best").is_dir()
     assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_what_a_broken_save_left_is_ignored_and_cleared(tmp_path):
-    whole = ran(1).save(tmp_path)
+    whole = save(ran(1), tmp_path)
     leftover = tmp_path / ".checkpoint-00000002.part"
     leftover.mkdir()
     (leftover / "denoiser.safetensors.part").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == whole
-    saved = ran(2).save(tmp_path)
+    saved = save(ran(2), tmp_path)
     assert newest_checkpoint(tmp_path) == saved
     assert not leftover.exists()
     assert len(list(saved.iterdir())) == 4
@@ -98,9 +98,9 @@ def test_what_a_broken_save_left_is_ignored_and_cleared(tmp_path):
 
 def test_the_same_step_can_be_saved_again(tmp_path):
     state = ran(2)
-    assert state.save(tmp_path) == state.save(tmp_path)
+    assert save(state, tmp_path) == save(state, tmp_path)
     resumed = fresh(seed=99)
-    resumed.restore(newest_checkpoint(tmp_path))
+    restore(resumed, newest_checkpoint(tmp_path))
     assert_same_bits(content(resumed), content(state))
 
 
@@ -124,24 +124,24 @@ def remove(path):
 def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(
     tmp_path, damage, file, suffix
 ):
-    older, newest = ran(2).save(tmp_path), ran(3).save(tmp_path)
+    older, newest = save(ran(2), tmp_path), save(ran(3), tmp_path)
     damage(newest / (file + suffix))
     state = fresh(seed=99)
     before = content(state)
     with pytest.raises(BadFile) as caught:
-        state.restore(newest_checkpoint(tmp_path))
+        restore(state, newest_checkpoint(tmp_path))
     assert str(newest / file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert_same_bits(content(state), before)
-    state.restore(older)
+    restore(state, older)
     assert_same_bits(content(state), content(ran(2)))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_by_its_differences(tmp_path):
-    checkpoint = ran(2).save(tmp_path)
+    checkpoint = save(ran(2), tmp_path)
     other = {**asdict(RECIPE), "learning_rate": 2e-3, "seed": 7}
     with pytest.raises(BadFile) as caught:
-        fresh(recipe=Recipe(**other)).restore(checkpoint)
+        restore(fresh(recipe=Recipe(**other)), checkpoint)
     message = str(caught.value)
     assert "learning_rate 0.001 -> 0.002" in message
     assert "seed 0 -> 7" in message
@@ -151,26 +151,26 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_differences(tmp_path):
 
 @pytest.mark.parametrize("other", [lambda: MLP(width=8, depth=2), lambda: MLP(width=16), unet])
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, other):
-    checkpoint = ran(2).save(tmp_path)
+    checkpoint = save(ran(2), tmp_path)
     with pytest.raises(BadFile, match=str(checkpoint)) as caught:
-        fresh(other).restore(checkpoint)
+        restore(fresh(other), checkpoint)
     assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_another_process_is_refused(tmp_path):
     """The weights would fit, and go on training for another problem."""
-    checkpoint = ran(2).save(tmp_path)
+    checkpoint = save(ran(2), tmp_path)
     with pytest.raises(BadFile, match=r"process.*VP.*RectifiedFlow"):
-        fresh(process=RectifiedFlow()).restore(checkpoint)
+        restore(fresh(process=RectifiedFlow()), checkpoint)
 
 
 def test_an_absent_checkpoint_is_refused_by_name(tmp_path):
     with pytest.raises(BadFile, match="checkpoint-00000007"):
-        fresh().restore(tmp_path / "checkpoint-00000007")
+        restore(fresh(), tmp_path / "checkpoint-00000007")
 
 
 def test_a_resume_with_another_law_of_times_is_refused_by_name(tmp_path):
-    checkpoint = fresh().save(tmp_path)
+    checkpoint = save(fresh(), tmp_path)
     other = TrainState(Denoiser(mlp(), VP(), V()), RECIPE, NormalLogSNR(VP()))
     with pytest.raises(BadFile, match=r"times UniformTimes.* -> NormalLogSNR"):
-        other.restore(checkpoint)
+        restore(other, checkpoint)

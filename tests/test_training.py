@@ -23,7 +23,7 @@ from training_runs import (
 from sde_diffusion.data import Images, Points, dequantize, order
 from sde_diffusion.losses import denoising_loss
 from sde_diffusion.times import DiscreteTimes
-from sde_diffusion.training import EMA, Recipe, draw, train
+from sde_diffusion.training import EMA, PowerEMA, Recipe, draw, restore, save, train
 
 
 def repr_shape(data):
@@ -117,7 +117,7 @@ def test_drawing_and_advancing_leave_the_global_generators_alone(tmp_path):
     before = global_states()
     for _ in range(2):
         state.advance(draw(Plain(), RECIPE, TIMES, state.step))
-    state.restore(state.save(tmp_path))
+    restore(state, save(state, tmp_path))
     assert global_states() == before
 
 
@@ -172,10 +172,11 @@ def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(run):
 def test_the_average_is_its_closed_form_sum():
     """mean_K = sum_j c_j w_j, c_j = (1 - d_(j-1)) prod_(k=j)^(K-1) d_k, d_0 = 0 and else
     d_k = min(decay, (1 + k) / (10 + k)): one average of all weights so far, c_j summing to 1."""
-    recipe = Recipe(steps=40, batch_size=8, warmup=0, learning_rate=0.1, ema=0.6)
+    recipe = Recipe(steps=40, batch_size=8, warmup=0, learning_rate=0.1, ema=EMA(0.6))
     state = fresh(recipe=recipe)
     state.denoiser.double()
-    state.ema.module.double()
+    state.shadow.double()
+    state.average = [p.data for p in state.shadow.parameters()]
     history = []
     for _ in train(state, POINTS):
         history.append(torch.nn.utils.parameters_to_vector(state.denoiser.network.parameters()))

@@ -9,12 +9,12 @@ from sde_diffusion.prediction import V
 from sde_diffusion.processes import VP
 from sde_diffusion.times import UniformTimes
 from sde_diffusion.toy import TwoGaussians
-from sde_diffusion.training import Recipe, TrainState, draw
+from sde_diffusion.training import EMA, Recipe, TrainState, draw
 
 POINTS = Points(TwoGaussians().sample(50, 0))
 PIXELS = torch.arange(40 * 36).reshape(40, 1, 6, 6) % 256
 IMAGES = Images(PIXELS.to(torch.uint8), torch.zeros(40, dtype=torch.long))
-RECIPE = Recipe(steps=12, batch_size=16, warmup=3, ema=0.9, weight_decay=0.01)
+RECIPE = Recipe(steps=12, batch_size=16, warmup=3, ema=EMA(0.9), weight_decay=0.01)
 TIMES = UniformTimes()
 
 
@@ -48,7 +48,7 @@ def content(state):
     tensors |= {f"ema.{k}": v for k, v in state.averaged.network.state_dict().items()}
     for number, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items()}
-    tensors |= {"updates": state.ema.n_averaged, "step": torch.tensor(state.step)}
+    tensors |= {"skipped": torch.tensor(state.skipped), "step": torch.tensor(state.step)}
     return {name: value.clone() for name, value in tensors.items()}
 
 

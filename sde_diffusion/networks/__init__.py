@@ -1,7 +1,8 @@
 """Networks: plain torch modules called as network(x, c, context=None)."""
 
+from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 from sde_diffusion.networks.mlp import MLP
 from sde_diffusion.networks.unet import UNet
 
-__all__ = ["MLP", "Fourier", "UNet"]
+__all__ = ["MLP", "Dropout", "Fourier", "UNet"]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sde_diffusion import errors
+from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 
 __all__ = ["MLP"]
@@ -21,6 +22,7 @@ class MLP(nn.Module):
         depth: number of hidden layers.
         fourier: number of Fourier features of the condition, 0 to feed the number itself.
         context: width of the context vector, 0 for none.
+        dropout: share of the hidden numbers that a training step leaves out.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class MLP(nn.Module):
         depth: int = 3,
         fourier: int = 0,
         context: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         for side in shape:
@@ -45,6 +48,7 @@ class MLP(nn.Module):
             "depth": depth,
             "fourier": fourier,
             "context": context,
+            "dropout": dropout,
         }
         self.shape, self.context = tuple(shape), context
         self.embed = Fourier(fourier, max_frequency=50.0) if fourier else None
@@ -52,6 +56,7 @@ class MLP(nn.Module):
         wide = prod(shape) + (fourier or 1) + context
         for _ in range(depth):
             layers += [nn.Linear(wide, width), nn.SiLU()]
+            layers += [Dropout(dropout)] if dropout else []
             wide = width
         self.layers = nn.Sequential(*layers, nn.Linear(width, prod(shape)))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion import errors
+from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 
 __all__ = ["UNet"]
@@ -30,6 +31,8 @@ class UNet(nn.Module):
         embedding: width of the vector that carries the condition into each block.
         context: width of the context vector, 0 for none.
         heads: attention heads; must divide the widths that attend.
+        dropout: share of the numbers before each block's last convolution that a training step
+            leaves out.
 
     Images whose sides are not divisible by patch * 2^(len(channels) - 1) are padded by repeating
     the border, and the output is cropped to match.
@@ -45,6 +48,7 @@ class UNet(nn.Module):
         embedding: int = 128,
         context: int = 0,
         heads: int = 4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         errors.integer("in_channels", in_channels)
@@ -71,6 +75,7 @@ class UNet(nn.Module):
             "embedding": embedding,
             "context": context,
             "heads": heads,
+            "dropout": dropout,
         }
         self.patch = patch
         self.stride = patch * 2 ** (len(channels) - 1)
@@ -79,7 +84,7 @@ class UNet(nn.Module):
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
 
         def block(width_in: int, width_out: int, level: int) -> nn.ModuleList:
-            parts: list[nn.Module] = [Residual(width_in, width_out, embedding)]
+            parts: list[nn.Module] = [Residual(width_in, width_out, embedding, dropout)]
             if level in attention:
                 parts.append(Attention(width_out, heads))
             return nn.ModuleList(parts)
@@ -95,9 +100,9 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList(
             [
-                Residual(width, width, embedding),
+                Residual(width, width, embedding, dropout),
                 Attention(width, heads if width % heads == 0 else 1),
-                Residual(width, width, embedding),
+                Residual(width, width, embedding, dropout),
             ]
         )
 
@@ -158,12 +163,13 @@ class UNet(nn.Module):
 class Residual(nn.Module):
     """x + conv(silu(modulated norm(conv(silu(norm(x)))))), modulated by the condition."""
 
-    def __init__(self, width_in: int, width_out: int, embedding: int) -> None:
+    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * width_out)
         self.norm2 = nn.GroupNorm(8, width_out)
+        self.dropout = Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
         self.skip = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
@@ -171,7 +177,7 @@ class Residual(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulate(e)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(F.silu(h))
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):

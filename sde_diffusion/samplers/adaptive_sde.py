@@ -34,13 +34,12 @@ from sde_diffusion.brownian import (
     Brownian,
     Interval,
     child,
-    mixed_,
-    normals,
     rotated,
     share,
     signed,
     span,
 )
+from sde_diffusion.counting import mixed_, normals
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Generated, Noise
 from sde_diffusion.prediction import coordinates

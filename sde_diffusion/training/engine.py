@@ -1,0 +1,147 @@
+"""What carries a training step: this process alone, or accelerate's many.
+
+`accelerate.Accelerator` fits `Engine` as it is, so one program runs as `python ...`,
+`torchrun --nproc_per_node N ...` and `accelerate launch ...`.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Alone", "Engine", "full", "launched", "like_ours"]
+
+
+class Engine(Protocol):
+    """What training asks of an engine; the names are those of `accelerate.Accelerator`."""
+
+    @property
+    def num_processes(self) -> int: ...
+
+    @property
+    def process_index(self) -> int: ...
+
+    @property
+    def is_main_process(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def prepare(self, *parts: Any) -> Any:
+        """Network and optimizer, ready for several processes."""
+        ...
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Within it gradients are kept and not exchanged."""
+        ...
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
+
+    def reduce(self, tensor: Any, reduction: str = "mean") -> Any:
+        """The sum over the processes, on each of them, where reduction="sum"."""
+        ...
+
+    def wait_for_everyone(self) -> None: ...
+
+
+class Alone:
+    """One process that needs nobody: plain torch.
+
+    Args:
+        device: where the network is to be; where it is already, by default.
+    """
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def prepare(self, *parts: Any) -> Any:
+        return parts
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, tensor: Any, reduction: str = "mean") -> Any:
+        return tensor
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def launched(
+    device: torch.device | str | None = None,
+    *,
+    compiled: bool = False,
+    trackers: Sequence[str] = (),
+    folder: Path | None = None,
+    patience: timedelta = timedelta(minutes=10),
+) -> Any:
+    """The `accelerate.Accelerator` of the processes that this program was launched as.
+
+    DDP where there are several; FSDP, on GPUs, by accelerate's configuration (fsdp_version: 2).
+    What accelerate was told of mixed precision and accumulation is read by `precision` and
+    `accumulation`: a recipe decides them.
+
+    Args:
+        device: where to train; accelerate's choice by default, a GPU if there is one.
+        compiled: put the network through torch.compile; accelerate's configuration may ask for it
+            too.
+        trackers: names of accelerate's trackers, "tensorboard" or "wandb".
+        folder: where trackers write.
+        patience: how long a process waits for another one that says nothing.
+    Raises:
+        ValueError: if accelerate is configured for a version of FSDP without plain state.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    on_cpu = device is not None and torch.device(device).type == "cpu"
+    accelerator = Accelerator(
+        # Without this several processes on CPUs would each be alone, and nobody would notice.
+        cpu=on_cpu or not torch.accelerator.is_available(),
+        mixed_precision="no",
+        dynamo_backend="inductor" if compiled else None,
+        log_with=list(trackers),
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP needs `fsdp_version: 2` in accelerate's configuration; got 1")
+    return accelerator
+
+
+def precision() -> str:
+    """float32 or bf16: what `accelerate launch` was told."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {"no": "float32"}.get(told, told)
+
+
+def accumulation() -> int:
+    """Parts of a process's batch: what `accelerate launch` was told, or 1."""
+    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each process may hold a shard; a call of all processes."""
+    whole = getattr(tensor, "full_tensor", None)
+    return tensor if whole is None else whole()
+
+
+def like_ours(value: Tensor, ours: Tensor) -> Tensor:
+    """`value` on the device of `ours`, and sharded as it is."""
+    value = value.to(ours.device)
+    if not hasattr(ours, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(ours, DTensor)
+    return distribute_tensor(value, ours.device_mesh, ours.placements)

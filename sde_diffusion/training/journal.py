@@ -1,0 +1,124 @@
+"""What a run leaves behind while it goes on, and how it is stopped."""
+
+import csv
+import io
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sde_diffusion import storage
+from sde_diffusion.training.engine import Engine
+from sde_diffusion.training.state import Metrics
+
+__all__ = ["Journal", "Stop", "history"]
+
+TABLE = "metrics.csv"
+
+
+class Journal:
+    """A table of the steps, metrics.csv, that outlasts a kill, and accelerate's trackers.
+
+        with Journal(folder, state.step) as journal:
+            for metrics in train(state, data):
+                journal.write(metrics)
+
+    Args:
+        folder: of the table.
+        step: where the run stands; rows beyond it, of steps that will be made again, are dropped.
+        log: called with (values by name, step=step), such as `accelerator.log`; nothing by default.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, log: Any = None) -> None:
+        self.log = log
+        done = history(folder)[:step]
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([Metrics._fields, *done])
+        storage.replace(folder / TABLE, text.getvalue().encode())
+        self._file = open(folder / TABLE, "a", newline="")  # noqa: SIM115 (closed by __exit__)
+        self._table = csv.writer(self._file, lineterminator="\n")
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, metrics: Metrics) -> None:
+        """Add a step."""
+        self._table.writerow(metrics)
+        if self.log is not None:
+            self.log({k: v for k, v in metrics._asdict().items() if k != "step"}, step=metrics.step)
+
+    def flush(self) -> None:
+        """Hand all rows to the operating system; before a checkpoint, which they explain."""
+        self._file.flush()
+
+
+def history(folder: Path) -> list[Metrics]:
+    """The steps of the run in `folder`, from metrics.csv: 1, 2, ... as far as they are whole."""
+    if not (folder / TABLE).exists():
+        return []
+    steps: list[Metrics] = []
+    with open(folder / TABLE, newline="", errors="replace") as file:
+        for row in list(csv.reader(file))[1:]:
+            try:
+                step, loss, norm, rate, skipped = row  # a kill may have cut the last
+                read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
+            except ValueError:
+                break
+            if read.step != len(steps) + 1:
+                break
+            steps.append(read)
+    return steps
+
+
+class Stop:
+    """SIGINT and SIGTERM as a question that a loop asks between two steps.
+
+        with Stop() as stop:
+            for metrics in train(state, data):
+                if stop.asked(state.engine):
+                    save(state, folder)
+                    sys.exit(stop.code)
+
+    The second signal of a kind has its usual effect. Outside the main thread nothing is caught.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {which: signal.signal(which, self._note) for which in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, which: int, frame: FrameType | None) -> None:
+        self.signal = which
+        self._restore()
+
+    def _restore(self) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+        self._before = {}
+
+    def asked(self, engine: Engine) -> bool:
+        """Whether any process was asked to stop; a call of all processes, with one answer."""
+        if engine.num_processes > 1:
+            mine = torch.tensor(float(self.signal), device=engine.device)
+            self.signal = max(self.signal, int(engine.reduce(mine, "sum") > 0) * self.SIGNALS[1])
+        return bool(self.signal)
+
+    @property
+    def code(self) -> int:
+        """The exit status of a program that a signal stopped: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.signal

@@ -163,7 +163,7 @@ class UNet(nn.Module):
 class Residual(nn.Module):
     """x + conv(silu(modulated norm(conv(silu(norm(x)))))), modulated by the condition."""
 
-    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float) -> None:
+    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(8, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)

@@ -1,0 +1,174 @@
+"""The DDPM on MNIST as Ho et al. wrote it down, and other ways to sample the same network.
+
+    python experiments/mnist_ddpm.py --data-root DATA
+    python experiments/mnist_ddpm.py --data-root DATA --network mlp
+    python experiments/mnist_ddpm.py --checkpoint runs/mnist_ddpm/mnist_ddpm.safetensors
+
+Trains on the chain's own times with the eps-loss (Algorithm 1), draws 16 digits by Algorithm 2, and
+the same 8 starts by ancestral sampling, DDIM, the reverse SDE and the probability-flow ODE.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import command
+import run
+import torch
+from torch import Tensor, nn
+
+import sde_diffusion as sd
+from sde_diffusion import data, errors, plots, storage, training
+
+SIDE_BY_SIDE: dict[str, tuple[sd.Sampler, int | None]] = {
+    "ancestral, 1,000": (sd.Ancestral(), 1000),
+    "DDIM, 50": (sd.Ancestral(eta=0.0), 50),
+    "reverse SDE, 250": (sd.EulerMaruyama(), 250),
+    "probability-flow ODE": (sd.AdaptiveODE(1e-3, 1e-3), None),
+}
+
+
+@dataclass(frozen=True)
+class Config(run.Flags):
+    """Train and draw, or draw with --checkpoint."""
+
+    network: Literal["unet", "plain", "mlp"] | None = None
+    """unet: residual, with attention; plain: the exercise's, 32-64-128-256-256, time as a channel;
+    mlp: fully connected [unet]"""
+    num_steps: int | None = None
+    """N of the chain, with linear betas from 1e-4 to 0.02 [1,000]"""
+    epochs: int | None = None
+    """passes over the digits [20]"""
+    batch_size: int | None = None
+    """[128]"""
+    learning_rate: float | None = None
+    """its largest value; half a cosine to 0 [2e-3]"""
+    dtype: Literal["float32", "bf16"] | None = None
+    """the network's arithmetic [float32]"""
+    data_root: Path | None = None
+    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    checkpoint: Path | None = None
+    """draw from this .safetensors file; nothing is trained"""
+    variance: Literal["beta", "posterior"] = "beta"
+    """of the reverse steps of the 16 samples"""
+    seed: int = 0
+    """of the weights, the batches and the samples"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    out: Path = Path("runs/mnist_ddpm")
+    """folder of everything written"""
+
+
+def main(config: Config) -> None:
+    check(config)
+    command.check_out(config.out)
+    command.device(config.device)
+    if config.checkpoint:
+        denoiser = load(config.checkpoint).to(command.device(config.device))
+    else:
+        engine = run.engine(config, config.device, config.out)
+        first = engine.is_main_process
+        denoiser = train(config, engine)
+        run.finish(engine)
+        if not first:
+            return
+    draw(config, denoiser)
+
+
+def check(config: Config) -> None:
+    run.check(config)
+    for name in ("num_steps", "epochs", "batch_size"):
+        if getattr(config, name) is not None:
+            errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**6)
+    if config.learning_rate is not None:
+        errors.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
+    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+    training_only = ("network", "num_steps", "epochs", "batch_size", "learning_rate", "data_root",
+                     *(field.name for field in fields(run.Flags)))  # fmt: skip
+    for name in training_only if config.checkpoint else ():
+        if getattr(config, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --checkpoint")
+
+
+def load(path: Path) -> sd.Denoiser:
+    """A denoiser of 28x28 digits on a chain."""
+    denoiser = sd.Denoiser.load(path)
+    x = torch.zeros(1, 1, 28, 28)
+    try:
+        sd.DDPM(denoiser).predict_x0(x, 1)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--checkpoint {path}: no DDPM of 28x28 digits: {error}") from None
+    return denoiser
+
+
+def train(config: Config, engine: training.Engine) -> sd.Denoiser:
+    """Algorithm 1 of Ho et al.: t = i/N uniform in i, the error of eps."""
+    torch.manual_seed(config.seed)  # the network's first weights
+    networks: dict[str, nn.Module] = {
+        "unet": sd.networks.UNet(channels=(32, 64), blocks=1),
+        "plain": sd.networks.PlainUNet(),
+        "mlp": sd.networks.MLP(shape=(1, 28, 28), width=768, depth=4, fourier=64),
+    }
+    chain = sd.Discrete.linear(config.num_steps or 1000)
+    denoiser = sd.Denoiser(networks[config.network or "unet"], chain, sd.Eps())
+    digits = data.mnist(config.data_root)
+    run.prepare(config, config.out, engine, "metrics.csv", "mnist_ddpm.*", "*.png")
+    batch_size = config.batch_size or 128
+    epoch = -(-len(digits) // batch_size)
+    recipe = training.Recipe(
+        steps=(config.epochs or 20) * epoch,
+        batch_size=batch_size,
+        learning_rate=config.learning_rate or 2e-3,
+        ema=training.EMA(0.999),
+        seed=config.seed,
+        dtype=run.dtype(config.dtype),
+    )
+    times = sd.DiscreteTimes(chain.num_steps)
+    bad = config.on_bad or "raise"
+    state = training.TrainState(denoiser, recipe, times, engine=engine, bad=bad)
+    run.resume(config, state, config.out)
+    record = {"command": command.command(), "commit": command.commit(), **state.settings}
+    if engine.is_main_process:
+        command.write_config(config.out, config)
+    deque(run.steps(config, state, digits, config.out, **record), maxlen=0)
+    made = state.averaged
+    if engine.is_main_process:
+        loss = run.mean_loss(config.out)
+        made.save(config.out / "mnist_ddpm.safetensors", **record, loss_of_last_1000_steps=loss)
+    return made
+
+
+def draw(config: Config, denoiser: sd.Denoiser) -> None:
+    """samples.png by the discrete face, side_by_side.png by every formulation."""
+    out, device = command.folder(config.out), next(denoiser.parameters()).device
+    ddpm = sd.DDPM(denoiser)
+    seeds = [config.seed * 2**32 + k for k in range(16)]
+    start = time.perf_counter()
+    x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
+    print(f"16 digits in {ddpm.num_steps} steps, {time.perf_counter() - start:.1f} s")
+    storage.replace(out / "samples.png", plots.png(plots.tiles(x)))
+    rows: dict[str, Tensor] = {}
+    noise = ddpm.process.prior((8, 1, 28, 28), seeds=seeds[:8], device=device)
+    for name, (sampler, steps) in SIDE_BY_SIDE.items():
+        start, steps = time.perf_counter(), None if steps is None else min(steps, ddpm.num_steps)
+        rows[name] = sd.sample(denoiser, sampler, noise, steps=steps, seeds=seeds[:8])
+        print(f"{name}: {time.perf_counter() - start:.1f} s")
+    storage.replace(out / "side_by_side.png", plots.png(picture(rows)))
+    print(f"-> {out / 'samples.png'}, {out / 'side_by_side.png'}")
+
+
+def picture(rows: dict[str, Tensor]) -> object:
+    """A row of digits for each sampler, all from the same noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.95 * len(rows)), layout="constrained")
+    for axes, (name, x) in zip(figure.subplots(len(rows)), rows.items(), strict=True):
+        axes.imshow(plots.tiles(x))
+        axes.set_title(name, fontsize=8, loc="left")
+        axes.set_axis_off()
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

@@ -1,25 +1,22 @@
 """The scripts as a user runs them: what they write, and one line with exit 2 for what is wrong."""
 
-import gzip
 import hashlib
 import importlib
 import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
+from training_runs import small_mnist
 
 import sde_diffusion as sd
 
@@ -61,19 +58,7 @@ def scratch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def idx_root(scratch):
-    """scikit-learn's 8x8 digits, tripled and framed to 28x28, in MNIST's files."""
-    digits = load_digits()
-    pixels = np.pad(digits.images.repeat(3, 1).repeat(3, 2) * 15.9, ((0, 0), (2, 2), (2, 2)))
-    raw = scratch / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, rows in (("train", slice(0, 1500)), ("t10k", slice(1500, None))):
-        images = pixels[rows].astype(np.uint8)
-        labels = digits.target[rows].astype(np.uint8)
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-            path = raw / f"{part}-{kind}-ubyte.gz"
-            path.write_bytes(gzip.compress(header + array.tobytes()))
-    return scratch / "data"
+    return small_mnist(scratch / "data")
 
 
 # ---- sampling ---------------------------------------------------------------------------------

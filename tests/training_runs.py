@@ -1,6 +1,11 @@
 """Small training runs that tests compare bit for bit."""
 
+import gzip
+import struct
+
+import numpy as np
 import torch
+from sklearn.datasets import load_digits
 
 from sde_diffusion.data import Images, Points
 from sde_diffusion.denoiser import Denoiser
@@ -29,10 +34,39 @@ def unet():
 RUNS = {"mlp": (mlp, POINTS), "unet": (unet, IMAGES)}
 
 
-def fresh(network=mlp, recipe=RECIPE, seed=0, process=None):
+def mlp_dropout():
+    return MLP(width=16, depth=2, dropout=0.2)
+
+
+def unet_dropout():
+    """Its last convolutions are 0 at first: as it is, a gradient would hardly reach the rest."""
+    network = UNet(channels=(8, 16), blocks=1, embedding=8, heads=2, dropout=0.2)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+def fresh(network=mlp, recipe=RECIPE, seed=0, process=None, dtype=torch.float32, **others):
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # initial weights are all that torch draws from its global state
-        return TrainState(Denoiser(network(), process or VP(), V()), recipe)
+        return TrainState(Denoiser(network().to(dtype), process or VP(), V()), recipe, **others)
+
+
+def small_mnist(folder):
+    """scikit-learn's 8x8 digits, tripled and framed to 28x28, in MNIST's files; the data root."""
+    digits = load_digits()
+    pixels = np.pad(digits.images.repeat(3, 1).repeat(3, 2) * 15.9, ((0, 0), (2, 2), (2, 2)))
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, rows in (("train", slice(0, 1500)), ("t10k", slice(1500, None))):
+        images = pixels[rows].astype(np.uint8)
+        labels = digits.target[rows].astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            path = raw / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+    return folder
 
 
 def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE):

@@ -110,7 +110,7 @@ def launched(
         cpu=on_cpu or not torch.accelerator.is_available(),
         mixed_precision="no",
         dynamo_backend="inductor" if compiled else None,
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )

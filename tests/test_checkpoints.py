@@ -1,6 +1,6 @@
 """A checkpoint is whole or absent, and a run that goes on from it is the uninterrupted one."""
 
-from dataclasses import asdict
+import resource
 
 import pytest
 import torch
@@ -17,13 +17,23 @@ from training_runs import (
     unet,
 )
 
+from sde_diffusion import storage
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.networks import MLP
 from sde_diffusion.prediction import V
 from sde_diffusion.processes import VP, RectifiedFlow
 from sde_diffusion.storage import BadFile
 from sde_diffusion.times import NormalLogSNR
-from sde_diffusion.training import Recipe, TrainState, draw, newest_checkpoint, restore, save
+from sde_diffusion.training import (
+    Otherwise,
+    Recipe,
+    TrainState,
+    draw,
+    newest_checkpoint,
+    restore,
+    resume,
+    save,
+)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -139,8 +149,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(
 
 def test_a_checkpoint_of_another_recipe_is_refused_by_its_differences(tmp_path):
     checkpoint = save(ran(2), tmp_path)
-    other = {**asdict(RECIPE), "learning_rate": 2e-3, "seed": 7}
-    with pytest.raises(BadFile) as caught:
+    other = {**vars(RECIPE), "learning_rate": 2e-3, "seed": 7}
+    with pytest.raises(Otherwise) as caught:
         restore(fresh(recipe=Recipe(**other)), checkpoint)
     message = str(caught.value)
     assert "learning_rate 0.001 -> 0.002" in message
@@ -174,3 +184,110 @@ def test_a_resume_with_another_law_of_times_is_refused_by_name(tmp_path):
     other = TrainState(Denoiser(mlp(), VP(), V()), RECIPE, NormalLogSNR(VP()))
     with pytest.raises(BadFile, match=r"times UniformTimes.* -> NormalLogSNR"):
         restore(other, checkpoint)
+
+
+@pytest.mark.parametrize("bad", ["skip", "raise"])
+def test_skipped_steps_are_part_of_the_state(tmp_path, bad):
+    state = ran(2, bad="skip")
+    batch = draw(POINTS, RECIPE, TIMES, 2)
+    state.advance(batch._replace(eps=torch.full_like(batch.eps, torch.nan)))
+    resumed = fresh(seed=99, bad=bad)  # what to do with the next one may change
+    restore(resumed, save(state, tmp_path))
+    assert resumed.skipped == 1
+    for one in (state, resumed):
+        one.advance(draw(POINTS, RECIPE, TIMES, 3))
+    assert_same_bits(content(state), content(resumed))
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_says_so(tmp_path):
+    assert resume(fresh(), tmp_path) == (None, [])
+    older, newest = save(ran(2), tmp_path), save(ran(3), tmp_path)
+    assert resume(fresh(seed=99), tmp_path) == (newest, [])
+    truncate(newest / "training.safetensors")
+    state = fresh(seed=99)
+    found, damaged = resume(state, tmp_path)
+    assert found == older
+    assert len(damaged) == 1
+    assert str(newest) in damaged[0]
+    assert_same_bits(content(state), content(ran(2)))
+    flip(older / "denoiser.json")
+    before = content(state)
+    with pytest.raises(BadFile) as caught:
+        resume(state, tmp_path)
+    assert str(newest) in str(caught.value)
+    assert str(older) in str(caught.value)
+    assert_same_bits(content(state), before)
+
+
+def test_resume_does_not_pass_over_another_run(tmp_path):
+    """The checkpoint before it would be of the same other run, or worse, of a third."""
+    save(ran(2), tmp_path)
+    other = fresh(recipe=Recipe(**{**vars(RECIPE), "seed": 1}))
+    with pytest.raises(Otherwise, match="seed 0 -> 1"):
+        resume(other, tmp_path)
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000, 5000])
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, limit):
+    """RLIMIT_FSIZE lets no file grow beyond the limit: the write is refused within the file."""
+    older = save(ran(2), tmp_path)
+    state = ran(3)
+    before = content(state)
+    sizes = [path.stat().st_size for path in older.iterdir()]
+    assert max(sizes) > 5000
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(state, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+    assert_same_bits(content(state), before)
+    restore(fresh(seed=99), older)
+    assert newest_checkpoint(tmp_path) == older
+    assert save(state, tmp_path) == newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        ({"step": -1}, "record of a training run"),
+        ({"step": 1.0}, "record of a training run"),
+        ({"step": True}, "record of a training run"),
+        ({"skipped": 3}, "record of a training run"),
+        ({"settings": None}, "record of a training run"),
+        ({"settings": {}}, "seed None -> 0"),
+        ({"step": 0}, "not known here"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_refused_though_its_hash_is_right(tmp_path, edit, told):
+    path = save(ran(2), tmp_path) / "training.safetensors"
+    tensors, record = storage.read(path)
+    kept = {k: v for k, v in record.items() if k not in storage.OURS}
+    storage.write(path, tensors, {**kept, **edit})
+    state = fresh()
+    before = content(state)
+    with pytest.raises(BadFile) as caught:
+        restore(state, path.parent)
+    assert told in str(caught.value)
+    assert_same_bits(content(state), before)
+
+
+@pytest.mark.parametrize("name", ["network.layers.0.weight", "optimizer.0.exp_avg"])
+@pytest.mark.parametrize("how", ["shape", "absent", "extra"])
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, name, how):
+    path = save(ran(2), tmp_path) / "training.safetensors"
+    tensors, record = storage.read(path)
+    if how == "shape":
+        tensors[name] = tensors[name].flatten()
+    elif how == "absent":
+        del tensors[name]
+    else:
+        tensors[name := name + "_2"] = torch.zeros(1)
+    storage.write(path, tensors, {k: v for k, v in record.items() if k not in storage.OURS})
+    state = fresh()
+    before = content(state)
+    with pytest.raises(BadFile, match=f"{path}: of another network: {name} is"):
+        restore(state, path.parent)
+    assert_same_bits(content(state), before)

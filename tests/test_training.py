@@ -1,6 +1,7 @@
 """A training run is a function of its recipe, its data and its first weights, however it is cut."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -16,14 +17,17 @@ from training_runs import (
     assert_same_bits,
     content,
     fresh,
+    mlp_dropout,
     ran,
     unet,
+    unet_dropout,
 )
 
 from sde_diffusion.data import Images, Points, dequantize, order
-from sde_diffusion.losses import denoising_loss
+from sde_diffusion.networks import Dropout
 from sde_diffusion.times import DiscreteTimes
 from sde_diffusion.training import EMA, PowerEMA, Recipe, draw, restore, save, train
+from sde_diffusion.training.batches import mask
 
 
 def repr_shape(data):
@@ -149,41 +153,107 @@ def test_the_learning_rate_is_a_ramp_times_half_a_cosine():
         assert abs(recipe.rate(step) - expected) < 1e-15
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(run):
-    """Mean over 4 equal pieces of the gradients of the pieces' mean losses; float64 sums differ
-    by rounding only."""
-    network, data = RUNS[run]
-    state = ran(3, network=network, data=data)  # away from the U-Net's initial zeros
-    denoiser = state.denoiser.double()
-
-    def gradient(positions=None):
-        batch = draw(data, RECIPE, TIMES, 5, positions)
-        loss = denoising_loss(denoiser, batch.x0.double(), batch.t, batch.eps.double()).mean()
-        return torch.autograd.grad(loss, list(denoiser.network.parameters()))
-
-    whole = gradient()
-    pieces = [gradient(range(4 * k, 4 * k + 4)) for k in range(4)]
+@pytest.mark.parametrize("network", [mlp_dropout, unet_dropout])
+@pytest.mark.parametrize("parts", [2, 3, 16])
+def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(network, parts):
+    """Sums in another order: float64 rounding. With dropout, whose masks belong to positions."""
+    data = POINTS if network is mlp_dropout else IMAGES
+    recipe = Recipe(steps=12, batch_size=16, warmup=3, clip=math.inf)
+    states = [fresh(network, recipe, dtype=torch.float64) for _ in range(2)]
+    metrics = [next(train(state, data, k)) for state, k in zip(states, (1, parts), strict=True)]
+    whole, cut = ([p.grad for p in state.weights] for state in states)
     assert sum(g.square().sum() for g in whole) > 1e-4
-    for one, *parts in zip(whole, *pieces, strict=True):
-        assert_close(one, sum(parts) / 4, rtol=1e-12, atol=1e-12)
+    for one, other in zip(whole, cut, strict=True):
+        assert_close(other, one, rtol=1e-12, atol=1e-12)
+    assert_close(metrics[0].loss, metrics[1].loss, rtol=1e-12, atol=0)
 
 
-def test_the_average_is_its_closed_form_sum():
-    """mean_K = sum_j c_j w_j, c_j = (1 - d_(j-1)) prod_(k=j)^(K-1) d_k, d_0 = 0 and else
-    d_k = min(decay, (1 + k) / (10 + k)): one average of all weights so far, c_j summing to 1."""
-    recipe = Recipe(steps=40, batch_size=8, warmup=0, learning_rate=0.1, ema=EMA(0.6))
-    state = fresh(recipe=recipe)
-    state.denoiser.double()
-    state.shadow.double()
-    state.average = [p.data for p in state.shadow.parameters()]
+def test_more_parts_than_positions_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 17"):
+        next(train(fresh(), POINTS, 17))
+
+
+def test_masks_are_those_of_the_position_the_layer_and_the_step():
+    """p is 0.2 of n numbers: its standard error is sqrt(.16 / n)."""
+    state = fresh(mlp_dropout)
+    layers = [part for part in state.network.modules() if isinstance(part, Dropout)]
+    seen, ones = [], torch.ones(16, 1000)
+    for step in (0, 1):
+        batch = draw(POINTS, RECIPE, TIMES, step)
+        mask(state.network, RECIPE, step, batch)
+        for layer in layers:
+            seen.append(layer(ones))
+        mask(state.network, RECIPE, step, draw(POINTS, RECIPE, TIMES, step, range(5, 9)))
+        assert torch.equal(layers[1](ones[:4]), seen[-1][5:9])
+    rows = torch.cat(seen)
+    assert len(rows.unique(dim=0)) == len(rows) == 2 * 2 * 16
+    assert set(rows.unique().tolist()) == {0.0, 1.25}
+    dropped = (rows == 0).double().mean()
+    assert abs(dropped - 0.2) < 4.5 * (0.16 / rows.numel()) ** 0.5
+    state.averaged.network.eval()
+    assert torch.equal(layers[0].eval()(ones), ones)
+
+
+def test_torchs_own_dropout_repeats_and_leaves_the_global_generator_alone():
+    def network():
+        return Plain(torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Dropout(), torch.nn.Linear(32, 2)))  # fmt: skip  # noqa: E501
+
+    before = torch.get_rng_state()
+    first, second = (ran(3, network=network) for _ in range(2))
+    assert_same_bits(content(first), content(second))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert_same_bits(content(ran(3, network=network)), content(first))
+    torch.set_rng_state(before)
+
+
+class Plain(torch.nn.Module):
+    """A network that is not told the noise level."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, c):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("decay", "last"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+def test_the_learning_rate_falls_as_it_is_told(decay, last):
+    recipe = Recipe(steps=100, warmup=0, learning_rate=1.0, decay=decay)
+    assert recipe.rate(0) == 1.0
+    assert abs(recipe.rate(50) - last) < 1e-15
+    assert recipe.rate(99) == pytest.approx({"cosine": np.cos(np.pi * 99 / 200) ** 2, "linear": 0.01, "constant": 1.0}[decay], rel=1e-12)  # fmt: skip  # noqa: E501
+
+
+def shares_of_ema(steps, decay):
+    """c_j = (1 - d_(j-1)) prod_(k=j)^(K-1) d_k with d_0 = 0 and d_k = min(decay, (1+k)/(10+k))."""
+    d = [0.0, *(min(decay, (1 + k) / (10 + k)) for k in range(1, steps))]
+    return [(1 - d[j - 1]) * np.prod(d[j:steps]) for j in range(1, steps + 1)]
+
+
+def shares_of_power(steps, gamma):
+    """(j/K)^(gamma + 1) - ((j - 1)/K)^(gamma + 1): the profile t^gamma, integrated over a step."""
+    edges = (np.arange(steps + 1) / steps) ** (gamma + 1)
+    return np.diff(edges)
+
+
+@pytest.mark.parametrize(
+    ("ema", "shares"),
+    [
+        (EMA(0.6), shares_of_ema(40, 0.6)),
+        (EMA(0.99), shares_of_ema(40, 0.99)),
+        (PowerEMA(0.1), shares_of_power(40, PowerEMA(0.1).gamma)),
+        (PowerEMA(0.25), shares_of_power(40, PowerEMA(0.25).gamma)),
+    ],
+    ids=str,
+)
+def test_an_average_is_its_closed_form_sum(ema, shares):
+    recipe = Recipe(steps=40, batch_size=8, warmup=0, learning_rate=0.1, ema=ema)
+    state = fresh(recipe=recipe, dtype=torch.float64)
     history = []
     for _ in train(state, POINTS):
         history.append(torch.nn.utils.parameters_to_vector(state.denoiser.network.parameters()))
-    decay = [0.0, *(min(0.6, (1 + k) / (10 + k)) for k in range(1, 40))]
-    assert 0.6 in decay
-    assert decay[1] < 0.6
-    shares = [(1 - decay[j - 1]) * np.prod(decay[j:40]) for j in range(1, 41)]
     assert abs(sum(shares) - 1) < 1e-12
     expected = sum(share * weights for share, weights in zip(shares, history, strict=True))
     average = torch.nn.utils.parameters_to_vector(state.averaged.network.parameters())
@@ -191,10 +261,21 @@ def test_the_average_is_its_closed_form_sum():
     assert (average - history[-1]).abs().max() > 1e-3
 
 
-def test_one_update_of_the_average_is_the_convex_combination():
-    mean, value = [torch.zeros(3, dtype=torch.float64)], [torch.ones(3, dtype=torch.float64)]
-    EMA(0.99)(mean, value, torch.tensor(5))
-    assert_close(mean[0], torch.full((3,), 1 - 6 / 15, dtype=torch.float64), rtol=1e-15, atol=0)
+@pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.2, 0.28])
+def test_the_power_functions_width_is_the_one_asked_for(sigma_rel):
+    """Karras et al. 2024: the profile t^gamma on [0, 1] has variance
+    (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), and 16.97, 6.94 for .05 and .10 (their Table 8)."""
+    gamma = PowerEMA(sigma_rel).gamma
+    assert abs((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) / sigma_rel**2 - 1) < 1e-10
+    published = {0.05: 16.97, 0.1: 6.94}
+    assert abs(gamma - published.get(sigma_rel, gamma)) < 5e-3
+
+
+@pytest.mark.parametrize("make", [lambda: EMA(1.0), lambda: EMA(-0.1), lambda: PowerEMA(0.3),
+                                  lambda: PowerEMA(0.0), lambda: EMA(float("nan"))])  # fmt: skip
+def test_a_bad_average_is_refused(make):
+    with pytest.raises(ValueError, match=r"^(decay|sigma_rel) must"):
+        make()
 
 
 def test_the_gradient_is_clipped_to_the_recipe():
@@ -216,11 +297,44 @@ def test_a_bad_batch_is_named_and_changes_nothing(field, value):
     batch = draw(POINTS, RECIPE, TIMES, 3)
     spoilt = getattr(batch, field).clone()
     spoilt[4, 1] = value
-    with pytest.raises(FloatingPointError, match="at step 3; weights unchanged"):
+    named = rf"at step 3: {field} of position 4; weights unchanged"
+    with pytest.raises(FloatingPointError, match=named):
         state.advance(batch._replace(**{field: spoilt}))
     assert_same_bits(content(state), before)
     state.advance(batch)
     assert_same_bits(content(state), content(ran(4)))
+
+
+def test_a_bad_step_can_be_skipped_and_is_counted():
+    """The run is then the one whose data had no such step: same weights, same average."""
+    state, other = ran(3, bad="skip"), ran(3)
+    before = content(state)
+    batch = draw(POINTS, RECIPE, TIMES, 3)
+    metrics = state.advance(batch._replace(x0=torch.full_like(batch.x0, torch.nan)))
+    assert (metrics.step, metrics.skipped, metrics.learning_rate) == (4, 1, 0.0)
+    after = content(state)
+    assert (int(after.pop("step")), int(after.pop("skipped"))) == (4, 1)
+    assert_same_bits(after, {k: v for k, v in before.items() if k not in ("step", "skipped")})
+    other.step = 4  # it too goes on with the fifth batch
+    for one in (state, other):
+        one.advance(draw(POINTS, RECIPE, TIMES, 4))
+    weights = [content(one) for one in (state, other)]
+    for name in weights[0]:
+        if name.startswith("network"):
+            assert torch.equal(weights[0][name], weights[1][name]), name
+
+
+def test_a_bad_batch_leaves_running_statistics_alone():
+    """Batch norm moves its buffers in the forward pass, before the loss is known."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2))
+    state = fresh(lambda: Plain(network))
+    state.advance(draw(POINTS, RECIPE, TIMES, 0))
+    assert_close(state.averaged.network.inner[0].running_mean, network[0].running_mean)
+    before = {name: value.clone() for name, value in state.network.state_dict().items()}
+    batch = draw(POINTS, RECIPE, TIMES, 1)
+    with pytest.raises(FloatingPointError, match=r"x0 of position 0, 1, 2, 3, 4, \.\.\."):
+        state.advance(batch._replace(x0=torch.full_like(batch.x0, torch.inf)))
+    assert_same_bits(state.network.state_dict(), before)
 
 
 def test_a_gradient_that_overflows_is_refused_like_a_loss():
@@ -258,9 +372,8 @@ def test_bf16_trains_float32_weights():
         ("weight_decay", -0.1),
         ("clip", 0.0),
         ("clip", float("nan")),
-        ("ema", 1.0),
-        ("ema", -0.1),
-        ("ema", float("nan")),
+        ("ema", 0.999),
+        ("decay", "step"),
         ("seed", -1),
         ("seed", 0.5),
         ("dtype", "float16"),

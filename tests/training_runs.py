@@ -69,8 +69,8 @@ def small_mnist(folder):
     return folder
 
 
-def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE):
-    state = fresh(network, recipe)
+def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE, **others):
+    state = fresh(network, recipe, **others)
     for _ in range(steps):
         state.advance(draw(data, state.recipe, TIMES, state.step))
     return state

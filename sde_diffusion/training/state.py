@@ -151,7 +151,7 @@ class TrainState:
         engine, recipe = self.engine, self.recipe
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
-        buffers = [(b, b.clone()) for b in self.network.buffers() if b.is_floating_point()]
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         each: list[Tensor] = []
         for k, part in enumerate(parts, 1):

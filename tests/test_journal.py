@@ -1,0 +1,105 @@
+"""The table of a run outlasts a kill, and a signal is a question between two steps."""
+
+import os
+import signal
+import threading
+
+import pytest
+from training_runs import POINTS, fresh
+
+from sde_diffusion.training import Alone, Journal, Metrics, Stop, history, train
+
+
+def steps(count, skipped=0):
+    return [Metrics(k, 1 / k, k / 3, 1e-3, skipped) for k in range(1, count + 1)]
+
+
+def test_the_table_comes_back_number_for_number(tmp_path):
+    state = fresh()
+    with Journal(tmp_path) as journal:
+        made = []
+        for metrics in train(state, POINTS):
+            journal.write(metrics)
+            made.append(metrics)
+    assert history(tmp_path) == made
+    assert len(made) == 12
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,loss,gradient_norm,learning_rate,skipped"
+
+
+def test_a_journal_goes_on_where_the_run_stands(tmp_path):
+    with Journal(tmp_path) as journal:
+        for metrics in steps(7):
+            journal.write(metrics)
+    uninterrupted = (tmp_path / "metrics.csv").read_bytes()
+    with Journal(tmp_path, step=4) as journal:
+        assert history(tmp_path) == steps(4)
+        for metrics in steps(7)[4:]:
+            journal.write(metrics)
+    assert (tmp_path / "metrics.csv").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 4))
+def test_a_table_cut_anywhere_is_read_as_far_as_it_is_whole(tmp_path, cut):
+    with Journal(tmp_path) as journal:
+        for metrics in steps(5):
+            journal.write(metrics)
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(path.read_bytes()[:-cut])
+    read = history(tmp_path)
+    # A number that lost its last digits is still a number: only the last row may be such.
+    assert read[:-1] == steps(5)[: max(0, len(read) - 1)]
+    with Journal(tmp_path, step=3) as journal:
+        for metrics in steps(5)[3:]:
+            journal.write(metrics)
+    assert history(tmp_path)[3:] == steps(5)[3:]
+
+
+def test_rows_out_of_order_and_noise_end_the_table(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [",".join(map(str, m)) for m in steps(4)]
+    for bad in ("7,1,1,1,0", "3,x,1,1,0", "3,1,1", "\0\xff,1,1,1,0"):
+        path.write_bytes("\n".join(["step,...", *rows[:2], bad, rows[3], ""]).encode("latin1"))
+        assert history(tmp_path) == steps(2)
+    assert history(tmp_path / "absent") == []
+
+
+def test_trackers_are_told_each_step(tmp_path):
+    told = []
+    with Journal(tmp_path, log=lambda values, step: told.append((step, values))) as journal:
+        for metrics in steps(2):
+            journal.write(metrics)
+    assert [step for step, _ in told] == [1, 2]
+    assert told[1][1] == {"loss": 0.5, "gradient_norm": 2 / 3, "learning_rate": 1e-3, "skipped": 0}
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_noted_and_the_second_has_its_usual_effect(which, code):
+    before = signal.getsignal(which)
+    with Stop() as stop:
+        assert not stop.asked(Alone())
+        os.kill(os.getpid(), which)
+        assert stop.asked(Alone())
+        assert stop.code == code
+        assert signal.getsignal(which) == before
+    assert signal.getsignal(which) == before
+
+
+def test_handlers_are_as_before_where_nothing_happened():
+    before = [signal.getsignal(which) for which in Stop.SIGNALS]
+    with pytest.raises(RuntimeError, match="mine"), Stop():
+        raise RuntimeError("mine")
+    assert [signal.getsignal(which) for which in Stop.SIGNALS] == before
+
+
+def test_outside_the_main_thread_nothing_is_caught():
+    answers = []
+
+    def work():
+        with Stop() as stop:
+            answers.append(stop.asked(Alone()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [False]

@@ -137,10 +137,14 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like_ours(value: Tensor, ours: Tensor) -> Tensor:
-    """`value` on the device of `ours`, and sharded as it is."""
-    value = value.to(ours.device)
+    """`value` on the device of `ours`, in its memory format, and sharded as it is.
+
+    A fused optimizer goes through weights and moments side by side in memory: were their formats
+    different, it would pair the wrong numbers and say nothing.
+    """
     if not hasattr(ours, "full_tensor"):
-        return value
+        return torch.empty_like(ours, requires_grad=False).copy_(value)
+    value = value.to(ours.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(ours, DTensor)

@@ -72,8 +72,8 @@ class TrainState:
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         self.bad, self.step, self.skipped = bad, 0, 0
         network = denoiser.network.to(self.engine.device)
-        if self.engine.device.type == "cuda":
-            # CPUs do not gain: a step of the packaged U-Net took 1.2 to 1.7 times as long there.
+        if self.engine.device.type != "cpu" or recipe.dtype == "float32":
+            # A CPU's step of the packaged U-Net takes 0.92 to 0.95 of the time; 1.8 times in bf16.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         shadow = copy.deepcopy(network).requires_grad_(False)
         optimizer = torch.optim.AdamW(

@@ -22,6 +22,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Sharded:
     """Accelerate's engine, but for FSDP, which accelerate offers on GPUs alone."""
 
+    is_fsdp2 = True
+
     def __init__(self, engine):
         self.engine = engine
 
@@ -47,7 +49,10 @@ def content(state):
     parts = {f"weight.{name}": value for name, value in named.items()}
     parts |= {f"grad.{name}": value.grad for name, value in named.items()}
     parts |= {f"mean.{n}": v for n, v in zip(named, state.average, strict=True)}
-    return {name: training.engine.full(value.detach()).clone() for name, value in parts.items()}
+    return {
+        name: training.engine.full(value.detach()).clone(memory_format=torch.contiguous_format)
+        for name, value in parts.items()
+    }
 
 
 def main(folder):
@@ -64,17 +69,18 @@ def main(folder):
                 found[f"{case}.{dtype}.{parts}.losses"] = torch.tensor(losses).double()
     training.save(state, folder / "ddp")
 
-    state = fresh(mlp_dropout, dtype=torch.float64, engine=Sharded(engine))
-    shards = [tuple(p.to_local().shape) for p in state.network.parameters()]
-    assert shards != [tuple(p.shape) for p in state.network.parameters()]
-    for _ in zip(training.train(state, POINTS), range(3), strict=False):
-        pass
-    found |= {f"fsdp.{k}": v for k, v in content(state).items()}
-    checkpoint = training.save(state, folder / "fsdp")
-    again = fresh(mlp_dropout, dtype=torch.float64, engine=Sharded(engine), seed=5)
-    training.restore(again, checkpoint)
-    next(training.train(again, POINTS))
-    found |= {f"again.{k}": v for k, v in content(again).items()}
+    for case, (network, data) in CASES.items():
+        state = fresh(network, dtype=torch.float64, engine=Sharded(engine))
+        shards = [tuple(p.to_local().shape) for p in state.network.parameters()]
+        assert shards != [tuple(p.shape) for p in state.network.parameters()]
+        for _ in zip(training.train(state, data), range(3), strict=False):
+            pass
+        found |= {f"fsdp.{case}.{k}": v for k, v in content(state).items()}
+        checkpoint = training.save(state, folder / f"fsdp-{case}")
+        again = fresh(network, dtype=torch.float64, engine=Sharded(engine), seed=5)
+        training.restore(again, checkpoint)
+        next(training.train(again, data))
+        found |= {f"again.{case}.{k}": v for k, v in content(again).items()}
 
     mine = next(training.batches.stretches(RECIPE, 2, engine.process_index, 1))
     drawn = training.draw(POINTS, RECIPE, TIMES, 3, mine)

@@ -1,0 +1,382 @@
+"""Quality of digits against network calls, for every sampler: table, JSON and picture.
+
+    python experiments/evaluate.py --samplers adams ddim --steps 5 10 20 50
+    torchrun --nproc_per_node 2 experiments/evaluate.py ...    the same figures in half the time
+
+Real digits are MNIST's training digits, in two halves by --seed: the first is what samples are
+compared with, the second gives the floor, what as many perfect samples would get. Each process
+computes on one thread, since the last bits of a sum depend on how many share it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import command
+import mnist_vp
+import samplers as words
+import torch
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import data, distances, errors, features, metrics, plots, storage
+
+COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
+TITLES = {
+    "mnist": "Frechet distance on 64 features of a digit classifier",
+    "inception": "FID",
+    "efficientnet": "Frechet distance on 64 principal components of EfficientNet-Lite0 features",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw digits with every sampler, and measure them."""
+
+    checkpoint: Path | None = None
+    """a .safetensors file of 28x28 digits [the packaged weights]"""
+    samplers: tuple[words.Word, ...] = ("ancestral", "ddim", "dpm2", "adams")
+    """what to compare"""
+    steps: tuple[int, ...] = (5, 10, 20, 50)
+    """steps of the fixed-step samplers"""
+    tolerances: tuple[float, ...] | None = None
+    """relative and absolute tolerances of ode, adaptive-ode, adaptive-sde [0.1 0.01 0.001]"""
+    frame: words.FrameWord | None = None
+    """in which adams and adaptive-ode integrate [straight]"""
+    num_samples: int = 10_000
+    """digits drawn with each"""
+    num_real: int | None = None
+    """real digits used, the first ones [all]"""
+    features: Literal["mnist", "inception", "efficientnet"] = "mnist"
+    """the network whose features are compared"""
+    inception_weights: Path | None = None
+    """file of Inception's published weights"""
+    download: bool = False
+    """fetch Inception's weights"""
+    seed: int = 0
+    """sample k depends on (seed, k) alone"""
+    batch_size: int = 128
+    """samples drawn at once: whole batches are dealt to processes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data_root: Path | None = None
+    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    out: Path = Path("runs/evaluate")
+    """folder of what is written"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampler at one setting: what a row of the table is about."""
+
+    word: words.Word
+    sampler: sd.Sampler
+    steps: int | None
+    tolerance: float | None
+
+    @property
+    def setting(self) -> str:
+        return f"{self.steps} steps" if self.tolerance is None else f"tol {self.tolerance:g}"
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range, and flags that would have no effect."""
+    for name in ("num_samples", "batch_size", "num_real"):
+        value = getattr(config, name)
+        if value is not None:
+            errors.integer("--" + name.replace("_", "-"), value, 2, 10**7)
+    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+    for name in ("samplers", "steps", "tolerances"):
+        values = getattr(config, name)
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"--{name} must be one or more, all different; got {values}")
+    for steps in config.steps:
+        errors.integer("--steps", steps, at_most=10**5)
+    for tolerance in config.tolerances or ():
+        errors.number("--tolerances", tolerance, 0, 1, strict=True)
+    chosen = set(config.samplers)
+    if config.tolerances and not chosen & set(words.TOLERANCES):
+        raise ValueError("--tolerances has no effect without a sampler with steps of its own")
+    if config.frame and not chosen & set(words.FRAMED):
+        raise ValueError(f"--frame has no effect without {' or '.join(words.FRAMED)}")
+    asked = config.inception_weights is not None or config.download
+    if asked != (config.features == "inception") or (config.inception_weights and config.download):
+        raise ValueError("--features inception takes --inception-weights PATH or --download")
+
+
+def runs(config: Config) -> list[Run]:
+    """Every sampler at each of its settings."""
+    made: list[Run] = []
+    for word in config.samplers:
+        if word in words.TOLERANCES:
+            for tol in config.tolerances or (0.1, 0.01, 0.001):
+                chosen = words.sampler(word, None, config.frame, tol, tol)
+                made.append(Run(word, chosen, None, tol))
+        else:
+            for steps in config.steps:
+                chosen = words.sampler(word, steps, config.frame)
+                made.append(Run(word, chosen, steps, None))
+    return made
+
+
+class Share:
+    """This process's part of the work; whole batches are dealt, and all get all results."""
+
+    def __init__(self, config: Config) -> None:
+        from accelerate import Accelerator
+
+        device = command.device(config.device)
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.device = self.accelerator.device
+        self.batch_size = config.batch_size
+
+    def each(self, count: int, make: Callable[[range], Tensor]) -> Tensor:
+        """make(positions) over 0 .. count - 1, in the order of the positions, on the CPU."""
+        world = self.accelerator
+        mine = metrics.chunks(count, self.batch_size, world.process_index, world.num_processes)
+        whole = make(range(0)) if not mine else torch.cat([make(chunk) for chunk in mine])
+        positions = torch.tensor([k for chunk in mine for k in chunk], dtype=torch.int64)
+        everywhere = metrics.gathered(whole, positions.to(whole.device), world)
+        return everywhere.cpu()
+
+
+def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tuple[Tensor, float]:
+    """The samples of a run, and how often the network was asked about each."""
+
+    def make(chunk: range) -> Tensor:
+        seeds = [config.seed * 2**32 + k for k in chunk]
+        calls = 0
+
+        def count(module: object, inputs: tuple[Tensor, ...], output: object) -> None:
+            nonlocal calls
+            calls += len(inputs[0])
+
+        x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=share.device)
+        hook = denoiser.network.register_forward_hook(count)
+        try:
+            made = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds) if seeds else x
+        except sd.SolverError:  # the row says so; raised here, the other processes would wait
+            made = torch.full_like(x, math.nan)
+        finally:
+            hook.remove()
+        each = calls / max(1, len(seeds))
+        return torch.cat([made.flatten(1), made.new_full((len(seeds), 1), each)], dim=1)
+
+    found = share.each(config.num_samples, make)
+    return found[:, :-1].reshape(-1, 1, 28, 28), float(found[:, -1].double().mean())
+
+
+def spread(share: Share, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What the network makes of images, each batch on one process."""
+
+    def make(chunk: range) -> Tensor:
+        if not chunk:  # a process without a batch: no rows, but of the right width
+            return make(range(1))[:0]
+        part = images[chunk.start : chunk.stop].to(share.device)
+        return metrics.extract(part, network, share.batch_size)
+
+    return share.each(len(images), make)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The real digits in the features that samples are compared in.
+
+    Args:
+        reference: the features (N, d) of one half.
+        project: from features to those of the Frechet distance.
+        statistics: of the reference in these.
+        shares: of the ten classes among real digits, (10,).
+    """
+
+    reference: Tensor
+    project: Callable[[Tensor], Tensor]
+    statistics: metrics.Statistics
+    shares: Tensor
+
+    def row(self, made: Tensor, probabilities: Tensor) -> dict[str, Any]:
+        """Every figure of samples with these features (N, d) and class probabilities (N, 10)."""
+        own = metrics.Statistics.of(self.project(made))
+        distance = metrics.frechet_distance(self.statistics, own)
+        kid = metrics.kid(self.reference, made)
+        alike = metrics.precision_recall(self.reference[: len(made)], made)
+        largest = probabilities.double().max(1)
+        classes = torch.bincount(largest.indices, minlength=10)
+        variation = (classes / len(made) - self.shares).abs().sum() / 2
+        return {
+            "num_samples": len(made),
+            "frechet": float(distance),
+            "kid": float(kid),
+            "kid_standard_error": kid.standard_error,
+            "precision": float(alike.precision),
+            "recall": float(alike.recall),
+            "confidence": float(largest.values.mean()),
+            "confident": float((largest.values > 0.9).double().mean()),
+            "classes": classes.tolist(),
+            "total_variation": float(variation),
+        }
+
+
+Network = features.MnistFeatures | features.EfficientNetFeatures | features.InceptionFeatures
+
+
+def network(config: Config) -> Network:
+    """The network of --features."""
+    if config.features == "mnist":
+        return features.MnistFeatures()
+    if config.features == "efficientnet":
+        return features.EfficientNetFeatures()
+    return features.InceptionFeatures(config.inception_weights, download=config.download)
+
+
+def whole(x: Tensor) -> Tensor:
+    return x
+
+
+def check_sizes(config: Config, real: int, width: int) -> None:
+    """Refuse too few digits before any is drawn: a Frechet distance needs as many as features."""
+    least = {"--num-samples": config.num_samples, "half of --num-real": real // 2}
+    for name, count in least.items():
+        if count < width:
+            raise ValueError(f"{name}: {count} samples are fewer than the {width} features")
+
+
+def main(config: Config) -> None:
+    check(config)
+    command.check_out(config.out)
+    for library in ("torchmetrics.image.kid", "torch_fidelity.metric_prc"):
+        distances.required(library)  # now, and not after an hour of drawing
+    torch.set_num_threads(1)
+    chosen = network(config)
+    digits = data.mnist(config.data_root)
+    real = data.dequantize(digits.pixels[: config.num_real], torch.tensor(0.5))
+    shares = torch.bincount(digits.labels[: config.num_real], minlength=10) / len(real)
+    few = config.features == "efficientnet"
+    check_sizes(config, len(real), COMPONENTS + 1 if few else chosen.num_features)
+    given = mnist_vp.Config(checkpoint=config.checkpoint)
+    denoiser = mnist_vp.load(given, torch.device("cpu"))
+    share = Share(config)
+    main_process = share.accelerator.is_main_process
+    classifier = features.MnistFeatures().to(share.device)
+    chosen = chosen.to(share.device)
+    denoiser = denoiser.to(share.device)
+
+    found = spread(share, chosen, real)
+    reference, held_out = metrics.halves(found, config.seed)
+    project = metrics.principal(reference, COMPONENTS) if few else whole
+    statistics = metrics.Statistics.of(project(reference))
+    judge = Judge(reference, project, statistics, shares.double())
+    perfect = metrics.halves(real, config.seed)[1][: config.num_samples]
+    floor = judge.row(
+        held_out[: config.num_samples], spread(share, classifier.probabilities, perfect)
+    )
+    if main_process:
+        print(f"{TITLES[config.features]}, against {len(reference):,} real digits", flush=True)
+        print(table_header())
+        print(table_line("real digits", "floor", floor), flush=True)
+    rows: list[dict[str, Any]] = []
+    for run in runs(config):
+        made, calls = drawn(config, share, denoiser, run)
+        row: dict[str, Any] = {
+            "sampler": run.word, "steps": run.steps, "tolerance": run.tolerance, "calls": calls
+        }  # fmt: skip
+        failed = int((~made.flatten(1).isfinite().all(1)).sum())
+        if failed:
+            row["failed"] = failed
+        else:
+            probabilities = spread(share, classifier.probabilities, made)
+            row |= judge.row(spread(share, chosen, made), probabilities)
+        rows.append(row)
+        if main_process:
+            print(table_line(run.word, run.setting, row), flush=True)
+    if main_process:
+        write(config, floor, rows, len(reference), shares)
+    share.accelerator.end_training()
+
+
+COLUMNS = {
+    "frechet": "Frechet", "kid": "KID", "kid_standard_error": "±", "precision": "precision",
+    "recall": "recall", "confidence": "confidence", "confident": "> 0.9",
+    "total_variation": "classes",
+}  # fmt: skip
+
+
+def table_header() -> str:
+    names = "".join(f"{name:>11s}" for name in COLUMNS.values())
+    return f"{'sampler':14s}{'':11s}{'N':>7s}{'calls':>8s}{names}"
+
+
+def table_line(word: str, setting: str, row: dict[str, Any]) -> str:
+    calls = f"{row['calls']:8.1f}" if "calls" in row else f"{'':8s}"
+    start = f"{word:14s}{setting:11s}"
+    if "failed" in row:
+        return f"{start}{'':7s}{calls}   {row['failed']} samples are not finite"
+    cells = "".join(f"{row[name]:11.4g}" for name in COLUMNS)
+    return f"{start}{row['num_samples']:7,d}{calls}{cells}"
+
+
+def write(
+    config: Config,
+    floor: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    count: int,
+    shares: Tensor,
+) -> None:
+    out = command.folder(config.out)
+    record = {
+        "features": config.features,
+        "frechet_is": TITLES[config.features],
+        "reference_count": count,
+        "data_class_shares": shares.tolist(),
+        "floor": floor,
+        "rows": list(rows),
+    }
+    storage.replace(out / "evaluate.json", (json.dumps(record, indent=1) + "\n").encode())
+    storage.replace(out / "evaluate.png", plots.png(picture(config, floor, rows)))
+    command.write_config(out, config)
+    print(f"-> {out / 'evaluate.png'}")
+
+
+def picture(config: Config, floor: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
+    """Four figures against calls, a line for each sampler, and the floor."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    titles = {
+        "frechet": "Frechet distance",
+        "kid": "KID, ± a standard error",
+        "precision": "precision (full) and recall (dashed)",
+        "total_variation": "classes, total variation to the data's",
+    }
+    measured = [row for row in rows if "failed" not in row]
+    for axis, name in zip(figure.subplots(2, 2).flat, titles, strict=True):
+        axis.set_xscale("log")
+        if name == "kid":  # unbiased, so that it may be negative
+            axis.set_yscale("symlog", linthresh=max(4 * floor["kid_standard_error"], 1e-9))
+        elif name != "precision":
+            axis.set_yscale("log")
+        for number, word in enumerate(config.samplers):
+            mine = [row for row in measured if row["sampler"] == word]
+            mine.sort(key=lambda row: row["calls"])
+            calls, color = [row["calls"] for row in mine], f"C{number % 10}"
+            bars = [row["kid_standard_error"] for row in mine] if name == "kid" else None
+            values = [row[name] for row in mine]
+            axis.errorbar(calls, values, bars, color=color, fmt="o-", ms=3, lw=1.2, label=word)
+            if name == "precision":
+                axis.plot(calls, [row["recall"] for row in mine], "o--", color=color, ms=3, lw=1.2)
+        axis.axhline(floor[name], color="0.5", lw=1, label="real digits")
+        if name == "precision":
+            axis.axhline(floor["recall"], color="0.5", lw=1, ls="--")
+        axis.set(xlabel="network calls", title=titles[name])
+        ticks = sorted({round(row["calls"]) for row in measured})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.xaxis.set_minor_formatter("")
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(f"{TITLES[config.features]}, N = {config.num_samples:,}", fontsize="medium")
+    return figure
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

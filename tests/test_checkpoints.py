@@ -291,3 +291,11 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, name, how):
     with pytest.raises(BadFile, match=f"{path}: of another network: {name} is"):
         restore(state, path.parent)
     assert_same_bits(content(state), before)
+
+
+def test_folders_may_be_given_as_text(tmp_path):
+    state = ran(2)
+    saved = save(state, str(tmp_path))
+    assert newest_checkpoint(str(tmp_path)) == saved
+    restore(fresh(seed=9), str(saved))
+    assert resume(fresh(seed=9), str(tmp_path)) == (saved, [])

@@ -27,7 +27,7 @@ class Otherwise(storage.BadFile):
     """A checkpoint of a run with other settings; the message lists the differences."""
 
 
-def save(state: TrainState, folder: Path, **record: object) -> Path:
+def save(state: TrainState, folder: str | Path, **record: object) -> Path:
     """Write a checkpoint under `folder`, whole or not at all; keep it and the one before.
 
     A checkpoint is a folder: denoiser.safetensors, the averaged denoiser that `Denoiser.load`
@@ -39,6 +39,7 @@ def save(state: TrainState, folder: Path, **record: object) -> Path:
     Raises:
         OSError: if the disk refuses; the checkpoints before it are untouched.
     """
+    folder = Path(folder)
     target = folder / f"{PREFIX}{state.step:08d}"
     averaged = state.averaged
     tensors = {f"network.{name}": full(value) for name, value in weights(state).items()}
@@ -67,13 +68,14 @@ def save(state: TrainState, folder: Path, **record: object) -> Path:
     return target
 
 
-def restore(state: TrainState, checkpoint: Path) -> None:
+def restore(state: TrainState, checkpoint: str | Path) -> None:
     """Go on from a checkpoint of the same run; one that does not fit changes nothing.
 
     Raises:
         Otherwise: if it was made with other settings.
         storage.BadFile: if it is damaged, or holds another network.
     """
+    checkpoint = Path(checkpoint)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
     step, skipped, theirs = progress(path, record)
@@ -145,7 +147,7 @@ def weights(state: TrainState) -> dict[str, Any]:
     return state.network.state_dict()
 
 
-def resume(state: TrainState, folder: Path) -> tuple[Path | None, list[str]]:
+def resume(state: TrainState, folder: str | Path) -> tuple[Path | None, list[str]]:
     """Go on from the newest checkpoint under `folder` that can be read.
 
     Returns:
@@ -170,14 +172,14 @@ def resume(state: TrainState, folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: str | Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir()]
+    found = [path for path in Path(folder).glob(f"{PREFIX}*") if path.is_dir()]
     steps = {path: path.name.removeprefix(PREFIX) for path in found}
     return sorted((p for p in found if steps[p].isdecimal()), key=lambda path: int(steps[path]))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint under `folder`, or None."""
     return checkpoints(folder)[-1] if checkpoints(folder) else None
 

@@ -32,13 +32,14 @@ class Journal:
         log: called with (values by name, step=step), such as `accelerator.log`; nothing by default.
     """
 
-    def __init__(self, folder: Path, step: int = 0, log: Any = None) -> None:
+    def __init__(self, folder: str | Path, step: int = 0, log: Any = None) -> None:
         self.log = log
         done = history(folder)[:step]
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([Metrics._fields, *done])
-        storage.replace(folder / TABLE, text.getvalue().encode())
-        self._file = open(folder / TABLE, "a", newline="")  # noqa: SIM115 (closed by __exit__)
+        path = Path(folder, TABLE)
+        storage.replace(path, text.getvalue().encode())
+        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
         self._table = csv.writer(self._file, lineterminator="\n")
 
     def __enter__(self) -> "Journal":
@@ -58,12 +59,13 @@ class Journal:
         self._file.flush()
 
 
-def history(folder: Path) -> list[Metrics]:
+def history(folder: str | Path) -> list[Metrics]:
     """The steps of the run in `folder`, from metrics.csv: 1, 2, ... as far as they are whole."""
-    if not (folder / TABLE).exists():
+    path = Path(folder, TABLE)
+    if not path.exists():
         return []
     steps: list[Metrics] = []
-    with open(folder / TABLE, newline="", errors="replace") as file:
+    with open(path, newline="", errors="replace") as file:
         for row in list(csv.reader(file))[1:]:
             try:
                 step, loss, norm, rate, skipped = row  # a kill may have cut the last

@@ -66,7 +66,16 @@ class TrainState:
         engine: Engine | None = None,
         bad: Literal["raise", "skip"] = "raise",
     ) -> None:
+        errors.kind("denoiser", denoiser, "a Denoiser", "network", "parameterization")
+        errors.kind("recipe", recipe, "a Recipe", "settings", "rate")
+        for name, law in (("times", times), ("weight", weight), ("penalty", penalty)):
+            if law is not None:
+                errors.kind(name, law, "a callable, see losses and times", "__call__")
+        if engine is not None:
+            errors.kind("engine", engine, "an Engine such as launched()", "prepare", "reduce")
         errors.choice("bad", bad, ("raise", "skip"))
+        if next(denoiser.network.parameters(), None) is None:
+            raise ValueError("denoiser has a network without parameters: nothing to train")
         device = next(denoiser.network.parameters()).device
         self.denoiser, self.recipe, self.engine = denoiser, recipe, engine or Alone(device)
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
@@ -150,6 +159,8 @@ class TrainState:
                 average and optimizer are unchanged.
         """
         engine, recipe = self.engine, self.recipe
+        if not parts:
+            raise ValueError("advance needs at least one part of a batch")
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
@@ -215,8 +226,10 @@ def train(state: TrainState, data: Data, parts: int = 1) -> Iterator[Metrics]:
         data: what to learn.
         parts: into how many pieces each process cuts its share of a batch, to add up gradients.
     """
-    engine, recipe = state.engine, state.recipe
+    errors.kind("state", state, "a TrainState", "advance", "recipe")
+    errors.kind("data", data, "a data set such as Images or Points", "batch", "shape", "__len__")
     errors.integer("parts", parts)
+    engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:
         yield state.advance(

@@ -3,17 +3,21 @@
 Convention: a model is asked (x, level) and answers with a Prediction; x is (B, ...) of any rank.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from sde_diffusion import errors, networks, prediction, processes, storage
+from sde_diffusion import descriptions, errors, networks, prediction, processes, storage
+from sde_diffusion.descriptions import public
 from sde_diffusion.prediction import Eps, Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
-from sde_diffusion.storage import public
+from sde_diffusion.strict import near
 
 __all__ = ["Condition", "Denoiser", "Index", "LogRatio", "LogSNR", "Model", "Time", "pretrained"]
 
@@ -92,6 +96,9 @@ class Index:
 
 
 CONDITIONS: list[type] = [Time, LogSNR, LogRatio, Index]
+PARTS = ("network", "process", "parameterization", "condition")  # of a description
+LONGEST = 10_000  # letters that describe a network
+ADDED = {"dropout": 0.0}  # arguments that older files do not have, and what they were
 
 
 class Denoiser(nn.Module):
@@ -149,14 +156,13 @@ class Denoiser(nn.Module):
             raise ValueError(f"path must end in .safetensors; got {path}")
         if "denoiser" in record:
             raise ValueError("denoiser: a name that the record keeps for itself")
-        config = getattr(self.network, "config", {})
-        described = {
-            "network": {"class": type(self.network).__name__, **config},
-            "process": storage.describe(self.process),
-            "parameterization": storage.describe(self.parameterization),
-            "condition": storage.describe(self.condition),
+        parts = {
+            "network": described(self.network),
+            "process": descriptions.describe(self.process),
+            "parameterization": descriptions.describe(self.parameterization),
+            "condition": descriptions.describe(self.condition),
         }
-        storage.write(path, self.network.state_dict(), {"denoiser": described, **record})
+        storage.write(path, self.network.state_dict(), {"denoiser": parts, **record})
 
     @staticmethod
     def load(
@@ -169,37 +175,165 @@ class Denoiser(nn.Module):
     ) -> "Denoiser":
         """Read what `save` wrote, in eval mode. Never runs code from the file.
 
+        Memory and time are bounded by the size of the file: whatever numbers its record holds, a
+        network is only made once its outline has the tensors of the file.
+
         Args:
             path: the .safetensors file; its JSON stands beside it.
             network: the network to fill, needed if it is not one of this package's.
             process, parameterization, condition: likewise; they must be what was saved.
         Raises:
-            storage.BadFile: naming the file and the reason, if anything is missing or damaged.
+            storage.BadFile: naming the file and the reason, if anything is missing or damaged; a
+                network that was given is then as it was.
         """
+        if network is not None:
+            errors.kind("network", network, "a torch module", "state_dict", "load_state_dict")
+        if process is not None:
+            errors.kind("process", process, "a process such as VP()", "log_alpha", "variance")
+        if parameterization is not None:
+            errors.kind("parameterization", parameterization, "one such as Eps()", "x0", "target")
+        if condition is not None:
+            errors.kind("condition", condition, "one such as Time()", "__call__")
         path = Path(path)
-        tensors, record = storage.read(path)
-        try:
-            parts = record["denoiser"]
-            if network is None:
-                built: nn.Module = storage.build("network", public(networks), parts["network"])
-                dtype = next((value.dtype for value in tensors.values()), torch.float32)
-                network = built.to(dtype)
+        saved = storage.examine(path)
+        with storage.blaming_record(path):
+            parts = checked_parts(saved.record)
             made = Denoiser(
-                network,
-                storage.build("process", public(processes), parts["process"], process),
-                storage.build(
+                nn.Identity(),
+                descriptions.build("process", public(processes), parts["process"], process),
+                descriptions.build(
                     "parameterization",
                     public(prediction),
                     parts["parameterization"],
                     parameterization,
                 ),
-                storage.build("condition", CONDITIONS, parts["condition"], condition),
+                descriptions.build("condition", CONDITIONS, parts["condition"], condition),
             )
+            check_sound(made)
+            if network is None:
+                make = maker(parts["network"])
+                outline = sketched(make, saved.outline)
+            else:
+                check_same(network, parts["network"])
+                make, outline = None, network
+            storage.check_fit(saved.outline, outline.state_dict())
+        tensors = storage.load(saved)
+        with storage.blaming_record(path), torch.random.fork_rng(devices=[]):
+            made.network = make().to(dtype_of(saved.outline)) if make else outline
+        with storage.blaming(path):
             made.network.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise storage.BadFile(f"{path.with_suffix('.json')}: {reason}") from None
         return made.eval()
+
+
+def described(network: nn.Module) -> dict[str, Any]:
+    """The class of a network and the arguments that it was made with, if it tells them."""
+    return {"class": type(network).__name__, **getattr(network, "config", {})}
+
+
+def checked_parts(record: dict[str, Any]) -> dict[str, Any]:
+    """The four parts of the description of a denoiser."""
+    if "denoiser" not in record:
+        raise ValueError(f"describes no denoiser{near('denoiser', record)}")
+    parts = record["denoiser"]
+    if not isinstance(parts, dict):
+        raise ValueError("its denoiser is not described by an object")
+    for name in (*parts, *PARTS):
+        if name not in PARTS:
+            raise ValueError(f"a denoiser has no {name!r:.80}{near(name, PARTS)}")
+        if name not in parts:
+            raise ValueError(f"its denoiser has no {name!r}{near(name, parts)}")
+    return parts
+
+
+def maker(description: Any) -> Callable[[], nn.Module]:
+    """What makes the network that a record describes, one of this package."""
+    kind, arguments = descriptions.chosen("network", public(networks), description, ADDED)
+    if len(repr(arguments)) > LONGEST:
+        raise ValueError(f"its network is described in more than {LONGEST:,} letters")
+
+    def make() -> nn.Module:
+        network = kind(**arguments)
+        descriptions.same("network", {"class": kind.__name__, **arguments}, described(network))
+        return network
+
+    return make
+
+
+def check_same(network: nn.Module, description: Any) -> None:
+    """Refuse a network that is not of the class, and with the arguments, of the one saved."""
+    ours = described(network)
+    older = {name: value for name, value in ADDED.items() if name in ours}
+    if isinstance(description, dict):
+        description = {**older, **description}
+    descriptions.same("network", description, ours)
+
+
+def sketched(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network on the meta device, where numbers take no memory.
+
+    Raises:
+        ValueError: if it is larger than these tensors, in the memory it would take or in the torch
+            calls that make it: a record can say a number that a file cannot fill.
+    """
+    with torch.device("meta"), Calls(2000 + 20 * len(tensors)):
+        network = make().to(dtype_of(tensors))
+    takes = sum(held.nbytes for held in [*network.parameters(), *network.buffers()])
+    has = sum(value.nbytes for value in tensors.values())
+    if takes > 2 * has + 2**20:
+        raise ValueError(f"its network takes {takes:,} bytes; the file has {has:,}")
+    return network
+
+
+class Calls(TorchFunctionMode):
+    """At most so many calls of torch: what a constructor's loops may cost.
+
+    A table of frequencies is made for real: what computes on the meta device loads the half of
+    torch that compiles, for a second or two.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.left = most
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("its network has many more tensors than the file")
+        kwargs = kwargs or {}
+        if func is torch.linspace:
+            steps = args[2] if len(args) > 2 else kwargs["steps"]
+            errors.integer("the steps of a table", steps, at_most=2**16)
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a network with these tensors, which is one for all."""
+    found = next(iter(tensors.values())).dtype if tensors else torch.float32
+    if not found.is_floating_point:
+        raise ValueError(f"its tensors are of {found}")
+    return found
+
+
+def check_sound(denoiser: Denoiser) -> None:
+    """Refuse settings of which each is in range, and which together are not finite."""
+    process, meaning = denoiser.process, denoiser.parameterization
+    try:
+        end = float(process.variance(torch.ones((), dtype=torch.float64)))
+        level = process.levels(torch.tensor([0.1], dtype=torch.float64))[0]
+        rows = [*meaning.x0(level), *meaning.eps(level)]
+        told = [
+            end,
+            process.prior_std,
+            meaning.input_scale(level),
+            denoiser.condition(level),
+            *rows,
+        ]
+        sound = all(map(math.isfinite, told)) and level.alpha > 0 and level.sigma > 0
+    except ArithmeticError:  # floats of Python overflow by raising
+        sound = False
+    if not sound:
+        raise ValueError("its process and parameterization give levels that are not finite, or 0")
 
 
 def is_one(scalar: Scalar) -> bool:

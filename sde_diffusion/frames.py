@@ -11,7 +11,7 @@ the same limit in every frame; what differs is how much is left to integrate.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,11 @@ from torch import Tensor
 from sde_diffusion import errors, spacings, storage
 from sde_diffusion.prediction import Prediction, coordinates
 from sde_diffusion.processes import Level, Process, Scalar
+from sde_diffusion.strict import near
 
 __all__ = ["Frame", "Gaussian", "Straight", "enter", "grid", "leave", "level_at"]
+
+PARTS = ("mean", "axes", "variances")  # of a Gaussian frame's file
 
 
 class Frame(Protocol):
@@ -193,7 +196,7 @@ class Gaussian:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors; got {path}")
-        parts = {"mean": self.mean, "axes": self.axes, "variances": self.variances}
+        parts = {name: getattr(self, name) for name in PARTS}
         storage.write(
             path,
             {name: part.float() for name, part in parts.items()},
@@ -208,12 +211,19 @@ class Gaussian:
             storage.BadFile: naming the file and the reason, if anything is missing or damaged.
         """
         path = Path(path)
-        tensors, record = storage.read(path)
-        try:
-            mean, axes, variances = (tensors[n].double() for n in ("mean", "axes", "variances"))
-            return Gaussian(mean, axes, variances, record["rest"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise storage.BadFile(f"{path}: not a frame: {error}") from None
+        saved = storage.examine(path)
+        with storage.blaming_record(path):
+            if "rest" not in saved.record:
+                raise ValueError(f"not a frame: it has no 'rest'{near('rest', saved.record)}")
+            rest = errors.number("rest", saved.record["rest"], 0, strict=True)
+        with storage.blaming(path):
+            check_outline(saved.outline)
+        tensors = storage.load(saved)
+        with storage.blaming(path):
+            mean, axes, variances = (tensors[name].double() for name in PARTS)
+            made = Gaussian(mean, axes, variances, rest)
+            check_orthonormal(made.axes)
+        return made
 
     @staticmethod
     def pretrained(name: str) -> "Gaussian":
@@ -253,6 +263,32 @@ def on(frame: Gaussian, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     """Mean (d,), axes and variances of a frame as a batch needs them; copied once, not per step."""
     mean = frame.mean.flatten().to(device, dtype)
     return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
+
+
+def check_outline(outline: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a frame, before their numbers are read."""
+    for name in (*outline, *PARTS):
+        if name not in PARTS:
+            raise ValueError(f"not a frame: unknown tensor {name!r}{near(name, PARTS)}")
+        if name not in outline:
+            raise ValueError(f"not a frame: no tensor {name!r}")
+        if not outline[name].is_floating_point():
+            raise ValueError(f"not a frame: {name} is of {outline[name].dtype}")
+    axes = outline["axes"]
+    if axes.ndim != 2 or not 0 < axes.shape[1] <= axes.shape[0]:
+        raise ValueError(f"not a frame: axes of shape {tuple(axes.shape)}")
+
+
+def check_orthonormal(axes: Tensor) -> None:
+    """Refuse V (d, r) unless  V^T V w = w  for one w in general position: d r operations.
+
+    Rounding to float32 moves each entry by a share 2^-24, and w by 2^-24 d at most.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(axes.shape[1], generator=generator, dtype=axes.dtype)
+    off = float((axes.T @ (axes @ w) - w).abs().max())
+    if not off <= 1e-6 * len(axes):
+        raise ValueError(f"not a frame: its axes are not orthonormal (by {off:.1g})")
 
 
 def rows(scalar: Scalar) -> Scalar:

@@ -299,3 +299,18 @@ def test_folders_may_be_given_as_text(tmp_path):
     assert newest_checkpoint(str(tmp_path)) == saved
     restore(fresh(seed=9), str(saved))
     assert resume(fresh(seed=9), str(tmp_path)) == (saved, [])
+
+
+@pytest.mark.parametrize("clip", [1.0, float("inf")])
+def test_settings_that_json_does_not_know_come_back(tmp_path, clip):
+    recipe = Recipe(**{**vars(RECIPE), "clip": clip})
+    saved = save(ran(2, recipe=recipe), tmp_path)
+    restore(fresh(recipe=recipe, seed=9), saved)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    older, state = save(ran(2), tmp_path), ran(3)
+    torch.nn.init.constant_(state.weights[0], torch.inf)
+    with pytest.raises(ValueError, match=r"layers\.0\.weight"):
+        save(state, tmp_path)
+    assert list(tmp_path.iterdir()) == [older]

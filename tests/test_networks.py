@@ -249,3 +249,10 @@ def test_the_config_of_a_network_makes_it_again(made, config):
 def test_an_mlp_takes_a_batch_of_nothing(fourier):
     network = MLP((3,), width=8, fourier=fourier)
     assert network(torch.zeros(0, 3), torch.zeros(0)).shape == (0, 3)
+
+
+def test_a_fold_of_too_many_pixels_is_refused():
+    """Images would be padded to it, whatever their size."""
+    with pytest.raises(ValueError, match="at most 512"):
+        UNet(channels=(8,) * 10, patch=2, attention=(), heads=1)
+    UNet(channels=(8,) * 9, patch=2, blocks=1, attention=(), heads=1)

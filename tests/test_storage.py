@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from sde_diffusion import storage
+from sde_diffusion import storage, strict
 from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time
 from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.prediction import X0, Eps, Karras, Score, V, Velocity
@@ -148,17 +148,6 @@ def test_other_suffixes_are_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_every_flipped_bit_of_the_weights_is_noticed(saved):
-    whole, numbers = saved.read_bytes(), random.Random(0)
-    for bit in numbers.sample(range(8 * len(whole)), 200):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        saved.write_bytes(damaged)
-        refusal(saved)
-    saved.write_bytes(whole)
-    Denoiser.load(saved)
-
-
 def test_every_truncation_of_the_weights_is_noticed(saved):
     whole, numbers = saved.read_bytes(), random.Random(1)
     for length in [0, 7, 8, len(whole) - 1, *numbers.sample(range(len(whole)), 50)]:
@@ -166,46 +155,6 @@ def test_every_truncation_of_the_weights_is_noticed(saved):
         refusal(saved)
     saved.write_bytes(whole + b"\0")
     refusal(saved)
-
-
-def test_every_flipped_bit_of_the_record_is_noticed_or_without_effect(saved):
-    """Without effect: 1e-05 and 1E-05 are one number, and the case of a hexadecimal digit too."""
-    path, numbers, messages = saved.with_suffix(".json"), random.Random(2), []
-    whole, (_, record) = path.read_bytes(), storage.read(saved)
-    for bit in numbers.sample(range(8 * len(whole)), 300):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        try:
-            read = storage.read(saved)[1]
-        except BadFile as error:
-            messages.append(str(error))
-        else:
-            assert read == record, f"silent: {damaged[bit // 8 - 20 : bit // 8 + 20]}"
-    assert all(str(saved.with_suffix("")) in message for message in messages)
-    assert not any("\n" in message for message in messages)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"{",
-        b"null",
-        b"[1, 2]",
-        b'"format"',
-        b"{}",
-        b'{"format": 2}',
-        b"\xff\xfe",
-        b"\0" * 100,
-        b"[" * 100_000,
-        b'{"format": 1e999, "sha256": NaN}',
-        b'{"format": ' + b"1" * 10_000 + b"}",
-    ],
-)
-def test_what_is_no_record_is_refused(saved, text):
-    saved.with_suffix(".json").write_bytes(text)
-    refusal(saved, saved.with_suffix(".json"))
 
 
 def test_a_truncated_record_is_refused(saved):
@@ -387,3 +336,63 @@ def test_a_write_where_no_folder_can_be_is_an_error_and_leaves_the_file(saved):
     with pytest.raises(OSError, match=r"small\.safetensors"):
         small().save(saved / "inside.safetensors")
     Denoiser.load(saved)
+
+
+def test_a_write_does_not_follow_a_link_left_in_its_way(tmp_path):
+    """In a folder that others write to, a link by the name of the temporary file."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious")
+    (tmp_path / "small.safetensors.part").symlink_to(theirs)
+    small().save(tmp_path / "small.safetensors")
+    assert theirs.read_text() == "precious"
+    Denoiser.load(tmp_path / "small.safetensors")
+
+
+def test_numbers_that_json_cannot_say_come_back_as_words(saved):
+    """A recipe may clip at inf; `plain` says what the record will hold."""
+    facts = {"clip": float("inf"), "worst": float("nan"), "sides": (1, 2), "deep": {"a": (0.5,)}}
+    small().save(saved, **facts)
+    record = storage.read(saved)[1]
+    told = {"clip": "inf", "worst": "nan", "sides": [1, 2], "deep": {"a": [0.5]}}
+    assert {name: record[name] for name in facts} == told == strict.plain(facts)
+
+
+def test_a_message_is_one_printable_line_and_bounded():
+    error = BadFile("a\x1b[2J\nb\u202e\udcff " + "x" * 100_000)
+    assert str(error).startswith(r"a\x1b[2J\nb\u202e\udcff x")
+    assert str(error).isprintable()
+    assert len(str(error)) < 2100
+
+
+@pytest.mark.parametrize("part", [p for p in PARTS if p != "network"])
+def test_what_is_handed_in_must_be_what_was_saved(saved, part):
+    right = {"process": VP(), "parameterization": V(), "condition": Time()}
+    wrong = {"process": VP(0.2), "parameterization": Eps(), "condition": LogSNR()}
+    Denoiser.load(saved, **right)
+    with pytest.raises(BadFile, match=f"the {part} was saved as another: .* -> "):
+        Denoiser.load(saved, **{part: wrong[part]})
+
+
+def test_equal_numbers_are_equal_settings(saved):
+    """20 and 20.0 are one number; True and 1 are not."""
+    Denoiser.load(saved, process=VP(beta_max=20))
+    small(process=VP(beta_max=20)).save(saved)
+    assert Denoiser.load(saved, process=VP(beta_max=20.0)).process == VP()
+
+
+def test_a_file_without_an_argument_that_came_later_is_read_as_it_was_meant(saved):
+    """`dropout` was added to the networks when files of this format were there already."""
+    tensors, record = storage.read(saved)
+    del record["denoiser"]["network"]["dropout"]
+    storage.write(saved, tensors, facts(record))
+    assert Denoiser.load(saved).network.config["dropout"] == 0.0
+    Denoiser.load(saved, MLP(width=8, depth=1))
+    with pytest.raises(BadFile, match=r"dropout 0 -> 0\.5"):
+        Denoiser.load(saved, MLP(width=8, depth=1, dropout=0.5))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", ["VP", 3, VP])
+def test_a_wrong_type_handed_in_is_not_blamed_on_the_file(saved, part, value):
+    with pytest.raises(TypeError, match=f"{part} must be"):
+        Denoiser.load(saved, **{part: value})

@@ -77,6 +77,11 @@ class UNet(nn.Module):
             "heads": heads,
             "dropout": dropout,
         }
+        if patch * 2 ** (len(channels) - 1) > 512:
+            raise ValueError(
+                f"patch={patch} and {len(channels)} resolutions fold {patch}x2^{len(channels) - 1} "
+                f"pixels into one; at most 512"
+            )
         self.patch = patch
         self.stride = patch * 2 ** (len(channels) - 1)
         self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())

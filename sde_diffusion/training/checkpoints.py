@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sde_diffusion import storage
 from sde_diffusion.denoiser import Denoiser
+from sde_diffusion.strict import plain
 from sde_diffusion.training.engine import full, like_ours
 from sde_diffusion.training.state import TrainState
 
@@ -38,6 +39,7 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         record: facts for the JSON of the denoiser, such as the command that trained it.
     Raises:
         OSError: if the disk refuses; the checkpoints before it are untouched.
+        ValueError: likewise, if a weight is not finite.
     """
     folder = Path(folder)
     target = folder / f"{PREFIX}{state.step:08d}"
@@ -54,7 +56,7 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         try:
             averaged.save(scratch / "denoiser.safetensors", step=state.step, **record)
             storage.write(scratch / "training.safetensors", tensors, told)
-        except OSError:
+        except (OSError, ValueError):
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         sync_folder(scratch)
@@ -79,7 +81,7 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
     step, skipped, theirs = progress(path, record)
-    ours = state.settings
+    ours = plain(state.settings)
     changed = [
         f"{name} {theirs.get(name)} -> {ours.get(name)}"
         for name in {**theirs, **ours}

@@ -1,0 +1,97 @@
+"""Weights of another program, saved with torch.save, in a network of this package.
+
+    python experiments/import_weights.py --weights FILE.pt --like CHECKPOINT.safetensors \\
+        --key ema --rename model.= --out OUT.safetensors
+
+CHECKPOINT says which network, process, parameterization and condition; its own weights are not
+kept. Every tensor of the network must be in the file, and no other. Runs no code from either file.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import command
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import importing, storage
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fill the network that a checkpoint describes with the tensors of another file."""
+
+    weights: Path
+    """the .pt, .pth or .ckpt file"""
+    like: Path
+    """a .safetensors checkpoint of this package with the same network"""
+    out: Path
+    """the .safetensors file to write, and its .json; neither may exist"""
+    key: str | None = None
+    """where the tensors are in the file, such as model, ema or state_dict [at the top]"""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW: names that begin with OLD begin with NEW instead; in this order"""
+    sha256: str | None = None
+    """what the SHA-256 of --weights must be; needed for files of torch before 1.6"""
+
+
+def main(config: Config) -> None:
+    check_out(config.out)
+    pairs = [pair(text) for text in config.rename]
+    denoiser = sd.Denoiser.load(config.like)
+    tensors = importing.import_weights(config.weights, key=config.key, sha256=config.sha256)
+    for old, new in pairs:
+        tensors = importing.rename(tensors, old, new)
+    wanted = denoiser.network.state_dict()
+    tensors = converted(tensors, wanted)
+    try:
+        storage.check_fit(tensors, wanted)
+    except ValueError as error:
+        raise ValueError(f"--weights {config.weights}: {error}") from None
+    denoiser.network.load_state_dict(tensors)
+    denoiser.save(
+        config.out,
+        command=command.command(),
+        commit=command.commit(),
+        weights=config.weights.name,
+        weights_sha256=hashlib.sha256(config.weights.read_bytes()).hexdigest(),
+    )
+    print(f"{len(tensors)} tensors of {config.weights} -> {config.out}")
+
+
+def check_out(out: Path) -> None:
+    """Refuse an --out that is not to be written, before anything is read."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: its name must end in .safetensors")
+    for path in (out, out.with_suffix(".json")):
+        if os.path.lexists(path):
+            raise ValueError(f"--out {path}: there already; give another name")
+
+
+def pair(text: str) -> tuple[str, str]:
+    """OLD and NEW of OLD=NEW."""
+    old, sign, new = text.partition("=")
+    if not sign or not old:
+        raise ValueError(f"--rename {text}: not OLD=NEW")
+    return old, new
+
+
+def converted(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the network's dtype where both are floating-point; says so."""
+    made: dict[str, Tensor] = {}
+    changes: set[str] = set()
+    for name, value in tensors.items():
+        like = wanted.get(name, value)
+        floats = value.is_floating_point() and like.is_floating_point()
+        if floats and value.dtype != like.dtype:
+            changes.add(f"{value.dtype} -> {like.dtype}")
+        made[name] = value.to(like.dtype) if floats else value
+    for change in sorted(changes):
+        print(f"converted: {change}")
+    return made
+
+
+if __name__ == "__main__":
+    command.run(main, Config)

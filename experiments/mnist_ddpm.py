@@ -108,10 +108,13 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     networks: dict[str, nn.Module] = {
         "unet": sd.networks.UNet(channels=(32, 64), blocks=1),
         "plain": sd.networks.PlainUNet(),
-        "mlp": sd.networks.MLP(shape=(1, 28, 28), width=768, depth=4, fourier=64),
+        "mlp": sd.networks.MLP(shape=(1, 28, 28), width=1024, depth=4, fourier=64),
     }
+    # A fully connected network learns in vain to hand 784 noisy numbers through. Read as a part of
+    # eps beside the known part of x, its output meets the same loss: .13 for .61 after 1,200 steps.
+    reading = sd.Karras(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
     chain = sd.Discrete.linear(config.num_steps or 1000)
-    denoiser = sd.Denoiser(networks[config.network or "unet"], chain, sd.Eps())
+    denoiser = sd.Denoiser(networks[config.network or "unet"], chain, reading)
     digits = data.mnist(config.data_root)
     run.prepare(config, config.out, engine, "metrics.csv", "mnist_ddpm.*", "*.png")
     batch_size = config.batch_size or 128
@@ -126,7 +129,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     )
     times = sd.DiscreteTimes(chain.num_steps)
     bad = config.on_bad or "raise"
-    state = training.TrainState(denoiser, recipe, times, engine=engine, bad=bad)
+    state = training.TrainState(denoiser, recipe, times, sd.Simple(), engine=engine, bad=bad)
     run.resume(config, state, config.out)
     record = {"command": command.command(), "commit": command.commit(), **state.settings}
     if engine.is_main_process:

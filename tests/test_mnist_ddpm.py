@@ -1,0 +1,124 @@
+"""mnist_ddpm.py trains by the discrete face, and samples the same network in four ways."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import small_mnist
+
+import sde_diffusion as sd
+from sde_diffusion import training
+from sde_diffusion.data import mnist
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+TINY = ("--num-steps", 12, "--epochs", 1, "--batch-size", 500, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module: a start of Python takes longer than its work here."""
+    sys.path.insert(0, str(EXPERIMENTS))
+    import command
+    import mnist_ddpm
+
+    def run(*arguments):
+        before = sys.argv
+        sys.argv = ["mnist_ddpm.py", *map(str, arguments)]
+        try:
+            command.run(mnist_ddpm.main, mnist_ddpm.Config)
+        finally:
+            sys.argv = before
+
+    yield run
+    sys.path.remove(str(EXPERIMENTS))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return small_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(script, root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mnist_ddpm") / "run"
+    script(*TINY, "--network", "mlp", "--data-root", root, "--out", out)
+    return out
+
+
+def test_it_leaves_weights_a_curve_samples_and_what_explains_them(trained):
+    left = {path.name for path in trained.iterdir()}
+    assert {"mnist_ddpm.safetensors", "mnist_ddpm.json", "metrics.csv", "loss.png", "samples.png",
+            "side_by_side.png", "config.json", "checkpoint-00000003"} <= left  # fmt: skip
+    assert len(training.history(trained)) == 3  # one epoch of 1,500 digits
+    record = json.loads((trained / "mnist_ddpm.json").read_text())
+    assert record["times"] == "DiscreteTimes(num_steps=12)"
+    with Image.open(trained / "side_by_side.png") as image:
+        image.load()
+    denoiser = sd.Denoiser.load(trained / "mnist_ddpm.safetensors")
+    assert denoiser.process == sd.Discrete.linear(12)
+    assert denoiser.parameterization == sd.Karras(0.5)
+
+
+def test_its_loss_is_the_one_of_the_discrete_face(trained, root):
+    """Algorithm 1's summand of the first batch, by DDPM.p_loss at the untrained weights."""
+    torch.manual_seed(0)
+    networks = [sd.networks.UNet(channels=(32, 64), blocks=1), sd.networks.PlainUNet(),
+                sd.networks.MLP(shape=(1, 28, 28), width=1024, depth=4, fourier=64)]  # fmt: skip
+    ddpm = sd.DDPM(sd.Denoiser(networks[2], sd.Discrete.linear(12), sd.Karras(0.5)))
+    recipe = training.Recipe(steps=3, batch_size=500)
+    digits = mnist(root)
+    batch = training.draw(digits, recipe, sd.DiscreteTimes(12), 0)
+    i = (batch.t * 12).round().long()
+    with torch.no_grad():
+        loss = ddpm.p_loss(batch.x0, i, batch.eps).mean()
+    assert abs(training.history(trained)[0].loss - float(loss)) < 1e-5
+
+
+def test_a_checkpoint_is_drawn_from_without_training(script, trained, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    script("--checkpoint", trained / "mnist_ddpm.safetensors", "--out", out)
+    assert {path.name for path in out.iterdir()} == {"samples.png", "side_by_side.png"}
+    for name in ("samples.png", "side_by_side.png"):
+        assert (out / name).read_bytes() == (trained / name).read_bytes()
+    assert "16 digits in 12 steps" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["unet", "plain"])
+def test_the_other_networks_train_too(script, root, tmp_path, network):
+    script(*TINY, "--network", network, "--data-root", root, "--out", tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "mnist_ddpm.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--network", "vit"), "--network"),
+        (("--epochs", 0), "--epochs must be at least 1"),
+        (("--num-steps", "many"), "--num-steps"),
+        (("--learning-rate", "nan"), "--learning-rate must lie in"),
+        (("--checkpoint", "absent.safetensors"), "absent"),
+        (("--checkpoint", "absent.safetensors", "--epochs", 2), "--epochs has no effect"),
+        (("--data-root", "nowhere"), "MNIST not found"),
+        (("--resume", "--overwrite"), "give --resume or --overwrite"),
+        (("--tracker", "paper"), "--tracker"),
+        (("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(
+    script, tmp_path, capsys, arguments, named
+):
+    if arguments == ("--device", "cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit) as stopped:
+        script(*arguments, "--out", tmp_path / "run")
+    told = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert len(told) == 1, told
+    assert named in told[0]
+    assert not any(tmp_path.iterdir())

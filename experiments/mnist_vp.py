@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import command
+import run
 import safetensors.torch
 import samplers
 import torch
 from torch import Tensor
 
-import run
 import sde_diffusion as sd
 from sde_diffusion import data, errors, frames, plots, storage, training
 

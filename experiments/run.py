@@ -27,9 +27,9 @@ class Flags:
     """How a run goes on; what it computes does not depend on these but for rounding."""
 
     resume: bool = False
-    """go on from the newest checkpoint in --out"""
+    """go on from the newest checkpoint of the run"""
     overwrite: bool = False
-    """delete the run in --out first"""
+    """delete the run that is there first"""
     checkpoint_every: int | None = None
     """steps between checkpoints [500]"""
     accumulate: int | None = None
@@ -73,11 +73,12 @@ def dtype(given: str | None) -> Any:
     return given or told
 
 
-def prepare(flags: Flags, out: Path, engine: Any, *files: str) -> None:
+def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--out") -> None:
     """--out, ready for a run that is new, resumed or to be replaced.
 
     Args:
         files: what a run leaves there beside its checkpoints, as patterns.
+        flag: what the script calls it.
     """
     if engine.is_main_process:
         command.folder(out)
@@ -87,7 +88,7 @@ def prepare(flags: Flags, out: Path, engine: Any, *files: str) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif own and not flags.resume:
             raise ValueError(
-                f"--out {out} holds a run: give --resume, --overwrite or another folder"
+                f"{flag} {out} holds a run: give --resume, --overwrite or another folder"
             )
     engine.wait_for_everyone()
 

@@ -7,6 +7,7 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 import gzip
 import os
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sde_diffusion import errors
 from sde_diffusion.noise import Purpose, stream
+from sde_diffusion.strict import printable
 
 __all__ = [
     "Data",
@@ -29,6 +32,7 @@ __all__ = [
     "data_root",
     "dequantize",
     "fashion_mnist",
+    "image_folder",
     "mnist",
     "moments",
     "order",
@@ -36,6 +40,10 @@ __all__ = [
 ]
 
 VARIABLE = "SDE_DIFFUSION_DATA"
+# What torchvision's ImageFolder takes for an image, and what may be inside. Formats that other
+# programs draw, such as EPS, are not among them, whatever a file's name is.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives to every pixel
 
 
@@ -241,3 +249,71 @@ def _unpacked(name: str, root: Path) -> Iterator[Path]:
         f"{name} not found: need {', '.join(files)} (or .gz) in {places[0]}; "
         f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
     )
+
+
+def image_folder(path: str | Path, size: int, *, data_class: str | None = None) -> Images:
+    """Images in folders named after their classes, as torchvision's ImageFolder reads them.
+
+    AFHQ's layout is one: train/cat/*.jpg. A folder that itself holds images is one class. They are
+    made RGB; the shorter side is resized to `size`, antialiased, and the middle of the longer one
+    is kept. Files are in the order of their paths, so index k is the same image everywhere.
+
+    Args:
+        path: the folder.
+        size: of the square images, in pixels.
+        data_class: the only class wanted; its label stays what it is among all classes.
+    Raises:
+        DataNotFound: if there is no folder, class or image, or a file is not a whole image of 8
+            bits a colour, with its name.
+    """
+    errors.integer("size", size)
+    root = Path(path)
+    if not root.is_dir():
+        raise DataNotFound(f"{root}: no such folder of images")
+    names = classes(root)
+    if data_class is not None and data_class not in names:
+        there = f"there are: {', '.join(names)}" if names else "there are none"
+        raise DataNotFound(printable(f"{root} has no class {data_class!r}; {there}"))
+    wanted = names if data_class is None else [data_class]
+    found = [(file, names.index(name)) for name in wanted for file in images_under(root / name)]
+    if not found:
+        found = [(file, 0) for file in sorted(root.iterdir()) if is_image(file)]
+    if not found:
+        where = root if data_class is None else root / data_class
+        raise DataNotFound(printable(f"{where} holds no images ({' '.join(sorted(SUFFIXES))})"))
+    pixels = torch.stack([square(file, size) for file, _ in found])
+    return Images(pixels, torch.tensor([label for _, label in found]))
+
+
+def classes(root: Path) -> list[str]:
+    """The folders in `root`, but hidden ones: the classes of what is in them."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def images_under(folder: Path) -> list[Path]:
+    """The images at any depth, by their paths."""
+    every = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sorted((p for p in every if is_image(p)), key=lambda p: p.as_posix())
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is a file, neither hidden nor a pipe, with the name of an image."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def square(path: Path, size: int) -> Tensor:
+    """The middle of an image file as uint8 (3, size, size)."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; but a bomb is refused:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+    except Exception as error:  # decoders raise what they like at bytes that they were not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataNotFound(printable(f"{path} cannot be read: {reason}")) from None

@@ -101,7 +101,7 @@ def train(
         batch_size=config.batch_size,
         learning_rate=3e-3,
         warmup=min(200, config.train_steps),
-        ema=0.995,
+        ema=training.EMA(0.995),
         seed=config.seed,
     )
     times: sd.times.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)

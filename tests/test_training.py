@@ -180,10 +180,11 @@ def test_masks_are_those_of_the_position_the_layer_and_the_step():
     seen, ones = [], torch.ones(16, 1000)
     for step in (0, 1):
         batch = draw(POINTS, RECIPE, TIMES, step)
-        mask(state.network, RECIPE, step, batch)
+        mask(layers, RECIPE, step, batch, torch.device("cpu"))
         for layer in layers:
             seen.append(layer(ones))
-        mask(state.network, RECIPE, step, draw(POINTS, RECIPE, TIMES, step, range(5, 9)))
+        part = draw(POINTS, RECIPE, TIMES, step, range(5, 9))
+        mask(layers, RECIPE, step, part, torch.device("cpu"))
         assert torch.equal(layers[1](ones[:4]), seen[-1][5:9])
     rows = torch.cat(seen)
     assert len(rows.unique(dim=0)) == len(rows) == 2 * 2 * 16

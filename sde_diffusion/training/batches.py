@@ -4,11 +4,11 @@ So a resumed run draws what the uninterrupted one would have drawn, and several 
 accumulated parts of a batch draw what one process draws at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sde_diffusion.counting import normals, row_keys, uniforms
 from sde_diffusion.data import Data, order
@@ -65,13 +65,14 @@ def draw(
     return Batch(x0, t, eps, cond, positions.start)
 
 
-def mask(network: nn.Module, recipe: Recipe, step: int, batch: Batch) -> None:
-    """Give each `Dropout` of the network the masks of this part of the step's batch."""
-    layers = [part for part in network.modules() if isinstance(part, Dropout)]
+def mask(
+    layers: Sequence[Dropout], recipe: Recipe, step: int, batch: Batch, device: torch.device
+) -> None:
+    """Give each layer the masks of this part of the step's batch."""
     positions = range(batch.first, batch.first + len(batch.x0))
     bases = words(recipe.seed, Purpose.DROPOUT, step, len(layers)) if layers else []
     for layer, base in zip(layers, bases, strict=True):
-        layer.keys = row_keys(base, positions, next(network.parameters()).device)
+        layer.keys = row_keys(base, positions, device)
 
 
 def words(seed: int, purpose: Purpose, step: int, count: int) -> list[int]:

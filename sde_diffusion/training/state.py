@@ -14,6 +14,7 @@ from sde_diffusion import errors
 from sde_diffusion.data import Data
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.losses import L2, Penalty, Weight, denoising_loss
+from sde_diffusion.networks import Dropout
 from sde_diffusion.noise import Purpose
 from sde_diffusion.times import TimeDistribution, UniformTimes
 from sde_diffusion.training.batches import Batch, draw, mask, stretches, words
@@ -85,6 +86,9 @@ class TrainState:
         if gains and not getattr(self.engine, "is_fsdp2", False):  # FSDP shards contiguous weights
             # A CPU's step of the packaged U-Net takes 0.92 to 0.95 of the time; 1.8 times in bf16.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        parts = list(network.modules())
+        self._masked = [part for part in parts if isinstance(part, Dropout) and part.p]
+        self._foreign = any(isinstance(part, FOREIGN) for part in parts)
         shadow = copy.deepcopy(network).requires_grad_(False)
         optimizer = torch.optim.AdamW(
             network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
@@ -124,19 +128,17 @@ class TrainState:
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), with the masks of this step."""
-        network, recipe = self.network.train(), self.recipe
-        dtype = next(network.parameters()).dtype
-        device = self.engine.device
-        mask(network, recipe, self.step, batch)
-        # Dropout of torch's own draws from the global generator: it gets numbers of this address.
-        address = words(recipe.seed, Purpose.FOREIGN, self.step, 1)[0] + batch.first
-        foreign = any(isinstance(part, FOREIGN) for part in network.modules())
+        recipe, device = self.recipe, self.engine.device
+        dtype = next(self.network.parameters()).dtype
+        mask(self._masked, recipe, self.step, batch, device)
         bf16 = torch.autocast(device.type, torch.bfloat16)
         with (
             bf16 if recipe.dtype == "bf16" else nullcontext(),
-            torch.random.fork_rng(enabled=foreign),
+            torch.random.fork_rng(enabled=self._foreign),
         ):
-            if foreign:
+            if self._foreign:
+                # Dropout of torch's own draws from the global generator: numbers of this address.
+                address = words(recipe.seed, Purpose.FOREIGN, self.step, 1)[0] + batch.first
                 torch.manual_seed(address % 2**63)
             return denoising_loss(
                 self._trained,
@@ -163,6 +165,8 @@ class TrainState:
             raise ValueError("advance needs at least one part of a batch")
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
+        if not self.network.training:
+            self.network.train()
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         each: list[Tensor] = []

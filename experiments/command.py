@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,7 +39,11 @@ REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 
 def run(main: Callable[[Config], None], config: type[Config]) -> None:
-    """Parse the flags and run; what the user can mend ends in one line on stderr and exit 2."""
+    """Parse the flags and run; what the user can mend ends in one line on stderr and exit 2.
+
+    Ctrl-C and SIGTERM exit with 130 and 143; a training run saves first, see training.Stop.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse(config))
     except REFUSALS as error:
@@ -45,11 +51,16 @@ def run(main: Callable[[Config], None], config: type[Config]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(config: type[Config]) -> Config:
     """The flags, or the parser's complaint as one ValueError."""
     complaint = io.StringIO()
+    for argument in sys.argv[1:]:
+        if not argument or argument.endswith("="):
+            raise ValueError(f"an argument is empty{': ' + argument if argument else ''}")
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config)
@@ -73,10 +84,13 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, flag: str = "--out") -> None:
     """Refuse an --out that cannot become a folder, before any work is done."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--out {path}: not a folder")
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: {there} cannot be written to")
 
 
 def folder(path: Path) -> Path:

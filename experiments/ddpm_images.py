@@ -127,8 +127,7 @@ class Config(run.Flags):
 
 def main(config: Config) -> None:
     check(config)
-    if config.save_folder.exists() and not config.save_folder.is_dir():
-        raise ValueError(f"--save_folder {config.save_folder}: not a folder")
+    command.check_out(config.save_folder, "--save_folder")
     device = command.device(config.device)
     images = loaded_images(config)
     if config.load_path and config.visualize:
@@ -271,16 +270,14 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
         quality.check(word, len(images), count)
         network = quality.network(word, config.inception_weights).to(engine.device)
     names = [f"{name.file}.{kind}" for name in quality.NAMES.values() for kind in ("csv", "png")]
-    # Last: what cannot start must not delete the run before it.
-    run.prepare(
-        config, out, engine, "metrics.csv", "loss.png", "sample-*.png", f"{NAME}.*", "forward.png",
-        "backward.png", *names, flag="--save_folder",
-    )  # fmt: skip
     state = training.TrainState(
         denoiser, config.recipe, config.times, penalty=sd.L1(), engine=engine,
-        bad=config.on_bad or "raise",
+        bad=config.on_bad or "raise", facts={"data": data.fingerprint(images)},
     )  # fmt: skip
-    run.resume(config, state, out)
+    run.begin(
+        config, state, out, "metrics.csv", "loss.png", "sample-*.png", f"{NAME}.*", "forward.png",
+        "backward.png", *names, flag="--save_folder",
+    )  # fmt: skip
     if network:
         judge = quality.judge(word, network, images, count)
     record = {

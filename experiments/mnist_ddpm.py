@@ -85,7 +85,7 @@ def check(config: Config) -> None:
         errors.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
     errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     training_only = ("network", "num_steps", "epochs", "batch_size", "learning_rate", "data_root",
-                     *(field.name for field in fields(run.Flags)))  # fmt: skip
+                     "dtype", *(field.name for field in fields(run.Flags)))  # fmt: skip
     for name in training_only if config.checkpoint else ():
         if getattr(config, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --checkpoint")
@@ -116,7 +116,6 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     chain = sd.Discrete.linear(config.num_steps or 1000)
     denoiser = sd.Denoiser(networks[config.network or "unet"], chain, reading)
     digits = data.mnist(config.data_root)
-    run.prepare(config, config.out, engine, "metrics.csv", "mnist_ddpm.*", "*.png")
     batch_size = config.batch_size or 128
     epoch = -(-len(digits) // batch_size)
     recipe = training.Recipe(
@@ -129,8 +128,12 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     )
     times = sd.DiscreteTimes(chain.num_steps)
     bad = config.on_bad or "raise"
-    state = training.TrainState(denoiser, recipe, times, sd.Simple(), engine=engine, bad=bad)
-    run.resume(config, state, config.out)
+    facts = {"data": data.fingerprint(digits)}
+    state = training.TrainState(
+        denoiser, recipe, times, sd.Simple(), engine=engine, bad=bad, facts=facts
+    )
+    left = ("metrics.csv", "mnist_ddpm.*", "loss.png", "samples.png", "side_by_side.png")
+    run.begin(config, state, config.out, *left)
     record = {"command": command.command(), "commit": command.commit(), **state.settings}
     if engine.is_main_process:
         command.write_config(config.out, config)

@@ -208,8 +208,6 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         data.mnist(config.data_root, download=True)
     engine.wait_for_everyone()
     digits = data.mnist(config.data_root)
-    # Last: what cannot start must not delete the run before it.
-    run.prepare(config, config.out, engine, "metrics.csv", "mnist_vp.*", "loss.png")
     epoch = -(-len(digits) // config.batch_size)
     recipe = training.Recipe(
         steps=config.train_steps or (config.epochs * epoch if config.epochs else 20_000),
@@ -221,9 +219,10 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
     times = sd.NormalLogSNR(denoiser.process, mean, std)
     state = training.TrainState(
-        denoiser, recipe, times, engine=engine, bad=config.on_bad or "raise"
-    )
-    run.resume(config, state, config.out)
+        denoiser, recipe, times, engine=engine, bad=config.on_bad or "raise",
+        facts={"data": data.fingerprint(digits)},
+    )  # fmt: skip
+    run.begin(config, state, config.out, "metrics.csv", "mnist_vp.*", "loss.png")
     record = {"command": command.command(), "commit": command.commit(), **state.settings}
     if engine.is_main_process:
         command.write_config(config.out, config)

@@ -73,6 +73,40 @@ def dtype(given: str | None) -> Any:
     return given or told
 
 
+def begin(
+    flags: Flags, state: training.TrainState, out: Path, *files: str, flag: str = "--out"
+) -> None:
+    """Make the folder ready for this state, and go on where its run stands if that is asked for.
+
+    Call it when everything else is known to fit: what cannot start must not delete a run.
+
+    Args:
+        files: what a run leaves there beside its checkpoints, as patterns.
+        flag: what the script calls the folder.
+    """
+    engine = state.engine
+    parts = flags.accumulate or training.accumulation()
+    if state.recipe.batch_size < parts * engine.num_processes:
+        raise ValueError(
+            f"--accumulate {parts}: a batch of {state.recipe.batch_size} has no part for each of "
+            f"{engine.num_processes} processes"
+        )
+    prepare(flags, out, engine, *files, flag=flag)
+    resume(flags, state, out)
+    track(state, out)
+
+
+def track(state: training.TrainState, out: Path) -> None:
+    """Start the tracker, if there is one."""
+    engine: Any = state.engine
+    if not getattr(engine, "log_with", None):
+        return
+    try:  # a kill may have logged steps that will be made again
+        engine.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": state.step}})
+    except Exception as error:  # whatever a service says of accounts and networks
+        raise ValueError(f"--tracker: {' '.join(str(error).split())}") from None
+
+
 def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--out") -> None:
     """--out, ready for a run that is new, resumed or to be replaced.
 
@@ -119,8 +153,6 @@ def steps(
     total, every, main = state.recipe.steps, flags.checkpoint_every or 500, engine.is_main_process
     log = None
     if getattr(engine, "log_with", None):
-        # A kill may have logged steps that will be made again.
-        engine.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": state.step}})
         log = engine.log
     made = training.train(state, given, flags.accumulate or training.accumulation())
     bar = tqdm(made, total=total, initial=state.step, disable=not main)
@@ -177,8 +209,10 @@ def draw_loss(out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5))
-    steps, losses = zip(*finite(out), strict=True)
-    plots.loss_curve(figure.subplots(), steps, losses)
+    curve = finite(out)
+    if not curve:
+        return
+    plots.loss_curve(figure.subplots(), [step for step, _ in curve], [loss for _, loss in curve])
     storage.replace(out / "loss.png", plots.png(figure))
 
 

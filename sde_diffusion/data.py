@@ -5,6 +5,7 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 """
 
 import gzip
+import hashlib
 import os
 import tempfile
 import warnings
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "data_root",
     "dequantize",
     "fashion_mnist",
+    "fingerprint",
     "image_folder",
     "mnist",
     "moments",
@@ -51,6 +53,7 @@ class DataNotFound(FileNotFoundError):
     """A data set is not there, or not whole; the message says where it was looked for."""
 
 
+@runtime_checkable
 class Data(Protocol):
     """What training draws from."""
 
@@ -141,6 +144,18 @@ def moments(images: Images) -> tuple[Tensor, Tensor]:
     covariance = (squares / len(images) - mean[:, None] * mean) / 128**2
     covariance.diagonal().add_(DEQUANTIZATION)
     return ((mean + 0.5) / 128).reshape(images.shape), covariance
+
+
+def fingerprint(data: Data) -> str:
+    """Number, shape and a hash of 256 samples spread over the data: other data have another."""
+    size = len(data)
+    index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
+    samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
+    hashed = hashlib.sha256()
+    for part in (samples, cond):
+        if part is not None:
+            hashed.update(part.cpu().contiguous().numpy().tobytes())
+    return f"{size} of {tuple(data.shape)}, {hashed.hexdigest()[:16]}"
 
 
 def to_uint8(x: Tensor) -> Tensor:

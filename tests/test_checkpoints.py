@@ -18,6 +18,7 @@ from training_runs import (
 )
 
 from sde_diffusion import storage
+from sde_diffusion.data import Points, fingerprint
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.networks import MLP
 from sde_diffusion.prediction import V
@@ -314,3 +315,47 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.0\.weight"):
         save(state, tmp_path)
     assert list(tmp_path.iterdir()) == [older]
+
+
+def test_damaged_folders_of_later_steps_push_nothing_out(tmp_path):
+    for name in ("checkpoint-99999998", "checkpoint-99999999"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".checkpoint-note").write_text("mine")
+    saved = [save(ran(steps), tmp_path) for steps in (1, 2, 3)]
+    assert [path.is_dir() for path in saved] == [False, True, True]
+    state = fresh(seed=9)
+    found, damaged = resume(state, tmp_path)
+    assert found == saved[2]
+    assert len(damaged) == 2
+    assert (tmp_path / ".checkpoint-note").exists()
+
+
+def test_other_data_are_another_run(tmp_path):
+    first, second = (fingerprint(Points(POINTS.x + shift)) for shift in (0, 1))
+    assert first != second
+    assert first == fingerprint(POINTS)
+    assert fingerprint(Points(POINTS.x[:40])) != first
+    saved = save(fresh(facts={"data": first}), tmp_path)
+    restore(fresh(facts={"data": first}, seed=9), saved)
+    with pytest.raises(Otherwise, match="data 50 of"):
+        restore(fresh(facts={"data": second}), saved)
+
+
+def test_a_function_is_the_same_law_in_another_process(tmp_path):
+    state = TrainState(Denoiser(mlp(), VP(), V()), RECIPE, weight=lambda level: level.alpha)
+    assert " at 0x" not in str(state.settings)
+    assert "test_a_function_is_the_same_law" in state.settings["weight"]
+
+
+@pytest.mark.parametrize("wrong", [lambda p: save(None, p), lambda p: restore(None, p),
+                                   lambda p: save(fresh(), p, step=3)])  # fmt: skip
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, wrong):
+    with pytest.raises((TypeError, ValueError), match=r"^(state|step)"):
+        wrong(tmp_path / "new")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_of_checkpoints(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file: not a folder"):
+        resume(fresh(), tmp_path / "file")

@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+import torch
 from training_runs import POINTS, fresh
 
 from sde_diffusion.training import Alone, Journal, Metrics, Stop, history, train
@@ -55,10 +56,21 @@ def test_a_table_cut_anywhere_is_read_as_far_as_it_is_whole(tmp_path, cut):
     assert history(tmp_path)[3:] == steps(5)[3:]
 
 
+def test_a_table_with_a_gap_keeps_its_rows(tmp_path):
+    """It was deleted on the way: what came after explains the rest of the run."""
+    with Journal(tmp_path) as journal:
+        for metrics in [*steps(2), *steps(6)[4:]]:
+            journal.write(metrics)
+    assert history(tmp_path) == [*steps(2), *steps(6)[4:]]
+    with Journal(tmp_path, step=5):
+        pass
+    assert [metrics.step for metrics in history(tmp_path)] == [1, 2, 5]
+
+
 def test_rows_out_of_order_and_noise_end_the_table(tmp_path):
     path = tmp_path / "metrics.csv"
     rows = [",".join(map(str, m)) for m in steps(4)]
-    for bad in ("7,1,1,1,0", "3,x,1,1,0", "3,1,1", "\0\xff,1,1,1,0"):
+    for bad in ("2,1,1,1,0", f'"{"x" * 200_000}"', "3,x,1,1,0", "3,1,1", "\0\xff,1,1,1,0"):
         path.write_bytes("\n".join(["step,...", *rows[:2], bad, rows[3], ""]).encode("latin1"))
         assert history(tmp_path) == steps(2)
     assert history(tmp_path / "absent") == []
@@ -83,6 +95,37 @@ def test_a_signal_is_noted_and_the_second_has_its_usual_effect(which, code):
         assert stop.code == code
         assert signal.getsignal(which) == before
     assert signal.getsignal(which) == before
+
+
+class Two:
+    """Two processes, of which the other answers as it is told; a signal may come while it does."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, other=0.0, which=None):
+        self.other, self.which = other, which
+
+    def reduce(self, tensor, reduction):
+        total = tensor + self.other
+        if self.which is not None:
+            os.kill(os.getpid(), self.which)
+            self.which = None
+        return total
+
+
+def test_a_signal_that_comes_while_processes_agree_counts_at_the_next_question():
+    with Stop() as stop:
+        assert not stop.asked(Two(which=signal.SIGTERM))  # the other process heard no
+        assert stop.asked(Two())
+        assert stop.code == 143
+
+
+def test_a_signal_of_another_process_stops_this_one():
+    with Stop() as stop:
+        assert not stop.asked(Two())
+        assert stop.code == 0
+        assert stop.asked(Two(other=1.0))
+        assert stop.code == 143
 
 
 def test_handlers_are_as_before_where_nothing_happened():

@@ -1,6 +1,7 @@
 """mnist_ddpm.py trains by the discrete face, and samples the same network in four ways."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -122,3 +123,49 @@ def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(
     assert len(told) == 1, told
     assert named in told[0]
     assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_start_deletes_nothing_and_only_its_own_files_are_deleted(
+    script, trained, root, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "holiday.png").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    flags = (*TINY, "--network", "mlp", "--data-root", root, "--out", out, "--tracker", "none")
+    for bad in (("--overwrite", "--accumulate", 501), ("--resume", "--seed", 1), ()):
+        with pytest.raises(SystemExit) as stopped:
+            script(*flags, *bad)
+        assert stopped.value.code == 2
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    told = capsys.readouterr().err
+    for word in ("--accumulate 501", "seed 0 -> 1", "holds a run"):
+        assert word in told
+    script(*flags, "--overwrite")
+    assert (out / "holiday.png").read_bytes() == b"mine"
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    (again / "metrics.csv").unlink()
+    script(*flags[:-3], again, "--tracker", "none", "--resume")
+    weights = [load_file(folder / "mnist_ddpm.safetensors") for folder in (out, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("place", ["file/x", "dangling", "file"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(script, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as stopped:
+        script("--out", tmp_path / place)
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --out")
+    assert "not a folder" in told
+
+
+@pytest.mark.parametrize("empty", [("--out", ""), ("--data-root=",)])
+def test_an_empty_argument_is_refused(script, capsys, empty):
+    with pytest.raises(SystemExit) as stopped:
+        script(*empty)
+    assert stopped.value.code == 2
+    assert "an argument is empty" in capsys.readouterr().err

@@ -5,6 +5,7 @@ Where there are several processes they read the same folder, and the main one wr
 
 import copy
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion import storage
+from sde_diffusion import errors, storage
 from sde_diffusion.denoiser import Denoiser
 from sde_diffusion.strict import plain
 from sde_diffusion.training.engine import full, like_ours
@@ -41,6 +42,9 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         OSError: if the disk refuses; the checkpoints before it are untouched.
         ValueError: likewise, if a weight is not finite.
     """
+    errors.kind("state", state, "a TrainState", "settings", "averaged")
+    if "step" in record:
+        raise ValueError("step: a name that the record keeps for itself")
     folder = Path(folder)
     target = folder / f"{PREFIX}{state.step:08d}"
     averaged = state.averaged
@@ -50,8 +54,9 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
     told = {"step": state.step, "skipped": state.skipped, "settings": state.settings}
     if state.engine.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(leftover)
+        for end in ("part", "old"):
+            for leftover in folder.glob(f".{PREFIX}*.{end}"):
+                shutil.rmtree(leftover)
         scratch = folder / f".{target.name}.part"
         try:
             averaged.save(scratch / "denoiser.safetensors", step=state.step, **record)
@@ -64,7 +69,8 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
             discard(target)
         os.replace(scratch, target)
         sync_folder(folder)
-        for old in checkpoints(folder)[:-2]:
+        # Folders beyond this step are damaged, or of another run: they push nothing out.
+        for old in [path for path in checkpoints(folder) if step_of(path) <= state.step][:-2]:
             discard(old)
     state.engine.wait_for_everyone()
     return target
@@ -77,6 +83,7 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
         Otherwise: if it was made with other settings.
         storage.BadFile: if it is damaged, or holds another network.
     """
+    errors.kind("state", state, "a TrainState", "settings", "averaged")
     checkpoint = Path(checkpoint)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
@@ -176,9 +183,17 @@ def resume(state: TrainState, folder: str | Path) -> tuple[Path | None, list[str
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
-    found = [path for path in Path(folder).glob(f"{PREFIX}*") if path.is_dir()]
-    steps = {path: path.name.removeprefix(PREFIX) for path in found}
-    return sorted((p for p in found if steps[p].isdecimal()), key=lambda path: int(steps[path]))
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: not a folder")
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and step_of(path) >= 0]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in its name; -1 where that is no checkpoint's."""
+    digits = checkpoint.name.removeprefix(PREFIX)
+    return int(digits) if re.fullmatch("[0-9]{8,18}", digits) else -1
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

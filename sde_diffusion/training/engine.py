@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sde_diffusion import errors
+
 __all__ = ["Alone", "Engine", "full", "launched", "like_ours"]
 
 
@@ -116,6 +118,12 @@ def launched(
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP needs `fsdp_version: 2` in accelerate's configuration; got 1")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(
+            f"{started} processes were launched (WORLD_SIZE), but each would train alone: "
+            "use torchrun"
+        )
     return accelerator
 
 
@@ -127,7 +135,9 @@ def precision() -> str:
 
 def accumulation() -> int:
     """Parts of a process's batch: what `accelerate launch` was told, or 1."""
-    return int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    told = os.environ.get(name, "1")
+    return errors.integer(name, int(told) if told.isdecimal() else told)
 
 
 def full(tensor: Tensor) -> Tensor:

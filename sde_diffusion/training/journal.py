@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import signal
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sde_diffusion import storage
+from sde_diffusion import errors, storage
 from sde_diffusion.training.engine import Engine
 from sde_diffusion.training.state import Metrics
 
@@ -34,7 +35,8 @@ class Journal:
 
     def __init__(self, folder: str | Path, step: int = 0, log: Any = None) -> None:
         self.log = log
-        done = history(folder)[:step]
+        errors.integer("step", step, 0)
+        done = [metrics for metrics in history(folder) if metrics.step <= step]
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([Metrics._fields, *done])
         path = Path(folder, TABLE)
@@ -55,24 +57,29 @@ class Journal:
             self.log({k: v for k, v in metrics._asdict().items() if k != "step"}, step=metrics.step)
 
     def flush(self) -> None:
-        """Hand all rows to the operating system; before a checkpoint, which they explain."""
+        """Bring all rows to the disk; before a checkpoint, which they explain."""
         self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def history(folder: str | Path) -> list[Metrics]:
-    """The steps of the run in `folder`, from metrics.csv: 1, 2, ... as far as they are whole."""
+    """The steps of the run in `folder`, from metrics.csv, as far as they are whole and in order."""
     path = Path(folder, TABLE)
     if not path.exists():
         return []
     steps: list[Metrics] = []
     with open(path, newline="", errors="replace") as file:
-        for row in list(csv.reader(file))[1:]:
+        rows = csv.reader(file)
+        while True:
             try:
+                row = next(rows)
+                if rows.line_num == 1:
+                    continue
                 step, loss, norm, rate, skipped = row  # a kill may have cut the last
                 read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
-            except ValueError:
+            except (ValueError, csv.Error, StopIteration):
                 break
-            if read.step != len(steps) + 1:
+            if read.step <= (steps[-1].step if steps else 0):
                 break
             steps.append(read)
     return steps
@@ -87,13 +94,15 @@ class Stop:
                     save(state, folder)
                     sys.exit(stop.code)
 
-    The second signal of a kind has its usual effect. Outside the main thread nothing is caught.
+    After the first signal the second one has its usual effect. Outside the main thread nothing is
+    caught.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.signal = 0
+        self.code = 0  # exit status once it is asked: 130 for Ctrl-C, 143 for SIGTERM
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -115,12 +124,10 @@ class Stop:
 
     def asked(self, engine: Engine) -> bool:
         """Whether any process was asked to stop; a call of all processes, with one answer."""
+        noted = self.signal
         if engine.num_processes > 1:
-            mine = torch.tensor(float(self.signal), device=engine.device)
-            self.signal = max(self.signal, int(engine.reduce(mine, "sum") > 0) * self.SIGNALS[1])
-        return bool(self.signal)
-
-    @property
-    def code(self) -> int:
-        """The exit status of a program that a signal stopped: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self.signal
+            # What arrives while the processes agree counts at the next question, for all of them.
+            mine = torch.tensor(float(noted > 0), device=engine.device)
+            noted = (noted or self.SIGNALS[1]) if engine.reduce(mine, "sum") > 0 else 0
+        self.code = 128 + noted if noted else 0
+        return bool(noted)

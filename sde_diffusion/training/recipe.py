@@ -41,16 +41,14 @@ class PowerEMA:
     the training dynamics of diffusion models", eq. 5 and App. C)
 
     Args:
-        sigma_rel: width of the profile over the length of the run, in (0, 0.2886); gamma follows
-            from  sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+        sigma_rel: width of the profile over the length of the run, in [0.001, 0.2886]; gamma
+            follows from  sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
 
     sigma_rel: float = 0.05
 
     def __post_init__(self) -> None:
-        errors.number("sigma_rel", self.sigma_rel, 0, 12**-0.5, strict=True)
-        if self.sigma_rel == 12**-0.5:
-            raise ValueError(f"sigma_rel must be below {12**-0.5:.4f}: there gamma is 0")
+        errors.number("sigma_rel", self.sigma_rel, 1e-3, 12**-0.5)
 
     @cached_property
     def gamma(self) -> float:
@@ -92,8 +90,8 @@ class Recipe:
         errors.integer("seed", self.seed, 0)
         errors.number("learning_rate", self.learning_rate, 0, strict=True)
         errors.number("weight_decay", self.weight_decay, 0)
-        if not self.clip > 0:
-            raise ValueError(f"clip must be positive; got {self.clip}")
+        if isinstance(self.clip, bool) or not self.clip > 0:
+            raise ValueError(f"clip must be a positive number; got {self.clip}")
         errors.kind("ema", self.ema, "an average such as EMA(0.9995)", "decay_at")
         errors.choice("decay", self.decay, ("cosine", "linear", "constant"))
         errors.choice("dtype", self.dtype, ("float32", "bf16"))

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
@@ -55,6 +55,8 @@ class TrainState:
         engine: this process alone by default; `engine.launched()` for as many as were launched.
         bad: what happens at a loss or gradient that is not finite: "raise" a FloatingPointError,
             or "skip" the step and count it.
+        facts: what else a resumed run must have in common with this one, such as
+            {"data": data.fingerprint(images)}.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class TrainState:
         penalty: Penalty | None = None,
         engine: Engine | None = None,
         bad: Literal["raise", "skip"] = "raise",
+        facts: Mapping[str, object] | None = None,
     ) -> None:
         errors.kind("denoiser", denoiser, "a Denoiser", "network", "parameterization")
         errors.kind("recipe", recipe, "a Recipe", "settings", "rate")
@@ -80,7 +83,7 @@ class TrainState:
         device = next(denoiser.network.parameters()).device
         self.denoiser, self.recipe, self.engine = denoiser, recipe, engine or Alone(device)
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
-        self.bad, self.step, self.skipped = bad, 0, 0
+        self.bad, self.step, self.skipped, self.facts = bad, 0, 0, dict(facts or {})
         network = denoiser.network.to(self.engine.device)
         gains = self.engine.device.type != "cpu" or recipe.dtype == "float32"
         if gains and not getattr(self.engine, "is_fsdp2", False):  # FSDP shards contiguous weights
@@ -111,8 +114,8 @@ class TrainState:
     @property
     def settings(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that it goes on from."""
-        laws = {name: repr(getattr(self, name)) for name in ("times", "weight", "penalty")}
-        return {**self.recipe.settings, **laws}
+        laws = {name: named(getattr(self, name)) for name in ("times", "weight", "penalty")}
+        return {**self.facts, **self.recipe.settings, **laws}
 
     @property
     def averaged(self) -> Denoiser:
@@ -163,6 +166,8 @@ class TrainState:
         engine, recipe = self.engine, self.recipe
         if not parts:
             raise ValueError("advance needs at least one part of a batch")
+        for part in parts:
+            errors.kind("each part", part, "a Batch such as draw() makes", "x0", "eps", "t")
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
         if not self.network.training:
@@ -205,6 +210,12 @@ class TrainState:
         get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.weights], 0)
         for mean, value in zip(self.shadow.buffers(), self.network.buffers(), strict=True):
             mean.copy_(value)
+
+
+def named(law: object) -> str:
+    """The same in every process: a function by its name, all else as it prints itself."""
+    name = getattr(law, "__qualname__", None)
+    return repr(law) if name is None else f"{getattr(law, '__module__', '?')}.{name}"
 
 
 def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:

@@ -59,8 +59,8 @@ def parse(config: type[Config]) -> Config:
     """The flags, or the parser's complaint as one ValueError."""
     complaint = io.StringIO()
     for argument in sys.argv[1:]:
-        if not argument or argument.endswith("="):
-            raise ValueError(f"an argument is empty{': ' + argument if argument else ''}")
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            raise ValueError(f"an argument is empty: {argument or repr(argument)}")
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config)

@@ -90,7 +90,7 @@ toc_object_entries_show_parents = "hide"
 
 # There is no inventory to link other packages' names to; our own must resolve.
 nitpick_ignore_regex = [
-    (r"py:class", r"(torch|numpy|pathlib|jaxtyping|collections\.abc)\..*"),
+    (r"py:class", r"(torch|numpy|pathlib|jaxtyping|collections\.abc|contextlib|datetime)\..*"),
     # Tensor in jaxtyping's words; type variables
     (r"py:class", r"Tensor|sde_diffusion\.(processes\.process\.S|errors\.T)"),
 ]

@@ -22,14 +22,21 @@ __all__ = ["Batch", "draw", "mask", "stretches"]
 
 
 class Batch(NamedTuple):
-    """A stretch of one step's global batch: all of its randomness but that of dropout."""
+    """A stretch of one step's global batch: all of its randomness but that of dropout.
+
+    Attributes:
+        x0: samples (B, ...).
+        t: times in [0, 1], (B,) float64.
+        eps: standard normal noise, shaped like x0.
+        cond: conditions (B, width), or None.
+        first: position of the first sample in the global batch.
+    """
 
     x0: Tensor
     t: Tensor
     eps: Tensor
     cond: Tensor | None
     first: int = 0
-    """position of its first sample in the global batch"""
 
 
 def draw(

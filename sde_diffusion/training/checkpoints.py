@@ -160,8 +160,7 @@ def resume(state: TrainState, folder: str | Path) -> tuple[Path | None, list[str
     """Go on from the newest checkpoint under `folder` that can be read.
 
     Returns:
-        it, or None where there is none, and what was wrong with newer ones: a line for each, to be
-        shown.
+        its folder, or None, and a line for each newer one that says what was wrong with it.
     Raises:
         Otherwise: if the newest readable one was made with other settings.
         storage.BadFile: if there are some and none can be read.

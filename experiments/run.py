@@ -151,9 +151,7 @@ def steps(
     """
     engine: Any = state.engine
     total, every, main = state.recipe.steps, flags.checkpoint_every or 500, engine.is_main_process
-    log = None
-    if getattr(engine, "log_with", None):
-        log = engine.log
+    log = engine.log if getattr(engine, "log_with", None) else None
     made = training.train(state, given, flags.accumulate or training.accumulation())
     bar = tqdm(made, total=total, initial=state.step, disable=not main)
     journal = training.Journal(out, state.step, log) if main else None

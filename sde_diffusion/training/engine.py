@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sde_diffusion import errors
 
-__all__ = ["Alone", "Engine", "full", "launched", "like_ours"]
+__all__ = ["Alone", "Engine", "accumulation", "full", "launched", "like_ours", "precision"]
 
 
 class Engine(Protocol):

@@ -108,7 +108,7 @@ class TrainState:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """Its parameters."""
+        """The parameters of the network in training."""
         return list(self.network.parameters())
 
     @property

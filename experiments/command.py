@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import tyro
@@ -48,11 +48,24 @@ def run(main: Callable[[Config], None], config: type[Config]) -> None:
         main(parse(config))
     except REFUSALS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, ConnectionError):
+            leave(2)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once, without Python's own shutdown.
+
+    When another process of a run is gone, threads of torch.distributed may still be in a call to
+    it, and one that asks for the interpreter while it shuts down ends in SIGABRT.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(config: type[Config]) -> Config:

@@ -121,13 +121,17 @@ def test_when_one_process_is_killed_the_others_say_so_and_exit(tmp_path):
                 "--train-steps", 1_000_000, "--out", tmp_path / "out", "--device", "cpu",
                 "--tracker", "none")  # fmt: skip
     table, deadline = tmp_path / "out" / "metrics.csv", time.monotonic() + 120
-    while not (table.exists() and table.stat().st_size > 4096):
-        assert time.monotonic() < deadline, "no step was made"
-        assert all(process.poll() is None for process in run), run[0].communicate()
-        time.sleep(0.2)
-    run[1].send_signal(signal.SIGKILL)
-    _, errors = run[0].communicate(timeout=60)
-    assert run[0].returncode == 2
+    try:
+        while not (table.exists() and table.stat().st_size > 4096):
+            assert time.monotonic() < deadline, "no step was made"
+            assert all(process.poll() is None for process in run), run[0].communicate()
+            time.sleep(0.2)
+        run[1].send_signal(signal.SIGKILL)
+        _, errors = run[0].communicate(timeout=60)
+    finally:
+        for process in run:
+            process.kill()
+            process.communicate()
+    assert run[0].returncode == 2, errors
     assert "process 0 of 2 stops at step" in errors
     assert "Traceback" not in errors
-    run[1].communicate()

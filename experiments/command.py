@@ -51,10 +51,24 @@ def run(main: Callable[[Config], None], config: type[Config]) -> None:
         if isinstance(error, ConnectionError):
             leave(2)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_loss_of_a_process(error):
+            raise
+        print("error: another process of this run is gone", file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def is_loss_of_a_process(error: RuntimeError) -> bool:
+    """Whether this is how a collective call says that another process of the run is gone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection", "NCCL")
+    )
 
 
 def leave(code: int) -> NoReturn:

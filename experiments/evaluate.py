@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import data, distances, errors, features, metrics, plots, storage
+from sde_diffusion import data, distances, errors, features, metrics, plots, storage, training
 
 COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
 TITLES = {
@@ -125,10 +125,7 @@ class Share:
     """This process's part of the work; whole batches are dealt, and all get all results."""
 
     def __init__(self, config: Config) -> None:
-        from accelerate import Accelerator
-
-        device = command.device(config.device)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.accelerator = training.launched(command.device(config.device))
         self.device = self.accelerator.device
         self.batch_size = config.batch_size
 

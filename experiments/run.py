@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import command
-import torch
 from tqdm import tqdm
 
 from sde_diffusion import data, errors, plots, storage, training
@@ -171,7 +170,7 @@ def steps(
                     sys.exit(stop.code)
                 yield metrics
         except RuntimeError as error:
-            if engine.num_processes == 1 or not is_loss_of_a_process(error):
+            if not command.is_loss_of_a_process(error):
                 raise
             raise ConnectionError(
                 f"process {engine.process_index} of {engine.num_processes} stops at step "
@@ -179,14 +178,6 @@ def steps(
             ) from error
     if journal:
         draw_loss(out)
-
-
-def is_loss_of_a_process(error: RuntimeError) -> bool:
-    """Whether this is how a collective call says that a process has gone."""
-    told = str(error)
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in told for word in ("gloo", "Connection", "NCCL")
-    )
 
 
 def finish(engine: Any) -> None:

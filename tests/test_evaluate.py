@@ -118,18 +118,41 @@ def test_the_figures_are_the_librarys(alone, root):
     assert record["floor"]["frechet"] == pytest.approx(float(floor), rel=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(alone, tmp_path, root):
-    """As torchrun starts them; the same bits, and one table."""
+def start_two(*flags, root):
+    """As torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pair = [
-        start(*FLAGS, "--out", tmp_path / "pair", root=root,
-              RANK=str(rank), LOCAL_RANK=str(rank), **environment)
+    return [
+        start(*flags, root=root, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
         for rank in range(2)
-    ]  # fmt: skip
+    ]
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_exits(tmp_path, root):
+    out = tmp_path / "pair"
+    pair = start_two("--samplers", "ddim", "--steps", 1, 150, "--num-samples", 64,
+                     "--batch-size", 32, "--num-real", 300, "--out", out, root=root)  # fmt: skip
+    try:
+        seen = [pair[0].stdout.readline() for _ in range(4)]  # up to the first sampler's row
+        pair[1].kill()
+        _, complaint = pair[0].communicate(timeout=120)
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert seen[3].startswith("ddim"), (seen, complaint)
+    assert pair[0].returncode == 2, complaint
+    assert complaint.endswith("error: another process of this run is gone\n")  # gloo may log first
+    assert "Traceback" not in complaint
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(alone, tmp_path, root):
+    """The same bits, and one table."""
+    pair = start_two(*FLAGS, "--out", tmp_path / "pair", root=root)
     ends = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], ends
     assert (tmp_path / "pair" / "evaluate.json").read_bytes() == (

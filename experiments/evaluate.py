@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,7 +126,9 @@ class Share:
     """This process's part of the work; whole batches are dealt, and all get all results."""
 
     def __init__(self, config: Config) -> None:
-        self.accelerator = training.launched(command.device(config.device))
+        device = command.device(config.device)
+        # Between two gathers a process may draw a whole batch more than another.
+        self.accelerator = training.launched(device, patience=timedelta(hours=12))
         self.device = self.accelerator.device
         self.batch_size = config.batch_size
 

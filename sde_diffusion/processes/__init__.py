@@ -2,7 +2,14 @@
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
 from sde_diffusion.processes.discrete import Discrete, Interpolated, kernel_variances
-from sde_diffusion.processes.process import Level, Process, Scalar, VariancePreserving, double
+from sde_diffusion.processes.process import (
+    Level,
+    Process,
+    Scalar,
+    VariancePreserving,
+    ascent,
+    double,
+)
 
 __all__ = [
     "EDM",
@@ -18,6 +25,7 @@ __all__ = [
     "Scalar",
     "SubVP",
     "VariancePreserving",
+    "ascent",
     "double",
     "kernel_variances",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from sde_diffusion import errors, spacings
 from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
 
-__all__ = ["Level", "Process", "Scalar", "Shortened", "VariancePreserving", "double"]
+__all__ = ["Level", "Process", "Scalar", "Shortened", "VariancePreserving", "ascent", "double"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
@@ -55,6 +55,14 @@ class Level(NamedTuple, Generic[S]):
     def u(self) -> S:
         """The straight frame's time, sigma / (alpha + sigma), from 0 (data) to 1 (pure noise)."""
         return self.sigma / (self.alpha + self.sigma)
+
+
+def ascent(s: Level[float], t: Level[float]) -> tuple[float, float]:
+    """a and b of the forward kernel from level s up to t,  x_t = a x_s + b z."""
+    if not s.sigma or not t.alpha:
+        return t.alpha / s.alpha if s.alpha else 0.0, t.sigma
+    a = t.alpha / s.alpha
+    return a, a * s.sigma * math.sqrt(math.expm1(max(s.log_snr - t.log_snr, 0.0)))
 
 
 @dataclass(frozen=True)

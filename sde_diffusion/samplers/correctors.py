@@ -14,7 +14,7 @@ from torch import Tensor
 from sde_diffusion import errors, frames
 from sde_diffusion.denoiser import Model
 from sde_diffusion.noise import Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level, Process, ascent
 from sde_diffusion.sampling import Memory, Sampler
 
 __all__ = ["Churn", "Langevin"]
@@ -147,11 +147,9 @@ class Churn:
         if up == 1:
             return self.sampler.step(model, x, t, s, noise, memory)
         above = frames.level_at(model.process, up * t.sigma / (t.alpha + up * t.sigma))
-        gap = t.log_snr - above.log_snr  # less where the process ends
-        if gap <= 0:
+        if above.log_snr >= t.log_snr:  # the process ends here
             return self.sampler.step(model, x, t, s, noise, memory)
-        a = above.alpha / t.alpha
-        b = a * t.sigma * math.sqrt(math.expm1(gap))
+        a, b = ascent(t, above)
         higher = (x * a).add_(noise(above.t, t.t, x), alpha=b * self.s_noise)
         return self.sampler.step(model, higher, above, s, noise, None)
 

@@ -10,7 +10,7 @@ operations, and none is computed that is not asked for.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "V",
     "Velocity",
     "coordinates",
+    "per_sample",
     "read",
     "truth",
 ]
@@ -290,6 +291,18 @@ def read(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Predic
 def coordinates(x: Tensor) -> Tensor:
     """A batch (B, ...) as (B, d), any rank from 1, any size from 0."""
     return x.reshape(len(x), x.shape[1:].numel())
+
+
+@overload
+def per_sample(values: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def per_sample(values: Scalar, like: Tensor) -> Scalar: ...
+def per_sample(values: Scalar, like: Tensor) -> Scalar:
+    """(B,) as (B, 1, ..., 1) on the device of `like`; a single value as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    shape = (-1, *[1] * (like.ndim - 1)) if values.ndim else ()
+    return values.reshape(shape).to(like.device)
 
 
 def is_zero(scalar: Scalar) -> bool:

@@ -22,9 +22,10 @@ from torch import Tensor
 from sde_diffusion import errors
 from sde_diffusion.brownian import Brownian
 from sde_diffusion.denoiser import Model
+from sde_diffusion.guidance import Clipped
 from sde_diffusion.losses import L2, Penalty
 from sde_diffusion.noise import Generated, Noise
-from sde_diffusion.prediction import X0, Prediction, coordinates
+from sde_diffusion.prediction import Prediction, coordinates, per_sample
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.sampling import chosen_noise
 
@@ -350,11 +351,10 @@ class DDPM:
 
     def _predict(self, x: Tensor, i: Index, clamp: float | None) -> Prediction:
         level = self.level(i, x)
-        prediction = self.model(x, level)
         if clamp is None:
-            return prediction
+            return self.model(x, level)
         errors.number("clamp", clamp, 0, strict=True)
-        return Prediction(x, prediction.x0.clamp(-clamp, clamp), level, X0(), prediction.extra)
+        return Clipped(self.model, -clamp, clamp)(x, level)
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
@@ -374,12 +374,6 @@ class DDPM:
 def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
     """table[i - 1] for a table over 1 .. N, broadcast against `like` and in its dtype."""
     return per_sample(table[i - 1], like).to(like.dtype)
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1) on the device of `like`; a single value as it is."""
-    shape = (-1, *[1] * (like.ndim - 1)) if values.ndim else ()
-    return values.reshape(shape).to(like.device)
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:

@@ -139,7 +139,9 @@ class Denoiser(nn.Module):
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
         scale = self.parameterization.input_scale(level)
         seen = (x if is_one(scale) else x * scale).to(dtype)
-        inputs = (seen, c) if cond is None else (seen, c, cond)
+        if cond is not None and len(cond) != len(x):
+            raise ValueError(f"cond must hold one context per sample, {len(x)}; got {len(cond)}")
+        inputs = (seen, c) if cond is None else (seen, c, cond.to(dtype))
         return prediction.read(x, self.network(*inputs), level, self.parameterization)
 
     def rows(self, index: Tensor) -> "Denoiser":

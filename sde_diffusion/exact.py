@@ -94,6 +94,48 @@ class GaussianMixture:
         other.process = process
         return other
 
+    def given(self, matrix: Tensor, y: Tensor, noise_std: float) -> "GaussianMixture":
+        r"""The law of x0 given  y = A x0 + noise_std eps,  a mixture again (Bishop 2006, 2.116).
+
+        With S_y = A S A^T + noise_std^2 I and K = S A^T S_y^-1, each component becomes
+        N(m + K (y - A m), (I - K A) S), its weight times N(y; A m, S_y).
+
+        Args:
+            matrix: A, (m, d), on the flat coordinates of a sample.
+            y: (m,).
+            noise_std: above 0.
+        """
+        errors.number("noise_std", noise_std, 0, strict=True)
+        matrix, y = matrix.double(), y.double()
+        k, d = self.means.shape
+        if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
+            raise ValueError(
+                f"matrix must be (m, {d}) and y (m,); got {tuple(matrix.shape)}, {tuple(y.shape)}"
+            )
+        axes = torch.eye(d, dtype=torch.float64) if self.axes is None else self.axes
+        covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+        of_y = matrix @ covariances @ matrix.T
+        of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
+        gain = torch.linalg.solve(of_y, matrix @ covariances).mT  # (K, d, m)
+        off = y - self.means @ matrix.T
+        means = self.means + torch.einsum("kdm,km->kd", gain, off)
+        # (I - K A) S (I - K A)^T + noise^2 K K^T: symmetric and positive to rounding.
+        rest = torch.eye(d, dtype=torch.float64) - gain @ matrix
+        covariances = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
+        root = torch.linalg.cholesky(of_y)
+        z = torch.linalg.solve_triangular(root, off[:, :, None], upper=False)[..., 0]
+        log_weights = (
+            self.log_weights - z.square().sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
+        )
+        weights = log_weights.softmax(0)
+        heard = weights > 0  # a weight that underflows is none
+        return GaussianMixture(
+            self.process,
+            weights[heard],
+            means[heard].reshape(-1, *self.shape),
+            (covariances + covariances.mT)[heard] / 2,
+        )
+
     def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
         """log p_t(x) in nats, (B,); x (B, *shape)."""
         level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]

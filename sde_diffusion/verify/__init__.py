@@ -4,6 +4,7 @@ from sde_diffusion.verify.certificate import Certificate, certificate
 from sde_diffusion.verify.few_steps import Guarantee, steps_for
 from sde_diffusion.verify.foreign import Function
 from sde_diffusion.verify.identities import Identities, identities
+from sde_diffusion.verify.inverse import Inverse, Problem, inverse
 from sde_diffusion.verify.laws import Law, law, measured
 from sde_diffusion.verify.limits import Limit, limit
 from sde_diffusion.verify.mixtures import Distribution, Endpoint, distribution, endpoint, flow
@@ -22,12 +23,14 @@ __all__ = [
     "Function",
     "Guarantee",
     "Identities",
+    "Inverse",
     "KDiffusion",
     "Law",
     "Limit",
     "LocalOrder",
     "NotAffine",
     "Order",
+    "Problem",
     "Tolerances",
     "bias",
     "certificate",
@@ -35,6 +38,7 @@ __all__ = [
     "endpoint",
     "flow",
     "identities",
+    "inverse",
     "law",
     "limit",
     "local_order",

@@ -1,9 +1,27 @@
 """Continuous-time SDE and score-based diffusion, with the DDPM as its Euler discretization."""
 
-from sde_diffusion import equivalence, exact, grids, losses, networks, score_matching, times, verify
+from sde_diffusion import (
+    equivalence,
+    exact,
+    grids,
+    guidance,
+    inpainting,
+    inverse,
+    losses,
+    networks,
+    operators,
+    particles,
+    score_matching,
+    steering,
+    times,
+    verify,
+)
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pretrained
 from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
+from sde_diffusion.guidance import ClassifierFree, ClassifierGuided, Clipped, get_context_mask
+from sde_diffusion.inpainting import RePaint, Replacement, complete_image
+from sde_diffusion.inverse import DPS, DiffPIR, Measurement, PiGDM
 from sde_diffusion.losses import (
     L1,
     L2,
@@ -16,6 +34,7 @@ from sde_diffusion.losses import (
     Simple,
     denoising_loss,
 )
+from sde_diffusion.particles import SMC
 from sde_diffusion.prediction import X0, Eps, Karras, Prediction, Score, V, Velocity, truth
 from sde_diffusion.processes import (
     EDM,
@@ -60,10 +79,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDPM",
+    "DPS",
     "EDM",
     "L1",
     "L2",
     "OU",
+    "SMC",
     "SNR",
     "VE",
     "VLB",
@@ -75,9 +96,13 @@ __all__ = [
     "AdaptiveTorchSDE",
     "Ancestral",
     "Churn",
+    "ClassifierFree",
+    "ClassifierGuided",
+    "Clipped",
     "Cosine",
     "DPMSolver",
     "Denoiser",
+    "DiffPIR",
     "Discrete",
     "DiscreteTimes",
     "EDMWeight",
@@ -94,11 +119,15 @@ __all__ = [
     "LikelihoodTimes",
     "LogRatio",
     "LogSNR",
+    "Measurement",
     "MinSNR",
     "NormalLogSNR",
+    "PiGDM",
     "Prediction",
     "Process",
+    "RePaint",
     "RectifiedFlow",
+    "Replacement",
     "SDEDPMSolver",
     "Sample",
     "Sampler",
@@ -116,18 +145,26 @@ __all__ = [
     "VelocityMultistep",
     "adopt",
     "agreement",
+    "complete_image",
     "continuous",
     "denoising_loss",
     "discretize",
     "equivalence",
     "exact",
+    "get_context_mask",
     "grids",
+    "guidance",
+    "inpainting",
+    "inverse",
     "losses",
     "match",
     "networks",
+    "operators",
+    "particles",
     "pretrained",
     "sample",
     "score_matching",
+    "steering",
     "stratified",
     "times",
     "trajectory",

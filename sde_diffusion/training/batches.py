@@ -66,7 +66,7 @@ def draw(
         raise ValueError(f"positions must be a stretch of {everything}; got {positions}")
     start = step * recipe.batch_size
     index = order(recipe.seed, len(data), start + positions.start, len(positions))
-    noise, dequantization = words(recipe.seed, Purpose.BATCH, step, 2)
+    noise, dequantization, dropped = words(recipe.seed, Purpose.BATCH, step, 3)
     like = torch.empty((len(positions), *data.shape), device=device)
     eps = normals(row_keys(noise, positions, device), like)
     uniform = uniforms(row_keys(dequantization, positions, device), data.shape)
@@ -74,6 +74,9 @@ def draw(
     offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
     x0, cond = data.batch(index, uniform)
+    if cond is not None and recipe.context_dropout:
+        kept = uniforms(row_keys(dropped, positions, cond.device), (1,)) >= recipe.context_dropout
+        cond = cond * kept
     return Batch(x0, t, eps, cond, positions.start)
 
 

@@ -22,6 +22,7 @@ from sde_diffusion.training.state import TrainState
 __all__ = ["Otherwise", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
 
 PREFIX = "checkpoint-"
+ADDED = {"context_dropout": 0.0}  # settings that older checkpoints do not have, as they were
 SLOTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, for each parameter
 
 
@@ -88,6 +89,7 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
     step, skipped, theirs = progress(path, record)
+    theirs = {**ADDED, **theirs}
     ours = plain(state.settings)
     changed = [
         f"{name} {theirs.get(name)} -> {ours.get(name)}"

@@ -6,6 +6,7 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 
 import gzip
 import hashlib
+import json
 import os
 import tempfile
 import warnings
@@ -38,6 +39,7 @@ __all__ = [
     "mnist",
     "moments",
     "order",
+    "sample_digits",
     "to_uint8",
 ]
 
@@ -208,6 +210,18 @@ def fashion_mnist(
 ) -> Images:
     """Fashion-MNIST, the same sizes; the folder of Debian's dataset-fashion-mnist works too."""
     return _idx("FashionMNIST", data_root(root), train, download)
+
+
+def sample_digits() -> Images:
+    """The first 20 test digits of MNIST, which come with the package."""
+    from PIL import Image
+
+    path = Path(__file__).parent / "weights" / "digits" / "mnist_test.png"
+    with Image.open(path, formats=["PNG"]) as image:
+        side_by_side = torch.from_numpy(np.array(image))
+    labels = json.loads(path.with_suffix(".json").read_text())["labels"]
+    pixels = side_by_side.reshape(28, len(labels), 28).permute(1, 0, 2)
+    return Images(pixels[:, None].contiguous(), torch.tensor(labels))
 
 
 def _idx(name: str, root: Path, train: bool, download: bool) -> Images:

@@ -35,6 +35,8 @@ def number(
         raise TypeError(f"{name} must be a number; got {value!r}")
     value = float(value)
     if not math.isfinite(value) or not (low < value <= high or (value == low and not strict)):
+        if not (math.isfinite(low) or math.isfinite(high)):
+            raise ValueError(f"{name} must be finite; got {value}")
         start, end = "(" if strict else "[", "]" if math.isfinite(high) else ")"
         raise ValueError(f"{name} must lie in {start}{low}, {high}{end}; got {value}")
     return value

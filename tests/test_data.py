@@ -13,6 +13,7 @@ import torchvision  # noqa: F401  first, as its import leaves a folder among the
 
 from sde_diffusion import data
 from sde_diffusion.data import DataNotFound, Images, Points, dequantize, order, to_uint8
+from sde_diffusion.features import MnistFeatures
 
 PARTS = {"train": 20, "t10k": 10}
 
@@ -287,3 +288,19 @@ def test_labels_are_one_hot_conditions_where_asked_for():
     assert Images(pixels, labels).batch(index, uniform)[1] is None
     cond = Images(pixels, labels, classes=3).batch(index, uniform)[1]
     assert cond.tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+# ---- digits that come with the package ---------------------------------------------------------
+
+
+def test_the_packaged_digits_are_the_first_of_mnists_test_set(mnist):
+    packaged, (_, theirs) = data.sample_digits(), mnist
+    assert torch.equal(packaged.pixels, theirs.pixels[:20])
+    assert torch.equal(packaged.labels, theirs.labels[:20])
+
+
+def test_the_packaged_digits_are_what_their_labels_say():
+    digits = data.sample_digits()
+    assert digits.pixels.shape == (20, 1, 28, 28)
+    x = data.dequantize(digits.pixels, torch.full(digits.pixels.shape, 0.5))
+    assert torch.equal(MnistFeatures().probabilities(x).argmax(1), digits.labels)

@@ -94,7 +94,9 @@ class GaussianMixture:
         other.process = process
         return other
 
-    def given(self, matrix: Tensor, y: Tensor, noise_std: float) -> "GaussianMixture":
+    def given(
+        self, matrix: Tensor, y: Tensor, noise_std: float, onto: Tensor | None = None
+    ) -> "GaussianMixture":
         r"""The law of x0 given  y = A x0 + noise_std eps,  a mixture again (Bishop 2006, 2.116).
 
         With S_y = A S A^T + noise_std^2 I and K = S A^T S_y^-1, each component becomes
@@ -103,9 +105,11 @@ class GaussianMixture:
         Args:
             matrix: A, (m, d), on the flat coordinates of a sample.
             y: (m,).
-            noise_std: above 0.
+            noise_std: above 0; 0 with `onto`, where the rows of A are independent.
+            onto: (d, k); the law is then that of onto^T x0, of shape (k,). What a measurement
+                without noise leaves open has no density but in directions orthogonal to A's rows.
         """
-        errors.number("noise_std", noise_std, 0, strict=True)
+        errors.number("noise_std", noise_std, 0, strict=onto is None)
         matrix, y = matrix.double(), y.double()
         k, d = self.means.shape
         if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
@@ -116,23 +120,29 @@ class GaussianMixture:
         covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
-        gain = torch.linalg.solve(of_y, matrix @ covariances).mT  # (K, d, m)
+        root, singular = torch.linalg.cholesky_ex(of_y)
+        if bool(singular.any()):
+            raise ValueError("matrix must have independent rows where noise_std is 0")
+        gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
         off = y - self.means @ matrix.T
         means = self.means + torch.einsum("kdm,km->kd", gain, off)
         # (I - K A) S (I - K A)^T + noise^2 K K^T: symmetric and positive to rounding.
         rest = torch.eye(d, dtype=torch.float64) - gain @ matrix
         covariances = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
-        root = torch.linalg.cholesky(of_y)
         z = torch.linalg.solve_triangular(root, off[:, :, None], upper=False)[..., 0]
         log_weights = (
             self.log_weights - z.square().sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
         )
         weights = log_weights.softmax(0)
+        shape = self.shape
+        if onto is not None:
+            means, covariances = means @ onto, onto.T @ covariances @ onto
+            shape = means.shape[1:]
         heard = weights > 0  # a weight that underflows is none
         return GaussianMixture(
             self.process,
             weights[heard],
-            means[heard].reshape(-1, *self.shape),
+            means[heard].reshape(-1, *shape),
             (covariances + covariances.mT)[heard] / 2,
         )
 

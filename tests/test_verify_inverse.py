@@ -134,6 +134,51 @@ def test_what_is_not_exact_is_told():
         assert "NOT THE POSTERIOR" in str(found)
 
 
+def test_without_noise_the_open_directions_are_judged_and_the_known_ones_must_be_met():
+    """Given two of three coordinates the third has its conditional law, on a grid here."""
+    known = torch.eye(3).double()[[0, 2]]
+    problem = Problem(MIXTURE, known, 0.0, Y)
+    assert_close(problem.open.abs(), torch.eye(3).double()[:, 1:2])
+    side = torch.sign(problem.open[1, 0])
+    a = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    points = torch.stack([Y[0].expand(4001), a, Y[1].expand(4001)], dim=1)
+    log_joint = MIXTURE.log_prob(points)
+    log_evidence = torch.logsumexp(log_joint, 0) + math.log(40 / 4000)
+    assert_close(
+        problem.posterior.log_prob(side * a[:, None]), log_joint - log_evidence, rtol=0, atol=1e-9
+    )
+
+    def exact(model, measurement, x, generator, off=0.0):
+        b = problem.posterior.sample(len(x), generator) * side
+        return torch.cat([Y[0].expand(len(x), 1) + off, b, Y[1].expand(len(x), 1)], dim=1)
+
+    assert inverse(exact, problem).holds
+    moved = inverse(lambda *given: exact(*given, off=0.01), problem)
+    assert not moved.holds
+    std = inverse(exact, problem).distances  # all else is as it was
+    assert {k: v for k, v in moved.distances.items() if k != "residual"} == {
+        k: v for k, v in std.items() if k != "residual"
+    }
+
+
+def test_replacement_is_not_the_posterior_and_pigdm_is_where_data_are_gaussian():
+    known = torch.eye(3).double()[[0, 2]]
+    mask, y = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([Y[0], 0.0, Y[1]])
+    correlated = sd.exact.GaussianMixture(
+        sd.VP(), [1.0], torch.zeros(1, 3), torch.tensor([[[1.0, 0.8, 0.5], [0.8, 1.0, 0.6],
+                                                          [0.5, 0.6, 1.0]]]))  # fmt: skip
+
+    def replacement(model, measurement, x, generator):
+        rule = sd.Replacement(sd.Ancestral(), y[None], mask)
+        return sd.sample(model, rule, x, steps=200, generator=generator)
+
+    found = inverse(replacement, Problem(correlated, known, 0.0, Y))
+    assert found.distances["residual"] == 0.0
+    assert not found.holds  # the unknown pixel never heard of the noise of the known ones
+    pigdm = solved(lambda m, z: methods.PiGDM(m, z, variance=0.6), sd.Heun(), 48)
+    assert inverse(pigdm, Problem(GAUSSIAN, known, 0.0, Y)).holds
+
+
 def test_it_prints_what_was_measured():
     found = inverse(exactly(PROBLEMS["gaussian"].posterior), PROBLEMS["gaussian"], name="itself")
     for part in ("itself", "2048", "W2", "mean", "covariance", "calibration", "not told from"):
@@ -141,7 +186,10 @@ def test_it_prints_what_was_measured():
 
 
 @pytest.mark.parametrize(("call", "says"), [
-    (lambda: Problem(GAUSSIAN, MATRIX, 0.0, Y), "noise_std"),
+    (lambda: Problem(GAUSSIAN, MATRIX, -0.1, Y), "noise_std"),
+    (lambda: Problem(GAUSSIAN, MATRIX[[0, 0]], 0.0, Y), "independent rows"),
+    (lambda: Problem(GAUSSIAN, torch.eye(3).double(), 0.0, drawn(3)), "nothing open"),
+    (lambda: MIXTURE.given(MATRIX, Y, 0.0), "noise_std"),
     (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y[:1]), "matrix must be"),
     (lambda: Problem(GAUSSIAN, MATRIX[:, :2], 0.1, Y), "matrix must be"),
     (lambda: Problem(sd.exact.Gaussian(sd.VP()), MATRIX, 0.1, Y), "shape"),

@@ -21,6 +21,8 @@ from sde_diffusion.verify.mixtures import FLOORS, Counted, Known
 
 __all__ = ["Inverse", "Problem", "inverse"]
 
+ROUNDING = 1e-6  # the residual that float32 leaves
+
 # From the model, what was measured and a batch of starts to samples (B, d).
 Method = Callable[[Model, Measurement, Tensor, torch.Generator], Tensor]
 
@@ -32,7 +34,8 @@ class Problem:
     Args:
         data: a mixture, or a Gaussian: the model too, of samples of shape (d,).
         matrix: A, (m, d).
-        noise_std: of the measurement, above 0.
+        noise_std: of the measurement. Where it is 0 the posterior is that of the directions which
+            A leaves open; A's rows must then be independent.
         y: (m,).
     """
 
@@ -45,12 +48,25 @@ class Problem:
         errors.kind("data", self.data, "an exact.GaussianMixture", "log_prob", "given")
         if len(self.data.shape) != 1:
             raise ValueError(f"data must be of shape (d,); got {tuple(self.data.shape)}")
+        if self.matrix.ndim != 2:
+            raise ValueError(f"matrix must be (m, d); got {tuple(self.matrix.shape)}")
+        if not self.open.shape[1]:
+            raise ValueError("matrix leaves nothing open")
         _ = self.posterior  # refuses what does not fit
 
     @property
+    def open(self) -> Tensor:
+        """Orthonormal directions (d, k) that are to be found: all, or A's null space if noise_std
+        is 0."""
+        if self.noise_std:
+            return torch.eye(self.data.shape[0], dtype=torch.float64)
+        _, size, right = torch.linalg.svd(self.matrix.double())
+        return right[int((size > 1e-12 * size.max()).sum()) :].T
+
+    @property
     def posterior(self) -> GaussianMixture:
-        """The law of x0 given y."""
-        return self.data.given(self.matrix, self.y, self.noise_std)
+        """The law of  open^T x0  given y."""
+        return self.data.given(self.matrix, self.y, self.noise_std, self.open)
 
     @property
     def measurement(self) -> Measurement:
@@ -66,11 +82,12 @@ class Inverse:
         method: its name.
         samples: how many were drawn.
         calls: network calls.
-        distances: name -> its value. "W2" is sliced where d > 1, in units of the posterior's
-            standard deviation (the root of its mean variance) like "mean", the largest error of a
-            coordinate's mean; "covariance" is the error of the covariance, relative (Frobenius);
-            "calibration" the largest Kolmogorov distance, over coordinates, between the posterior's
-            own probabilities of the samples and uniform ones.
+        distances: name -> its value. "W2" is sliced where there are several coordinates, in
+            units of the posterior's standard deviation (the root of its mean variance) like "mean",
+            the largest error of a coordinate's mean, and "residual", |A x - y| (root mean square),
+            which is there without noise only; "covariance" is the error of the covariance, relative
+            (Frobenius); "calibration" the largest Kolmogorov distance, over coordinates, between
+            the posterior's own probabilities of the samples and uniform ones.
         floors: name -> the values for independent batches of as many exact samples.
     """
 
@@ -127,12 +144,16 @@ def inverse(
     made = method(asked, problem.measurement, x, torch.Generator().manual_seed(seed))
     if made.shape != x.shape:
         raise ValueError(f"method must answer with shape {tuple(x.shape)}; got {tuple(made.shape)}")
-    posterior = problem.posterior
+    posterior, made = problem.posterior, made.double()
     apart = torch.Generator().manual_seed(seed + 2**31)
     exact = [coordinates(posterior.sample(samples, apart)) for _ in range(FLOORS)]
     law = Known.of(posterior, samples)
     measure = Meter.of(law)
-    found, floors = measure(made.double()), [measure(e) for e in exact]
+    found, floors = measure(made @ problem.open), [measure(e) for e in exact]
+    if not problem.noise_std:
+        off = (made @ problem.matrix.double().T - problem.y).square().mean().sqrt()
+        found["residual"] = float(off) / measure.std
+        floors = [{**floor, "residual": ROUNDING} for floor in floors]
     return Inverse(
         name or getattr(method, "__name__", type(method).__name__), samples, asked.calls, found,
         {key: torch.tensor([floor[key] for floor in floors]) for key in found},
@@ -154,12 +175,16 @@ class Meter:
         covariance = torch.einsum("k,kij->ij", law.weights, law.covariances)
         return Meter(law, mean, covariance + torch.einsum("k,ki,kj->ij", law.weights, off, off))
 
+    @property
+    def std(self) -> float:
+        """The root of the mean variance."""
+        return float(self.covariance.diagonal().mean().sqrt())
+
     def __call__(self, x: Tensor) -> dict[str, float]:
-        variance = self.covariance.diagonal()
         off = x.T.cov().reshape(self.covariance.shape) - self.covariance
         return {
-            "W2": self.law.w2(x) / float(variance.mean().sqrt()),
-            "mean": float(((x.mean(0) - self.mean) / variance.sqrt()).abs().max()),
+            "W2": self.law.w2(x) / self.std,
+            "mean": float((x.mean(0) - self.mean).abs().max()) / self.std,
             "covariance": float(off.norm() / self.covariance.norm()),
             "calibration": self.calibration(x),
         }

@@ -347,7 +347,8 @@ def pretrained(name: str) -> Denoiser:
     """A denoiser whose weights come with the package.
 
     Args:
-        name: "mnist_vp": 28x28 digits in [-1, 1], VP process.
+        name: "mnist_vp": 28x28 digits in [-1, 1], VP process. "mnist_conditional": the same of the
+            digit that is asked for, one-hot (B, 10); see guidance.ClassifierFree.
     """
     folder = Path(__file__).parent / "weights"
     names = sorted(path.stem for path in folder.glob("*.safetensors"))

@@ -183,7 +183,7 @@ def test_negative_guidance_moves_away_from_a_class():
         return float((near.argmax(0) == 1).double().mean())
 
     nothing = torch.zeros(3, dtype=torch.float64)
-    plain = share(ClassifierFree(model, nothing))
+    plain = share(ClassifierFree(model, nothing, scale=1.0))
     avoided = share(ClassifierFree(model, nothing, null=unit(1)[0], scale=2.0))
     error = math.sqrt(plain * (1 - plain) / n)
     assert avoided < plain - 4.5 * error
@@ -193,8 +193,10 @@ def test_a_condition_between_two_interpolates():
     """A network's answer moves continuously from one context's to the other's."""
     model, x, level = network(), drawn(2, 1, 8, 8), level_of(sd.VP(), 0.5)
     a, b = drawn(2, 4, seed=1)
-    ends = [ClassifierFree(model, c)(x, level).x0 for c in (a, b)]
-    steps = [ClassifierFree(model, torch.lerp(a, b, w / 8))(x, level).x0 for w in range(9)]
+    ends = [ClassifierFree(model, c, scale=1.0)(x, level).x0 for c in (a, b)]
+    steps = [
+        ClassifierFree(model, torch.lerp(a, b, w / 8), scale=1.0)(x, level).x0 for w in range(9)
+    ]
     assert torch.equal(steps[0], ends[0])
     assert torch.equal(steps[-1], ends[1])
     way = (ends[1] - ends[0]).norm()

@@ -24,6 +24,7 @@ ROUTES: dict[str, inpainting.Route] = {
     "network": steering.ThroughNetwork,
     "mean": steering.ToMean,
 }
+MOST = 10_000  # images, completions, steps
 SCALES = {"network": 300.0, "mean": 2.0}
 
 
@@ -44,7 +45,7 @@ class Config:
     steps: int = 250
     """of the ancestral chain"""
     seed: int = 0
-    """completion k depends on (seed, k) alone"""
+    """completion k of image i depends on (seed, i, k) alone"""
     data_root: Path | None = None
     """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -69,7 +70,11 @@ def main(config: Config) -> None:
         route=ROUTES[config.route],
         clip=config.clip,
         steps=config.steps,
-        seeds=[config.seed * 2**32 + k for k in range(len(y) * config.completions)],
+        seeds=[
+            config.seed * 2**32 + i * MOST + k
+            for i in range(len(y))
+            for k in range(config.completions)
+        ],
     )
     seconds = time.perf_counter() - start
     out = command.folder(config.out)
@@ -83,7 +88,7 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse values out of range."""
     for name in ("num_images", "completions", "steps"):
-        errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10_000)
+        errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=MOST)
     errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     if config.scale is not None:
         errors.number("--scale", config.scale)

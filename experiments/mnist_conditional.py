@@ -115,7 +115,8 @@ def check(config: Config) -> None:
     training_only = ("train_steps", "batch_size", "learning_rate", "context_dropout", "dtype",
                      "data_root", *(field.name for field in fields(run.Flags)))  # fmt: skip
     for name in training_only if not config.train else ():
-        if getattr(config, name) not in (None, False):
+        given = getattr(config, name)
+        if given is not None and given is not False:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --train")
 
 
@@ -227,7 +228,10 @@ def widened(denoiser: sd.Denoiser) -> sd.Denoiser:
     network = denoiser.network
     settings = getattr(network, "config", {})
     if not isinstance(network, sd.networks.UNet) or settings["context"] not in (0, CLASSES):
-        raise ValueError("--checkpoint: to train on classes it must hold a UNet")
+        raise ValueError(
+            f"--checkpoint: to train on classes it must hold a UNet without a context, or with one "
+            f"of width {CLASSES}"
+        )
     if settings["context"]:
         return denoiser
     wider = sd.networks.UNet(**{**settings, "context": CLASSES})

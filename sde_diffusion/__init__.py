@@ -21,7 +21,7 @@ from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pret
 from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
 from sde_diffusion.guidance import ClassifierFree, ClassifierGuided, Clipped, get_context_mask
 from sde_diffusion.inpainting import RePaint, Replacement, complete_image
-from sde_diffusion.inverse import DPS, DiffPIR, Measurement, PiGDM
+from sde_diffusion.inverse import DPS, DiffPIR, LogLikelihood, Measurement, PiGDM
 from sde_diffusion.losses import (
     L1,
     L2,
@@ -117,6 +117,7 @@ __all__ = [
     "Level",
     "Likelihood",
     "LikelihoodTimes",
+    "LogLikelihood",
     "LogRatio",
     "LogSNR",
     "Measurement",

@@ -110,7 +110,12 @@ class GaussianMixture:
                 without noise leaves open has no density but in directions orthogonal to A's rows.
         """
         errors.number("noise_std", noise_std, 0, strict=onto is None)
+        errors.batch("matrix", matrix)
+        errors.batch("y", y)
         matrix, y = matrix.double(), y.double()
+        for name, value in (("matrix", matrix), ("y", y)):
+            if not bool(value.isfinite().all()) or not len(value):
+                raise ValueError(f"{name} must hold finite numbers; got {value.tolist()!r:.80}")
         k, d = self.means.shape
         if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
             raise ValueError(
@@ -120,9 +125,9 @@ class GaussianMixture:
         covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
-        root, singular = torch.linalg.cholesky_ex(of_y)
-        if bool(singular.any()):
+        if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
             raise ValueError("matrix must have independent rows where noise_std is 0")
+        root = torch.linalg.cholesky(of_y)
         gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
         off = y - self.means @ matrix.T
         means = self.means + torch.einsum("kdm,km->kd", gain, off)
@@ -136,6 +141,7 @@ class GaussianMixture:
         weights = log_weights.softmax(0)
         shape = self.shape
         if onto is not None:
+            onto = onto.double()
             means, covariances = means @ onto, onto.T @ covariances @ onto
             shape = means.shape[1:]
         heard = weights > 0  # a weight that underflows is none

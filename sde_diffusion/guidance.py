@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
+from sde_diffusion.derivatives import leaf, recorded
 from sde_diffusion.prediction import X0, Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -88,12 +89,15 @@ class ClassifierFree:
                     f"got {self.null.shape[-1]}"
                 )
         if isinstance(self.scale, Tensor):
+            errors.batch("scale", self.scale)
             if self.scale.ndim != 1 or not bool(self.scale.isfinite().all()):
                 raise ValueError("scale must be a finite number, or finite numbers (B,)")
         else:
             errors.number("scale", self.scale)
+        if len(errors.kind("interval", self.interval, "(low, high)", "__len__")) != 2:
+            raise ValueError(f"interval must be (low, high); got {self.interval!r}")
         low, high = self.interval
-        if not 0 <= low < high:
+        if not errors.number("the low end of interval", low, 0) < high:
             raise ValueError(f"interval must be 0 <= low < high; got {self.interval}")
 
     @property
@@ -131,10 +135,14 @@ class ClassifierFree:
             if len(w) != len(x):
                 raise ValueError(f"scale must hold one number per sample, {len(x)}; got {len(w)}")
             w = w.to(x).reshape(-1, *[1] * (x.ndim - 1))
-        low, high = (1 - 1 / (1 + r) for r in self.interval)  # as u: finite where alpha is 0
-        if isinstance(level.u, Tensor):
-            return torch.where((low <= level.u) & (level.u <= high), w, 1.0).to(x)
-        return w if low <= level.u <= high else 1.0
+        low, high = self.interval
+        if low == 0 and high == math.inf:
+            return w
+        if isinstance(level.alpha, Tensor):
+            r = level.sigma / level.alpha
+            return torch.where((low <= r) & (r <= high), w, 1.0).to(x)
+        r = level.sigma / level.alpha if level.alpha else math.inf
+        return w if low <= r <= high else 1.0
 
     def _rows_of(self, name: str, context: Tensor, x: Tensor) -> Tensor:
         if context.ndim == 1:
@@ -151,7 +159,8 @@ class ClassifierGuided:
     r"""Classifier guidance (Dhariwal & Nichol 2021): score + w grad_x log p(y | x, level).
 
     With the classifier of the noisy data and w = 1 it is the model of the data given y, by Bayes'
-    rule. Where alpha = 0, x says nothing of y and the model is left as it is.
+    rule. Where alpha = 0 the score does not know y, and E[x0 | y] is beyond a classifier of x: x0
+    is left as it is. A path that begins there is better begun a little lower.
 
     Args:
         model: any.
@@ -168,6 +177,7 @@ class ClassifierGuided:
     def __post_init__(self) -> None:
         errors.kind("model", self.model, "a model", "process", "__call__")
         errors.kind("log_prob", self.log_prob, "a function of (x, level, y)", "__call__")
+        errors.kind("y", self.y, "a tensor (B, ...)", "device", "__getitem__")
         errors.number("scale", self.scale)
 
     @property
@@ -178,14 +188,18 @@ class ClassifierGuided:
         found = self.model(x, level)
         if self.scale == 0:
             return found
-        with torch.enable_grad():
-            asked = x.detach().requires_grad_()
+        if len(self.y) != len(x):
+            raise ValueError(f"y must hold one per sample, {len(x)}; got {len(self.y)}")
+        with recorded():
+            asked = leaf(x)
             value = self.log_prob(asked, level, self.y)
             if value.shape != x.shape[:1]:
                 raise ValueError(
                     f"log_prob must answer with shape {tuple(x.shape[:1])}; got "
                     f"{tuple(value.shape)}"
                 )
+            if not value.requires_grad:
+                raise ValueError("log_prob must be differentiable in x")
             (gradient,) = torch.autograd.grad(value.sum(), asked)
         return turned(found, level, self.scale * gradient)
 
@@ -224,18 +238,18 @@ class Clipped:
         return replace(self, model=self.model.rows(index))
 
 
-def turned(found: Prediction, level: Level, score: Tensor) -> Prediction:
+def turned(
+    found: Prediction, level: Level, score: Tensor, at_noise: Tensor | float = 0.0
+) -> Prediction:
     """The prediction whose score is larger by `score`: x0 + sigma^2 / alpha score, eps - sigma
-    score. Where alpha = 0 it is left as it is."""
+    score. Where alpha = 0 no score moves x0, and `at_noise` does."""
     if isinstance(level.alpha, Tensor):
         alpha = level.alpha
-        of_x0 = torch.where(alpha > 0, level.sigma**2 / torch.where(alpha > 0, alpha, 1), 0)
-        of_eps = torch.where(alpha > 0, level.sigma, 0)
-    elif level.alpha:
-        of_x0, of_eps = level.sigma**2 / level.alpha, level.sigma
+        of_x0 = level.sigma**2 / torch.where(alpha > 0, alpha, 1)
+        shift = torch.where(alpha > 0, of_x0 * score, at_noise)
     else:
-        return found
-    return truth(found.x0 + of_x0 * score, found.eps - of_eps * score, level)
+        shift = level.sigma**2 / level.alpha * score if level.alpha else at_noise
+    return truth(found.x0 + shift, found.eps - level.sigma * score, level)
 
 
 def between(pair: Tensor, w: Any) -> Tensor:

@@ -19,7 +19,7 @@ from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.guidance import Clipped
 from sde_diffusion.noise import Noise
-from sde_diffusion.operators import binary
+from sde_diffusion.operators import binary, fits
 from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Level, ascent
 from sde_diffusion.samplers import Ancestral
@@ -66,13 +66,13 @@ class RePaint(Replacement):
     r"""Replacement that goes back and forth (Lugmayr et al. 2022, Algorithm 1).
 
     Each step from t to s is made `rounds` times, with noise by the forward kernel from s up to t in
-    between, so that the unknown pixels can follow the known ones. A step goes through `jump` steps
-    of the sampler: their jump length. A step costs rounds * jump of the sampler's.
+    between, so that the unknown pixels can follow the known ones. A step costs rounds * jump of the
+    sampler's: n steps with jump j are n j of theirs, gone back over by their jump length j.
 
     Args:
         sampler, y, mask: as in `Replacement`.
         rounds: r, 10 in their experiments.
-        jump: j, 10 in their experiments.
+        jump: j, the sampler's steps within one, evenly spaced in t; 10 in their experiments.
     """
 
     rounds: int = 10
@@ -124,12 +124,12 @@ def complete_image(
     model: Model,
     y: Tensor,
     ymask: Tensor,
-    scale: float = 1.0,
+    scale: float,
     *,
     route: Route = ThroughNetwork,
     clip: bool = False,
     sampler: Sampler | None = None,
-    steps: int = 250,
+    steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
@@ -144,15 +144,18 @@ def complete_image(
         model: of images like y.
         y: (B, ...); its unknown pixels are ignored.
         ymask: 1 where y is known, 0 where not; broadcasts against y.
-        scale: s of the rule.
+        scale: s of the rule. It grows with the number of pixels, and serves one route: for 28x28
+            digits in 250 steps about 300 through the network and 2 to the mean.
         route: `ThroughNetwork`, or `ToMean`, which does not differentiate the network.
         clip: hold x0_hat to [-1, 1], in the rule and in the step.
         sampler: what steps; the ancestral chain by default.
-        steps: on the sampler's own grid.
+        steps: on the sampler's own grid; 250 where neither these nor times are given.
         times: any decreasing grid in [0, 1] instead; needed by a sampler that chooses its own
             steps, which is corrected at these times.
         generator, seeds: where noise and start come from, see `sample`.
     """
+    errors.kind("model", model, "a model", "process", "__call__")
+    known("y", y, "ymask", ymask)
     cost = MaskedMSE(y, ymask)
     errors.choice("route", route, (ThroughNetwork, ToMean))
     rule = route(sampler or Ancestral(), cost, scale)
@@ -160,23 +163,15 @@ def complete_image(
         y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device
     )
     asked = Clipped(model) if clip else model
-    count = steps if times is None else None
-    return sample(asked, rule, x, steps=count, times=times, generator=generator, seeds=seeds)
+    steps = 250 if steps is None and times is None else steps
+    return sample(asked, rule, x, steps=steps, times=times, generator=generator, seeds=seeds)
 
 
 def known(y_name: str, y: Tensor, mask_name: str, mask: Tensor) -> None:
     """Refuse a mask that is not one of y, and a y that is not finite where it is known."""
     errors.batch(y_name, y)
     binary(mask_name, mask)
-    try:
-        fits = torch.broadcast_shapes(mask.shape, y.shape) == y.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"{mask_name} must broadcast against {y_name}, {tuple(y.shape)}; got "
-            f"{tuple(mask.shape)}"
-        )
+    fits(mask, y, mask_name, y_name)
     each = coordinates((mask == 1).expand(y.shape))
     for rows, says in ((~each.any(1), "nothing"), (each.all(1), "everything")):
         if bool(rows.any()):

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
+from sde_diffusion.derivatives import leaf, least_squares, recorded
 from sde_diffusion.guidance import turned
 from sde_diffusion.prediction import X0, Prediction, coordinates, per_sample
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.sampling import Sampler
 from sde_diffusion.steering import Differentiable, ThroughNetwork
 
-__all__ = ["DPS", "DiffPIR", "Evidence", "Likelihood", "Measurement", "PiGDM"]
-
-ROUNDS = 200  # of conjugate gradients, at most
+__all__ = ["DPS", "DiffPIR", "Evidence", "LogLikelihood", "Measurement", "PiGDM"]
 
 
 class Evidence(Protocol):
@@ -52,7 +51,8 @@ class Measurement:
 
     Args:
         operator: A, from (B, ...) to the shape of y; linear, or linearized at x0_hat by the methods
-            that need it linear. Those of `operators`, or any differentiable function.
+            that need it linear. Those of `operators`, or any differentiable function of each
+            sample.
         noise_std: 0 for a measurement without noise.
         y: (B, ...), one per sample, or (1, ...) for all.
     """
@@ -64,18 +64,21 @@ class Measurement:
     def __post_init__(self) -> None:
         errors.kind("operator", self.operator, "a function of a batch", "__call__")
         errors.number("noise_std", self.noise_std, 0)
-        errors.batch("y", self.y)
-        if not bool(self.y.isfinite().all()):
-            raise ValueError("y must be finite")
+        check_finite(self.y)
 
     def residual(self, x0: Tensor) -> Tensor:
-        """y - A(x0), shaped like y."""
+        """y - A(x0), shaped like y; 0 where the operator says nothing of y."""
         seen, y = self.operator(x0), self.y.to(x0)
+        if len(seen) != len(x0):
+            raise ValueError(
+                f"operator must answer for each of {len(x0)} samples; got {tuple(seen.shape)}"
+            )
         if seen.shape[1:] != y.shape[1:] or len(y) not in (1, len(x0)):
             raise ValueError(
                 f"y must be shaped like operator(x0), {tuple(seen.shape)}; got {tuple(y.shape)}"
             )
-        return y - seen
+        heard = getattr(self.operator, "heard", None)
+        return y - seen if heard is None else heard(y - seen)
 
     def cost(self, x0: Tensor) -> Tensor:
         """|r|, in units of y."""
@@ -93,52 +96,30 @@ class Measurement:
         return -coordinates(self.residual(x0)).square().sum(1) / (2 * self.noise_std**2)
 
     def spread_likelihood(self, x0: Tensor, spread: Scalar) -> tuple[Tensor, Tensor]:
-        r"""-r^T (spread A A^T + noise_std^2 I)^-1 r / 2 and its gradient."""
-        residual, solved, pulled = self.solve(x0, spread, self.noise_std**2)
-        return -(coordinates(residual) * coordinates(solved)).sum(1) / 2, pulled
+        r"""-r^T z / 2 with z = (spread A A^T + noise_std^2 I)^-1 r, and its gradient A^T z.
 
-    def solve(self, x0: Tensor, spread: Scalar, ridge: Scalar) -> tuple[Tensor, Tensor, Tensor]:
-        r"""r,  z = (spread A A^T + ridge I)^-1 r  and  A^T z, by conjugate gradients.
-
-        A is the operator's derivative at x0: A^T z by back-propagation, and A v by that of A^T.
+        r^T z is taken as  spread |A^T z|^2 + noise_std^2 |z|^2.
         """
-        residual = self.residual(x0).detach()
-        with torch.enable_grad():
-            leaf = x0.detach().requires_grad_()
-            seen = self.operator(leaf)
-            dual = torch.zeros_like(seen).requires_grad_()
-            (turned_back,) = torch.autograd.grad(seen, leaf, dual, create_graph=True)
+        ridge = self.noise_std**2
+        d, rest = self.solve(x0, spread, ridge)
+        size = coordinates(per_sample(spread, d) * d.square()).sum(1)
+        if ridge:
+            size = size + coordinates(rest).square().sum(1) / ridge
+        return -size / 2, d
 
-        def product(z: Tensor) -> tuple[Tensor, Tensor]:
-            (back,) = torch.autograd.grad(seen, leaf, z, retain_graph=True)
-            (made,) = torch.autograd.grad(turned_back, dual, back, retain_graph=True)
-            return spread * made + ridge * z, back
-
-        spread, ridge = per_sample(spread, residual), per_sample(ridge, residual)
-        solved, left, way = torch.zeros_like(residual), residual.clone(), residual.clone()
-        pulled = torch.zeros_like(x0)
-        size = coordinates(left).square().sum(1)
-        enough = size * (16 * torch.finfo(size.dtype).eps) ** 2
-        for _ in range(min(ROUNDS, residual.shape[1:].numel())):
-            going = size > enough
-            if not bool(going.any()):
-                break
-            made, back = product(way)
-            bend = (coordinates(way) * coordinates(made)).sum(1)
-            step = torch.where(going & (bend > 0), size / bend, 0)
-            solved = solved + per_sample(step, way) * way
-            left = left - per_sample(step, way) * made
-            pulled = pulled + per_sample(step, back) * back
-            before, size = size, coordinates(left).square().sum(1)
-            way = left + per_sample(torch.where(going, size / before, 0), way) * way
-        return residual, solved, pulled
+    def solve(self, x0: Tensor, spread: Scalar, ridge: Scalar) -> tuple[Tensor, Tensor]:
+        """`derivatives.least_squares` of the residual at x0."""
+        return least_squares(self.operator, x0, self.residual(x0).detach(), spread, ridge)
 
     def rows(self, index: Tensor) -> "Measurement":
-        return self if len(self.y) == 1 else replace(self, y=self.y[index.to(self.y.device)])
+        """That of the samples `index`; an operator that holds something of each has rows too."""
+        part = getattr(self.operator, "rows", None)
+        operator = self.operator if part is None else part(index, self.y.ndim)
+        return replace(self, operator=operator, y=taken(self.y, index))
 
 
 @dataclass(frozen=True, eq=False)
-class Likelihood:
+class LogLikelihood:
     """Any measurement of which log p(y | x0) is known.
 
     Args:
@@ -151,9 +132,7 @@ class Likelihood:
 
     def __post_init__(self) -> None:
         errors.kind("log_prob", self.log_prob, "a function of (x0, y)", "__call__")
-        errors.batch("y", self.y)
-        if not bool(self.y.isfinite().all()):
-            raise ValueError("y must be finite")
+        check_finite(self.y)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         value = self.log_prob(x0, self.y.to(x0))
@@ -169,13 +148,13 @@ class Likelihood:
 
     def spread_likelihood(self, x0: Tensor, spread: Scalar) -> tuple[Tensor, Tensor]:
         """That of x0 itself: what a spread does to it is not known."""
-        with torch.enable_grad():
-            x0 = x0.detach().requires_grad_()
+        with recorded():
+            x0 = leaf(x0)
             value = self.log_likelihood(x0)
             return value.detach(), torch.autograd.grad(value.sum(), x0)[0]
 
-    def rows(self, index: Tensor) -> "Likelihood":
-        return self if len(self.y) == 1 else replace(self, y=self.y[index.to(self.y.device)])
+    def rows(self, index: Tensor) -> "LogLikelihood":
+        return replace(self, y=taken(self.y, index))
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,13 +167,16 @@ class PiGDM:
 
         s = sigma^2 v / (alpha^2 v + sigma^2),
 
-    and for data N(m, v I) the result is the model of the posterior, exactly. With a `Likelihood`,
-    which knows no spread, it is the score form of DPS.
+    and for data N(m, v I) the result is the model of the posterior, exactly. J = alpha / sigma^2
+    Cov[x0 | x] for an exact model; where alpha = 0 the covariance is taken to be s I, that is v I.
+    Where alpha is small sigma^2 / alpha is large, and so is what it makes of a network's own J.
+    With a `LogLikelihood`, which knows no spread, it is the score form of DPS.
 
     Args:
         model: any that can be differentiated; one forward and one backward pass a step.
-        evidence: a Measurement, or a Likelihood.
-        scale: w, 1 for the published rule.
+        evidence: a Measurement, or a LogLikelihood.
+        scale: w, 1 for Bayes' rule with this spread. (Their Algorithm 1 weighs the gradient by a
+            factor of the level instead.)
         variance: v.
     """
 
@@ -217,7 +199,8 @@ class PiGDM:
         asked = Differentiable.of(self.model, x, level)
         spread = posterior_variance(level, self.variance)
         _, pull = self.evidence.spread_likelihood(asked.x0.detach(), spread)
-        return turned(asked.found, level, self.scale * asked.back(pull))
+        pull = self.scale * pull
+        return turned(asked.found, level, asked.back(pull), spread * pull)
 
     def rows(self, index: Tensor) -> "PiGDM":
         return replace(self, model=self.model.rows(index), evidence=self.evidence.rows(index))
@@ -231,7 +214,8 @@ class DiffPIR:
            = x0_hat + A^T (A A^T + noise_std^2 / s I)^-1 r
 
     and eps is that of this x0. Their zeta is the share of fresh noise in the sampler's step, as in
-    Ancestral(eta=...). Without noise, A x0 = y exactly.
+    Ancestral(eta=...). Without noise x0 is the nearest of those with A x0 = y (or with the least
+    |y - A x0|, if none has), whatever lam is.
 
     Args:
         model: any.
@@ -259,8 +243,8 @@ class DiffPIR:
             spread, ridge = level.sigma**2, noise * level.alpha**2
         else:
             spread, ridge = 1.0, 0.0
-        _, _, pulled = self.measurement.solve(x0, spread, ridge)
-        return Prediction(x, x0 + spread * pulled, level, X0(), found.extra)
+        d, _ = self.measurement.solve(x0, spread, ridge)
+        return Prediction(x, x0 + spread * d, level, X0(), found.extra)
 
     def rows(self, index: Tensor) -> "DiffPIR":
         return replace(self, model=self.model.rows(index), measurement=self.measurement.rows(index))
@@ -269,10 +253,21 @@ class DiffPIR:
 def DPS(sampler: Sampler, measurement: Measurement, scale: float = 1.0) -> ThroughNetwork:
     r"""Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): x_s - scale d/dx_t |r|.
 
-    The gradient of the norm, not of its square: this is their step size zeta / |r|.
+    The gradient of the norm: that of its square, which their algorithm takes with a step size
+    zeta / |r|, is 2 |r| times this one, so scale = 2 zeta.
     """
     errors.kind("measurement", measurement, "a Measurement", "cost")
     return ThroughNetwork(sampler, measurement.cost, scale)
+
+
+def check_finite(y: Tensor) -> None:
+    errors.batch("y", y)
+    if not bool(y.isfinite().all()):
+        raise ValueError("y must be finite")
+
+
+def taken(y: Tensor, index: Tensor) -> Tensor:
+    return y if len(y) == 1 else y[index.to(y.device)]
 
 
 def posterior_variance(level: Level, variance: float) -> Scalar:

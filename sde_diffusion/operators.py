@@ -1,6 +1,8 @@
 """What is measured of an image: linear maps from x0 (B, ...) to y (B, ...), as plain callables.
 
-Any other differentiable function of a batch does as well.
+Any other differentiable function of a batch does as well. One that holds something of each sample
+has rows(index, ndim), itself for these samples of a batch of this rank; one that says nothing of a
+part of y has heard(y), y with 0 there.
 """
 
 import math
@@ -30,7 +32,16 @@ class Mask:
         binary("mask", self.mask)
 
     def __call__(self, x0: Tensor) -> Tensor:
+        fits(self.mask, x0, "mask", "the images")
         return self.mask.to(x0) * x0
+
+    def heard(self, y: Tensor) -> Tensor:
+        return self(y)
+
+    def rows(self, index: Tensor, ndim: int) -> "Mask":
+        if self.mask.ndim < ndim or len(self.mask) == 1:
+            return self
+        return Mask(self.mask[index.to(self.mask.device)])
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,11 @@ class Matrix:
             )
 
     def __call__(self, x0: Tensor) -> Tensor:
+        if x0.shape[1:].numel() != self.matrix.shape[1]:
+            raise ValueError(
+                f"matrix must be (m, {x0.shape[1:].numel()}) for samples {tuple(x0.shape[1:])}; "
+                f"got {tuple(self.matrix.shape)}"
+            )
         return x0.flatten(1) @ self.matrix.to(x0).T
 
 
@@ -121,3 +137,16 @@ def binary(name: str, mask: Any) -> Tensor:
     if bool(known.all()):
         raise ValueError(f"{name} is 1 everywhere: nothing is left to find")
     return mask
+
+
+def fits(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> None:
+    """Refuse a mask that does not broadcast against the images."""
+    try:
+        whole = torch.broadcast_shapes(mask.shape, images.shape) == images.shape
+    except RuntimeError:
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{mask_name} must broadcast against {images_name}, {tuple(images.shape)}; got "
+            f"{tuple(mask.shape)}"
+        )

@@ -48,15 +48,18 @@ class SMC:
 
     Rows k P .. (k + 1) P - 1 are the cloud number k of P particles; y has one row per particle, or
     one for all. At the end each cloud is drawn by its weights: its particles count the same, some
-    more than once. One call of the network a step, differentiated.
+    more than once. One call of the network a step, differentiated. The law is that of the chain's
+    posterior: more steps bring it to the data's, as they bring the chain. With little noise, or y
+    far out, few particles survive: `Particles.effective`, in the memory of a trajectory, tells. The
+    path must end at t = 0, where the last weights are drawn by.
 
     Args:
-        evidence: a Measurement with noise_std > 0, or a Likelihood.
+        evidence: a Measurement with noise_std > 0, or a LogLikelihood.
         particles: P; the batch must hold a multiple of it.
         variance: v of PiGDM's twist.
-        kernel_variance: of the data in the chain's kernels: 0 gives DDPM's small variance and no
-            noise in the last step; v makes the chain that of data N(m, v I), in any number of
-            steps.
+        kernel_variance: that of the data in the chain's kernels, v by default: for data N(m, v I)
+            the chain is then theirs in any number of steps. 0 gives DDPM's small variance, and no
+            noise in the last step.
         threshold: a cloud is drawn again by its weights when its effective number of particles
             falls below this share of P.
     """
@@ -64,14 +67,15 @@ class SMC:
     evidence: Evidence
     particles: int
     variance: float = 1.0
-    kernel_variance: float = 0.0
+    kernel_variance: float | None = None
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
         errors.kind("evidence", self.evidence, "a Measurement", "spread_likelihood")
         errors.integer("particles", self.particles, 2)
         errors.number("variance", self.variance, 0, strict=True)
-        errors.number("kernel_variance", self.kernel_variance, 0)
+        if self.kernel_variance is not None:
+            errors.number("kernel_variance", self.kernel_variance, 0)
         errors.number("threshold", self.threshold, 0, 1)
         if getattr(self.evidence, "noise_std", 1.0) == 0:
             raise ValueError(
@@ -103,7 +107,8 @@ class SMC:
         v = (b * s.sigma / t.sigma) ** 2
         mean = asked.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_x0 = s.alpha * (b / t.sigma) ** 2
-        std = math.sqrt(v + of_x0**2 * posterior_variance(t, self.kernel_variance))
+        of_data = self.variance if self.kernel_variance is None else self.kernel_variance
+        std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
         log_weight = log_twist.double() + (0.0 if memory is None else memory.log_weight)
         share = self.effective(log_weight)
         poor = (share < self.threshold).repeat_interleave(self.particles)

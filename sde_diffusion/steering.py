@@ -5,7 +5,8 @@ batch moves down the gradient of the cost of x0_hat, the model's E[x0 | x_t], by
 
     ThroughNetwork   d cost / d x_t           ToMean   d cost / d mean of x_s, without derivatives
 
-The call that the step makes at x_t serves the correction too: none is added.
+The call that the step makes at x_t serves the correction too: none is added. (Where a sampler goes
+up first, as Churn does, this call is about x there, and so is the derivative.)
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
+from sde_diffusion.derivatives import leaf, recorded
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import Prediction
 from sde_diffusion.processes import Level, Process, ascent
@@ -41,7 +43,7 @@ class Corrected:
     correction.
 
     Args:
-        sampler: any.
+        sampler: any that can begin anywhere on the way, as all but SMC do.
     """
 
     sampler: Sampler
@@ -92,7 +94,7 @@ class ThroughNetwork(Descent):
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         watched = Traced(model)
         x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
-        with torch.enable_grad():
+        with recorded():
             cost = self.cost(watched.first.x0)
             (gradient,) = torch.autograd.grad(cost.sum(), watched.first.x)
         return x_s.sub(gradient, alpha=self.scale), None
@@ -115,8 +117,8 @@ class ToMean(Descent):
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         watched = Watched(model)
         x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
-        with torch.enable_grad():
-            x0 = watched.first.x0.detach().requires_grad_()
+        with recorded():
+            x0 = leaf(watched.first.x0)
             (gradient,) = torch.autograd.grad(self.cost(x0).sum(), x0)
         c_0 = s.alpha * (ascent(s, t)[1] / t.sigma) ** 2
         return x_s.sub(gradient, alpha=self.scale / c_0), None
@@ -176,15 +178,15 @@ class Differentiable(NamedTuple):
 
     @staticmethod
     def of(model: Model, x: Tensor, level: Level) -> "Differentiable":
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            found = model(leaf, level)
+        with recorded():
+            point = leaf(x)
+            found = model(point, level)
             x0 = found.x0
         if not x0.requires_grad:
             raise ValueError("the model's x0 carries no derivative with respect to x")
         extra = None if found.extra is None else found.extra.detach()
         first, second = found.first.detach(), found.second.detach()
-        return Differentiable(Prediction(first, second, level, found.meaning, extra), leaf, x0)
+        return Differentiable(Prediction(first, second, level, found.meaning, extra), point, x0)
 
     def back(self, pull: Tensor) -> Tensor:
         """J^T pull, with J = dx0 / dx."""

@@ -112,6 +112,14 @@ def test_every_sampler_takes_it_at_its_own_number_of_calls(name):
     assert guided.isfinite().all()
     assert (guided - alone).abs().max() > 0.01
     assert more == calls or not steps
+    if name.startswith("adaptive"):  # a level of each sample's own: still asked about B at w = 1
+        asked = [Rows(model), Rows(model)]
+        ours = sd.sample(
+            ClassifierFree(asked[0], unit(*CLASSES), scale=1.0), sampler, x, seeds=range(5)
+        )
+        given = Given(asked[1], unit(*CLASSES))
+        assert torch.equal(ours, sd.sample(given, sampler, x, seeds=range(5)))
+        assert asked[0].rows == asked[1].rows
     # Scales of each sample's own: every row as it would be alone in the batch's place.
     scales = torch.tensor([1.0, 2.5, 1.0, 2.5, 1.0], dtype=torch.float64)
     mixed, _ = sampled(scales, unit(*CLASSES))
@@ -119,8 +127,32 @@ def test_every_sampler_takes_it_at_its_own_number_of_calls(name):
     assert_close(mixed, expected, rtol=0, atol=1e-9 if steps else 1e-3)
 
 
+class Rows:
+    """A conditional model that counts the rows it is asked about."""
+
+    def __init__(self, model):
+        self.model, self.process, self.rows = model, model.process, 0
+
+    def __call__(self, x, level, cond):
+        self.rows += len(x)
+        return self.model(x, level, cond)
+
+
+class Given:
+    """The conditional model at one condition for each row, without guidance."""
+
+    def __init__(self, model, cond):
+        self.model, self.process, self.cond = model, model.process, cond
+
+    def __call__(self, x, level):
+        return self.model(x, level, self.cond)
+
+    def rows(self, index):
+        return Given(self.model, self.cond[index])
+
+
 def test_an_interval_leaves_the_conditional_model_outside_of_it():
-    """Each level on its own side; per sample too; the ends of the range belong to it."""
+    """Each level on its own side; per sample too; the ends of the interval belong to it."""
     process = sd.RectifiedFlow()
     model, cond, x = ByClass(process), unit(*CLASSES), start(process)
     guided = ClassifierFree(model, cond, scale=3.0, interval=(0.5, 2.0))
@@ -131,6 +163,12 @@ def test_an_interval_leaves_the_conditional_model_outside_of_it():
         inside = 0.5 <= r <= 2.0
         expected = everywhere(x, level).x0 if inside else model(x, level, cond).x0
         assert torch.equal(guided(x, level).x0, expected), r
+    for t in torch.linspace(0.01, 0.99, 99).tolist():  # at r itself: no rounding between
+        level = level_of(process, t)
+        r = level.sigma / level.alpha
+        for interval in ((r, math.inf), (0.0, r)):
+            at_the_end = ClassifierFree(model, cond, scale=3.0, interval=interval)
+            assert at_the_end.weight(level, x) == 3.0
     t = torch.tensor([0.05, 0.4, 0.5, 0.9, 0.6], dtype=torch.float64)
     level = process.level(t, x)
     one_by_one = [
@@ -190,7 +228,7 @@ def test_negative_guidance_moves_away_from_a_class():
 
 
 def test_a_condition_between_two_interpolates():
-    """A network's answer moves continuously from one context's to the other's."""
+    """A network's answer goes from one context's to the other's, by no step more than half."""
     model, x, level = network(), drawn(2, 1, 8, 8), level_of(sd.VP(), 0.5)
     a, b = drawn(2, 4, seed=1)
     ends = [ClassifierFree(model, c, scale=1.0)(x, level).x0 for c in (a, b)]
@@ -200,7 +238,7 @@ def test_a_condition_between_two_interpolates():
     assert torch.equal(steps[0], ends[0])
     assert torch.equal(steps[-1], ends[1])
     way = (ends[1] - ends[0]).norm()
-    assert all((q - p).norm() < way for p, q in pairwise(steps))
+    assert all((q - p).norm() < way / 2 for p, q in pairwise(steps))
 
 
 def test_sdedit_keeps_more_of_the_image_the_later_it_starts():

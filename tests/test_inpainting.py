@@ -1,14 +1,16 @@
 """Completing images: known pixels to the bit, at the level entered; the sheet's two gradients."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import FIXED_STEP, PROCESSES
+from cases import FIXED_STEP, OWN_STEPS, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion.inpainting import MaskedMSE, RePaint, Replacement, complete_image
+from sde_diffusion.processes import ascent
 from sde_diffusion.steering import ThroughNetwork, ToMean
 
 
@@ -80,15 +82,37 @@ def test_unknown_pixels_of_y_are_never_looked_at():
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_repaint_goes_back_up_by_the_forward_kernel(process):
-    """Up from s to t keeps the law of level t, its mean and its variance."""
-    from sde_diffusion.processes import ascent
-
+    """Up from s to t keeps the law of level t, its mean and its variance; and RePaint goes so: its
+    second round is asked about  a x_s + b z."""
     process = PROCESSES[process]
+    asked = Asked(data(process))
+    t, s = level_of(process, 0.6), level_of(process, 0.4)
+    draws = iter([drawn(4, 5, seed=k) for k in (1, 2, 3)])
+    x = drawn(4, 5, seed=9) * process.prior_std
+    rule = RePaint(sd.Ancestral(eta=0.0), Y, MASK, rounds=2)
+    rule.step(asked, x, t, s, lambda *_: next(draws), None)
+    plain = Replacement(sd.Ancestral(eta=0.0), Y, MASK)
+    x_s, _ = plain.step(data(process), x, t, s, lambda *_: drawn(4, 5, seed=1), None)
+    a = t.alpha / s.alpha
+    b = math.sqrt(t.sigma**2 - (a * s.sigma) ** 2)
+    assert_close(asked.x[0], x, rtol=0, atol=0)
+    assert_close(asked.x[1], a * x_s + b * drawn(4, 5, seed=2), rtol=1e-9, atol=1e-12)
     for t, s in ((0.9, 0.3), (0.5, 0.49), (0.2, 0.0), (process.t_max, 0.5)):
         high, low = level_of(process, t), level_of(process, s)
         a, b = ascent(low, high)
         assert_close(a * low.alpha, high.alpha, rtol=1e-12, atol=1e-300)
         assert_close(a**2 * low.sigma**2 + b**2, high.sigma**2, rtol=1e-9, atol=0)
+
+
+class Asked:
+    """A model that remembers what it was asked about."""
+
+    def __init__(self, model):
+        self.model, self.process, self.x = model, model.process, []
+
+    def __call__(self, x, level):
+        self.x.append(x.clone())
+        return self.model(x, level)
 
 
 @pytest.mark.parametrize(("rounds", "jump"), [(1, 1), (3, 1), (1, 4), (3, 2)])
@@ -180,6 +204,23 @@ def test_completion_takes_any_sampler_at_its_own_number_of_calls(route, name):
     assert made.dtype == Y.dtype
 
 
+@pytest.mark.parametrize("name", OWN_STEPS)
+@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+def test_a_sampler_with_steps_of_its_own_is_corrected_at_the_times_given(route, name):
+    sampler, times = OWN_STEPS[name], torch.linspace(1, 0, 5)
+
+    def made(scale):
+        source = torch.Generator().manual_seed(0)
+        return complete_image(
+            data(), Y, MASK, scale, route=route, sampler=sampler, times=times, generator=source
+        )
+
+    assert made(0.1).isfinite().all()
+    assert not torch.equal(made(0.1), made(0.0))
+    with pytest.raises(ValueError, match="chooses its own steps"):
+        complete_image(data(), Y, MASK, 0.1, sampler=sampler)
+
+
 @pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
 def test_completion_agrees_with_what_is_known_and_does_not_know_its_batch(route):
     known, scale = MASK == 1, {ThroughNetwork: 3.0, ToMean: 0.1}[route]
@@ -191,9 +232,62 @@ def test_completion_agrees_with_what_is_known_and_does_not_know_its_batch(route)
     assert_close(made[2:3], alone, rtol=0, atol=1e-10)
 
 
-def test_clipping_holds_the_x0_of_rule_and_step():
-    made = complete_image(data(), 5 * Y, MASK, 1.0, steps=20, clip=True, seeds=range(4))
-    assert made.abs().max() > 0.5
+@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+def test_clipping_holds_the_x0_of_rule_and_step(route):
+    """One step written out: x_s and the gradient are those of the clamped x0."""
+    model, x, scale = data(), drawn(4, 5, seed=3) * 2, 0.4
+    t, s = level_of(model.process, 0.5), level_of(model.process, 0.3)
+    made = complete_image(
+        model, 5 * Y, MASK, scale, route=route, clip=True, sampler=Beginning(x), times=[0.5, 0.3],
+    )  # fmt: skip
+    point = x.clone().requires_grad_()
+    x0 = model(point, t).x0.clamp(-1, 1)
+    cost = (MASK * (x0 - 5 * Y)).square().mean(1).sum()
+    assert (x0 == 1).any()
+    assert (x0.abs() < 1).any()
+    eps = (x - t.alpha * x0) / t.sigma
+    expected = s.alpha * x0 + s.sigma * eps  # DDIM
+    if route is ThroughNetwork:
+        expected = expected - scale * torch.autograd.grad(cost, point)[0]
+    else:
+        kernel = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+        c_0 = s.alpha * kernel / t.sigma**2
+        expected = expected - scale / c_0 * torch.autograd.grad(cost, x0)[0]
+    assert_close(made, expected.detach(), rtol=0, atol=1e-10)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """DDIM from a given batch, wherever it is told to begin."""
+
+    x: torch.Tensor
+    order = 1
+
+    def grid(self, process, steps):
+        return sd.Ancestral().grid(process, steps)
+
+    def step(self, model, x, t, s, noise, memory):
+        return sd.Ancestral(eta=0.0).step(model, self.x, t, s, noise, memory)
+
+
+def test_to_mean_asks_no_derivative_of_the_network():
+    class Stone:
+        process, model = sd.VP(), data()
+
+        @torch.no_grad()
+        def __call__(self, x, level):
+            return self.model(x, level)
+
+    made = (
+        complete_image(model, Y, MASK, 0.1, route=ToMean, steps=5, seeds=range(4))
+        for model in (Stone(), data())
+    )
+    assert torch.equal(*made)
+    with pytest.raises(ValueError, match="no derivative"):
+        complete_image(Stone(), Y, MASK, 0.1, steps=5, seeds=range(4))
+
+
+def test_clipped_images_end_within_the_range():
     last = complete_image(data(), 5 * Y, MASK, 0.0, steps=20, clip=True, seeds=range(4))
     assert last.abs().max() <= 1  # the last step ends in x0
 
@@ -214,7 +308,7 @@ FOUR = torch.ones(2, 4)
 ])  # fmt: skip
 def test_bad_images_and_masks_are_refused_by_name(y, mask, says):
     for call in (
-        lambda: complete_image(data(), y, mask),
+        lambda: complete_image(data(), y, mask, 1.0),
         lambda: Replacement(sd.Heun(), y, mask),
         lambda: RePaint(sd.Heun(), y, mask),
     ):
@@ -227,7 +321,13 @@ def test_bad_numbers_are_refused_by_name():
         with pytest.raises(ValueError, match="scale"):
             complete_image(data(), Y, MASK, scale)
     with pytest.raises(ValueError, match="route"):
-        complete_image(data(), Y, MASK, route="network")
+        complete_image(data(), Y, MASK, 1.0, route="network")
+    with pytest.raises(TypeError, match="model"):
+        complete_image(None, Y, MASK, 1.0)
+    with pytest.raises(ValueError, match="ymask must broadcast"):
+        complete_image(data(), Y, MASK[:2], 1.0)
+    with pytest.raises(ValueError, match="steps"):
+        complete_image(data(), Y, MASK, 1.0, steps=3, times=[1.0, 0.0])
     with pytest.raises(ValueError, match="rounds"):
         RePaint(sd.Heun(), Y, MASK, 0)
     with pytest.raises(ValueError, match="y must be shaped like x"):

@@ -8,9 +8,9 @@ from cases import FIXED_STEP, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.inverse import DPS, DiffPIR, Likelihood, Measurement, PiGDM
+from sde_diffusion.inverse import DPS, DiffPIR, LogLikelihood, Measurement, PiGDM
 from sde_diffusion.operators import Mask, Matrix
-from sde_diffusion.steering import ThroughNetwork
+from sde_diffusion.steering import ThroughNetwork, ToMean
 
 
 def drawn(*shape, seed=0):
@@ -51,12 +51,12 @@ def test_pigdm_is_the_model_of_the_posterior_on_gaussian_data(process):
     guided = PiGDM(data(process), MEASURED, variance=VARIANCE)
     exact = data(process).given(MATRIX, Y[0], NOISE)
     x = drawn(4, 3) * process.prior_std
-    for t in (0.95, 0.5, 0.1, 0.01):
+    for t in (1.0, 0.95, 0.5, 0.1, 0.01):
         level = level_of(process, t)
         made, expected = guided(x, level), exact(x, level)
         assert_close(made.x0, expected.x0, rtol=1e-9, atol=1e-9)
         assert_close(made.eps, expected.eps, rtol=1e-9, atol=1e-9)
-    level = process.level(torch.tensor([0.1, 0.9, 0.4, 0.2], dtype=torch.float64), x)
+    level = process.level(torch.tensor([0.1, 1.0, 0.4, 0.2], dtype=torch.float64), x)
     assert_close(guided(x, level).x0, exact(x, level).x0, rtol=1e-9, atol=1e-9)
 
 
@@ -74,10 +74,48 @@ def test_pigdm_with_any_sampler_has_the_samplers_own_law_on_the_posterior(name):
     assert guided.count == exact.count
 
 
+@pytest.mark.parametrize("process", [sd.RectifiedFlow(), sd.Cosine(),
+                                     sd.Discrete.linear(50).zero_terminal_snr()])  # fmt: skip
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.Adams(), sd.AdaptiveODE()])
+def test_pigdm_is_exact_from_where_there_is_no_signal_too(process, sampler):
+    x, steps = drawn(4, 3), None if isinstance(sampler, sd.AdaptiveODE) else 6
+    guided = PiGDM(data(process), MEASURED, variance=VARIANCE)
+    exact = data(process).given(MATRIX, Y[0], NOISE)
+    made, expected = (
+        sd.sample(model, sampler, x, steps=steps, seeds=range(4)) for model in (guided, exact)
+    )
+    assert_close(made, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
+def test_derivatives_are_found_in_inference_mode_too(method):
+    model, chain, cost = data(sd.VP()), sd.Ancestral(), MEASURED.cost
+
+    def log_prob(x, level, y):
+        return -(x - y).square().sum(1)
+
+    made_by = {
+        "PiGDM": (PiGDM(model, MEASURED), chain),
+        "DiffPIR": (DiffPIR(model, MEASURED), chain),
+        "DPS": (model, DPS(chain, MEASURED, 0.1)),
+        "SMC": (model, sd.SMC(MEASURED, 4)),
+        "to mean": (model, ToMean(chain, cost, 0.1)),
+        "by classifier": (sd.ClassifierGuided(model, log_prob, drawn(4, 3)), chain),
+    }[method]
+
+    def sampled():
+        x = model.process.prior((4, 3), seeds=range(4), dtype=torch.float64)
+        return sd.sample(*made_by, x, steps=4, seeds=range(4))
+
+    with torch.inference_mode():
+        within = sampled().clone()
+    assert_close(within, sampled(), rtol=0, atol=1e-12)
+
+
 def test_a_likelihood_says_what_a_measurement_says():
     """PiGDM on log p(y | x0) given as a function is the score form of DPS."""
     model, x, level = data(sd.VP()), drawn(4, 3), level_of(sd.VP(), 0.5)
-    function = Likelihood(lambda x0, y: -((y - x0 @ MATRIX.T) ** 2).sum(1) / (2 * NOISE**2), Y)
+    function = LogLikelihood(lambda x0, y: -((y - x0 @ MATRIX.T) ** 2).sum(1) / (2 * NOISE**2), Y)
     z = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(MEASURED.log_likelihood(model(z, level).x0).sum(), z)
     made = PiGDM(model, function, scale=0.7)(x, level).score
@@ -178,7 +216,7 @@ def test_rows_take_their_measurements_with_them():
     (lambda: Measurement(Matrix(MATRIX), 0.1, drawn(2, 2)).cost(drawn(4, 3)), "y must be shaped"),
     (lambda: Measurement(Mask(torch.tensor([1.0, 0, 0])), 0.0, drawn(4, 3))
      .log_likelihood(drawn(4, 3)), "above 0"),
-    (lambda: Likelihood(lambda x0, y: x0, Y).log_likelihood(drawn(4, 3)), "shape"),
+    (lambda: LogLikelihood(lambda x0, y: x0, Y).log_likelihood(drawn(4, 3)), "shape"),
     (lambda: PiGDM(data(sd.VP()), MEASURED, math.nan), "scale"),
     (lambda: PiGDM(data(sd.VP()), MEASURED, variance=0.0), "variance"),
     (lambda: DiffPIR(data(sd.VP()), MEASURED, 0.0), "lam"),

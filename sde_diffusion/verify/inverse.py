@@ -48,8 +48,12 @@ class Problem:
         errors.kind("data", self.data, "an exact.GaussianMixture", "log_prob", "given")
         if len(self.data.shape) != 1:
             raise ValueError(f"data must be of shape (d,); got {tuple(self.data.shape)}")
-        if self.matrix.ndim != 2:
-            raise ValueError(f"matrix must be (m, d); got {tuple(self.matrix.shape)}")
+        errors.batch("matrix", self.matrix)
+        errors.batch("y", self.y)
+        if self.matrix.ndim != 2 or not bool(self.matrix.isfinite().all()):
+            raise ValueError(
+                f"matrix must be (m, d), of finite numbers; got {tuple(self.matrix.shape)}"
+            )
         if not self.open.shape[1]:
             raise ValueError("matrix leaves nothing open")
         _ = self.posterior  # refuses what does not fit
@@ -142,6 +146,7 @@ def inverse(
     starts = range(seed * samples, (seed + 1) * samples)
     x = asked.process.prior((samples, d), seeds=starts, dtype=torch.float64)
     made = method(asked, problem.measurement, x, torch.Generator().manual_seed(seed))
+    errors.batch("the method's answer", made)
     if made.shape != x.shape:
         raise ValueError(f"method must answer with shape {tuple(x.shape)}; got {tuple(made.shape)}")
     posterior, made = problem.posterior, made.double()

@@ -103,22 +103,29 @@ class SMC:
         spread = posterior_variance(t, self.variance)
         log_twist, pull = self.evidence.spread_likelihood(asked.x0.detach(), spread)
         gradient = asked.back(pull)
+
+        # The chain's kernel, N(mean, std^2 I): DDPM's with the variance of x0 given x.
         b = ascent(s, t)[1]
         v = (b * s.sigma / t.sigma) ** 2
         mean = asked.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_x0 = s.alpha * (b / t.sigma) ** 2
         of_data = self.variance if self.kernel_variance is None else self.kernel_variance
         std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
+
+        # Clouds of poor weights are drawn again; the twist where they stand counts until they move.
         log_weight = log_twist.double() + (0.0 if memory is None else memory.log_weight)
         share = self.effective(log_weight)
         poor = (share < self.threshold).repeat_interleave(self.particles)
         own = torch.arange(len(x), device=x.device)
         kept = torch.where(poor, self.drawn(log_weight, noise(t.t, t.t, x)), own)
         log_weight = torch.where(poor, 0.0, log_weight[kept]) - log_twist[kept]
+
+        # A step of q = N(mean + std^2 gradient, std^2 I).
         shift, z = std * gradient[kept], noise(t.t, s.t, x)
         log_weight = log_weight - coordinates(shift * (shift / 2 + z)).sum(1)  # log p - log q
         x_s = mean[kept] + std * (shift + z)
-        if s.sigma == 0:
+
+        if s.sigma == 0:  # the last twist is the likelihood itself
             log_weight = log_weight + self.evidence.log_likelihood(x_s)
             share = self.effective(log_weight)
             x_s = x_s[self.drawn(log_weight, noise(s.t, s.t, x))]

@@ -312,7 +312,7 @@ def test_a_device_is_never_asked_for_the_values_of_its_times(process):
         (lambda: sd.AdaptiveTorchSDE(rtol=0), "rtol must lie"),
         (lambda: sd.AdaptiveTorchSDE(atol=0), "atol must lie"),
         (lambda: sd.AdaptiveTorchSDE(max_calls=0), "max_calls must be"),
-        (lambda: sd.VP(0.1, math.inf), "beta_max must lie"),
+        (lambda: sd.VP(0.1, math.inf), "beta_max must be finite"),
         (lambda: sd.VE(0.0, 50.0), "need 0 < sigma_min"),
         (lambda: sd.VE(0.5, 0.5), "sigma_min < sigma_max"),
         (lambda: sd.VE(True, 50.0), "sigma_min must be a number"),

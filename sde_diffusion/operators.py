@@ -5,6 +5,7 @@ has rows(index, ndim), itself for these samples of a batch of this rank; one tha
 part of y has heard(y), y with 0 there.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,9 @@ class Mask:
     def rows(self, index: Tensor, ndim: int) -> "Mask":
         if self.mask.ndim < ndim or len(self.mask) == 1:
             return self
-        return Mask(self.mask[index.to(self.mask.device)])
+        part = copy.copy(self)  # not made anew: a part, or no sample, may well be known as a whole
+        object.__setattr__(part, "mask", self.mask[index.to(self.mask.device)])
+        return part
 
 
 @dataclass(frozen=True)

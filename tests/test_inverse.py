@@ -87,6 +87,21 @@ def test_pigdm_is_exact_from_where_there_is_no_signal_too(process, sampler):
     assert_close(made, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", [PiGDM, DiffPIR])
+@pytest.mark.parametrize("sampler", [sd.AdaptiveODE(), sd.AdaptiveSDE()])
+def test_a_mask_of_each_sample_goes_with_it(sampler, method):
+    """Solvers that ask about a part of the batch: each row as it is alone."""
+    mask = torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    model, x, seen = data(sd.VP()), drawn(4, 3), mask * drawn(4, 3, seed=8)
+
+    def solved(rows):
+        given = Measurement(Mask(mask[rows]), NOISE, seen[rows])
+        return sd.sample(method(model, given), sampler, x[rows], seeds=rows)
+
+    alone = torch.cat([solved([k]) for k in range(4)])
+    assert_close(solved([0, 1, 2, 3]), alone, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
 def test_derivatives_are_found_in_inference_mode_too(method):
     model, chain, cost = data(sd.VP()), sd.Ancestral(), MEASURED.cost

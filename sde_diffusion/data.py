@@ -6,7 +6,6 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 
 import gzip
 import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
+from sde_diffusion import errors, storage
 from sde_diffusion.noise import Purpose, stream
 from sde_diffusion.strict import printable
 
@@ -214,14 +213,8 @@ def fashion_mnist(
 
 def sample_digits() -> Images:
     """The first 20 test digits of MNIST, which come with the package."""
-    from PIL import Image
-
-    path = Path(__file__).parent / "weights" / "digits" / "mnist_test.png"
-    with Image.open(path, formats=["PNG"]) as image:
-        side_by_side = torch.from_numpy(np.array(image))
-    labels = json.loads(path.with_suffix(".json").read_text())["labels"]
-    pixels = side_by_side.reshape(28, len(labels), 28).permute(1, 0, 2)
-    return Images(pixels[:, None].contiguous(), torch.tensor(labels))
+    tensors, _ = storage.read(Path(__file__).parent / "weights/digits/mnist_test.safetensors")
+    return Images(tensors["pixels"], tensors["labels"])
 
 
 def _idx(name: str, root: Path, train: bool, download: bool) -> Images:

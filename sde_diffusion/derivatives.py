@@ -6,6 +6,7 @@ model or of an operator asks for it here.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from sde_diffusion.prediction import coordinates, per_sample
 from sde_diffusion.processes import Scalar
 
-__all__ = ["Linearized", "leaf", "least_squares", "recorded"]
+__all__ = ["Linearized", "leaf", "least_squares", "ordinary", "recorded"]
 
 SMALL = 4096  # entries of a matrix that is decomposed as a whole
 ROUNDS = 200  # of conjugate gradients, at most
@@ -26,10 +27,17 @@ def recorded() -> Iterator[None]:
         yield
 
 
+def ordinary(x: Any) -> Any:
+    """x; a copy that back-propagation may hold, if it is a tensor made in torch.inference_mode."""
+    if not isinstance(x, Tensor) or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
 def leaf(x: Tensor) -> Tensor:
     """x as the point to differentiate at; to be asked for within `recorded`."""
-    x = x.detach()
-    return (x.clone() if x.is_inference() else x).requires_grad_()
+    return ordinary(x.detach()).requires_grad_()
 
 
 class Linearized:
@@ -74,8 +82,10 @@ def least_squares(
     r"""d = A^T z  and  ridge z = r - spread A d,  for  (spread A A^T + ridge I) z = r.
 
     A is the operator's derivative at x0 (B, ...); r is shaped like what it makes. For ridge = 0 it
-    is least squares: what no d explains of r counts for nothing. By singular values where A is
-    small, by conjugate gradients on  (spread A^T A + ridge I) d = A^T r  where it is not.
+    is least squares: what no d explains of r counts for nothing. Where spread is 0 too, d = 0. By
+    singular values where A is small; where it is not by conjugate gradients on
+    (spread A^T A + ridge I) d = A^T r,  200 rounds at most: an approximation, where A is
+    ill-conditioned and there is no ridge.
     """
     at = Linearized(operator, x0)
     small = r.shape[1:].numel() * x0.shape[1:].numel() <= SMALL
@@ -93,6 +103,7 @@ def by_singular_values(
     )
     u, w, vt = (part.expand(len(r), *part.shape[1:]) for part in torch.linalg.svd(a, False))
     heard = w > max(a.shape[1:]) * torch.finfo(w.dtype).eps * w.amax(1, keepdim=True)
+    heard = heard & (s * w**2 + e > 0)
     share = torch.where(heard, w / torch.where(heard, s * w**2 + e, 1), 0)
     d = torch.einsum("bkd,bk,bmk,bm->bd", vt, share, u, flat)
     rest = flat - s * torch.einsum("bmd,bd->bm", a.expand(len(r), -1, -1), d)
@@ -113,7 +124,8 @@ def by_conjugate_gradients(
         if not bool(going.any()):
             break
         m = s * at.transposed(at.applied(p)) + e * p
-        step = per_sample(torch.where(going, size / coordinates(p * m).sum(1), 0), p)
+        bend = coordinates(p * m).sum(1)
+        step = per_sample(torch.where(going & (bend != 0), size / bend, 0), p)
         d, g = d + step * p, g - step * m
         before, size = size, coordinates(g).square().sum(1)
         p = g + per_sample(torch.where(going, size / before, 0), p) * p

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
-from sde_diffusion.derivatives import leaf, recorded
+from sde_diffusion.derivatives import leaf, ordinary, recorded
 from sde_diffusion.prediction import X0, Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -151,7 +151,7 @@ class ClassifierFree:
             raise ValueError(
                 f"{name} must hold one context per sample, {len(x)}; got {len(context)}"
             )
-        return context.to(x.device)
+        return ordinary(context.to(x.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ class ClassifierGuided:
             raise ValueError(f"y must hold one per sample, {len(x)}; got {len(self.y)}")
         with recorded():
             asked = leaf(x)
-            value = self.log_prob(asked, level, self.y)
+            value = self.log_prob(asked, Level(*map(ordinary, level)), ordinary(self.y))
             if value.shape != x.shape[:1]:
                 raise ValueError(
                     f"log_prob must answer with shape {tuple(x.shape[:1])}; got "

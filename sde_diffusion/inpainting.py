@@ -172,6 +172,7 @@ def known(y_name: str, y: Tensor, mask_name: str, mask: Tensor) -> None:
     errors.batch(y_name, y)
     binary(mask_name, mask)
     fits(mask, y, mask_name, y_name)
+    mask = mask.to(y.device)
     each = coordinates((mask == 1).expand(y.shape))
     for rows, says in ((~each.any(1), "nothing"), (each.all(1), "everything")):
         if bool(rows.any()):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
-from sde_diffusion.derivatives import leaf, least_squares, recorded
+from sde_diffusion.derivatives import leaf, least_squares, ordinary, recorded
 from sde_diffusion.guidance import turned
 from sde_diffusion.prediction import X0, Prediction, coordinates, per_sample
 from sde_diffusion.processes import Level, Process, Scalar
@@ -68,7 +68,7 @@ class Measurement:
 
     def residual(self, x0: Tensor) -> Tensor:
         """y - A(x0), shaped like y; 0 where the operator says nothing of y."""
-        seen, y = self.operator(x0), self.y.to(x0)
+        seen, y = self.operator(x0), ordinary(self.y.to(x0))
         if len(seen) != len(x0):
             raise ValueError(
                 f"operator must answer for each of {len(x0)} samples; got {tuple(seen.shape)}"
@@ -135,7 +135,7 @@ class LogLikelihood:
         check_finite(self.y)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
-        value = self.log_prob(x0, self.y.to(x0))
+        value = self.log_prob(x0, ordinary(self.y.to(x0)))
         if value.shape != x0.shape[:1]:
             raise ValueError(
                 f"log_prob must answer with shape {tuple(x0.shape[:1])}; got {tuple(value.shape)}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sde_diffusion import errors
+from sde_diffusion.derivatives import ordinary
 
 __all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary"]
 
@@ -34,7 +35,7 @@ class Mask:
 
     def __call__(self, x0: Tensor) -> Tensor:
         fits(self.mask, x0, "mask", "the images")
-        return self.mask.to(x0) * x0
+        return ordinary(self.mask.to(x0)) * x0
 
     def heard(self, y: Tensor) -> Tensor:
         return self(y)
@@ -125,7 +126,7 @@ class Matrix:
                 f"matrix must be (m, {x0.shape[1:].numel()}) for samples {tuple(x0.shape[1:])}; "
                 f"got {tuple(self.matrix.shape)}"
             )
-        return x0.flatten(1) @ self.matrix.to(x0).T
+        return x0.flatten(1) @ ordinary(self.matrix.to(x0)).T
 
 
 def binary(name: str, mask: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
-from sde_diffusion.derivatives import leaf, recorded
+from sde_diffusion.derivatives import leaf, ordinary, recorded
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import Prediction
 from sde_diffusion.processes import Level, Process, ascent
@@ -180,7 +180,7 @@ class Differentiable(NamedTuple):
     def of(model: Model, x: Tensor, level: Level) -> "Differentiable":
         with recorded():
             point = leaf(x)
-            found = model(point, level)
+            found = model(point, Level(*map(ordinary, level)))
             x0 = found.x0
         if not x0.requires_grad:
             raise ValueError("the model's x0 carries no derivative with respect to x")

@@ -127,6 +127,38 @@ def test_derivatives_are_found_in_inference_mode_too(method):
     assert_close(within, sampled(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.AdaptiveODE()])
+@pytest.mark.parametrize("kind", ["mask", "matrix", "function", "classifier"])
+def test_what_is_made_in_inference_mode_serves_too(kind, sampler):
+    steps = None if isinstance(sampler, sd.AdaptiveODE) else 4
+    model = data(sd.VP())
+
+    def sampled():
+        matrix, mask, y = MATRIX.clone(), torch.tensor([1.0, 0, 1]).double(), drawn(4, 3)
+        guided = {
+            "mask": lambda: PiGDM(model, Measurement(Mask(mask), 0.0, y)),
+            "matrix": lambda: DiffPIR(model, Measurement(Matrix(matrix), 0.1, y[:, :2].clone())),
+            "function": lambda: PiGDM(model, LogLikelihood(lambda x0, y: (x0 * y).sum(1), y)),
+            "classifier": lambda: sd.ClassifierGuided(model, lambda x, _, y: (x * y).sum(1), y),
+        }[kind]()
+        return sd.sample(guided, sampler, drawn(4, 3, seed=5), steps=steps, seeds=range(4))
+
+    with torch.inference_mode():
+        within = sampled().clone()
+    assert_close(within, sampled(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_where_there_is_no_noise_left_nothing_is_moved(noise_std):
+    """At sigma = 0 x0 is known: x itself, whatever was measured."""
+    given = Measurement(Matrix(MATRIX), noise_std, Y)
+    for process in (sd.VP(), sd.RectifiedFlow()):
+        x = drawn(4, 3)
+        made = PiGDM(data(process), given, variance=VARIANCE)(x, level_of(process, 0.0))
+        assert_close(made.x0, x, rtol=0, atol=1e-12)
+        assert made.eps.isfinite().all()
+
+
 def test_a_likelihood_says_what_a_measurement_says():
     """PiGDM on log p(y | x0) given as a function is the score form of DPS."""
     model, x, level = data(sd.VP()), drawn(4, 3), level_of(sd.VP(), 0.5)

@@ -95,6 +95,7 @@ def least_squares(
 def by_singular_values(
     at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
+    """`least_squares` in float64; singular values that are rounding alone count as 0."""
     a, flat = at.matrix(), coordinates(r).double()
     if not bool(a.isfinite().all()):
         raise ValueError("operator must have a finite derivative")
@@ -113,6 +114,7 @@ def by_singular_values(
 def by_conjugate_gradients(
     at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
+    """`least_squares` without the matrix: two back-propagations a round."""
     s, e = per_sample(spread, at.x0), per_sample(ridge, at.x0)
     d = torch.zeros_like(at.x0)
     g = at.transposed(r)  # what is left of the right side

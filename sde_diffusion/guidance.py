@@ -19,7 +19,7 @@ from torch import Tensor
 from sde_diffusion import errors
 from sde_diffusion.denoiser import Model
 from sde_diffusion.derivatives import leaf, ordinary, recorded
-from sde_diffusion.prediction import X0, Prediction, truth
+from sde_diffusion.prediction import X0, Prediction, per_sample, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Conditional", "get_context_mask"]
@@ -134,7 +134,7 @@ class ClassifierFree:
         if isinstance(w, Tensor):
             if len(w) != len(x):
                 raise ValueError(f"scale must hold one number per sample, {len(x)}; got {len(w)}")
-            w = w.to(x).reshape(-1, *[1] * (x.ndim - 1))
+            w = per_sample(w, x).to(x)
         low, high = self.interval
         if low == 0 and high == math.inf:
             return w

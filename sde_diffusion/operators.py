@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sde_diffusion import errors
 from sde_diffusion.derivatives import ordinary
 
-__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary"]
+__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "fits"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from sde_diffusion.inverse import Evidence, posterior_variance
 from sde_diffusion.noise import Noise
 from sde_diffusion.prediction import coordinates
 from sde_diffusion.processes import Level, Process, ascent
+from sde_diffusion.samplers import Ancestral
 from sde_diffusion.sampling import Memory
 from sde_diffusion.steering import Differentiable
 
@@ -88,8 +89,8 @@ class SMC:
         return 1
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The process's own."""
-        return process.times(errors.integer("steps", steps))
+        """That of Ancestral, whose chain this is."""
+        return Ancestral().grid(process, steps)
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,

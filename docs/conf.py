@@ -92,7 +92,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:class", r"(torch|numpy|pathlib|jaxtyping|collections\.abc|contextlib|datetime)\..*"),
     # Tensor in jaxtyping's words; type variables
-    (r"py:class", r"Tensor|sde_diffusion\.(processes\.process\.S|errors\.T)"),
+    (r"py:class", r"Tensor|sde_diffusion\.(processes\.level\.S|validate\.T)"),
 ]
 
 logger = logging.getLogger(__name__)

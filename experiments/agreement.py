@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import command
+from common import command
 
 import sde_diffusion as sd
-from sde_diffusion import errors, plots, storage
+from sde_diffusion import plots, validate
+from sde_diffusion.files import storage
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Config:
     """folder of everything written"""
 
 
-PROCESSES: dict[str, sd.Process] = {"vp": sd.VP(), "ou": sd.OU(1.0), "cosine": sd.Cosine()}
+PROCESSES: dict[str, sd.processes.Process] = {
+    "vp": sd.VP(),
+    "ou": sd.OU(1.0),
+    "cosine": sd.Cosine(),
+}
 TABLES = {"ou": sd.Discrete.constant, "cosine": sd.Discrete.cosine}
 
 
@@ -43,9 +48,9 @@ def main(config: Config) -> None:
     if len(config.sizes) < 2 or len(set(config.sizes)) < len(config.sizes):
         raise ValueError(f"--sizes needs two or more different lengths; got {config.sizes}")
     for size in config.sizes:
-        errors.integer("--sizes", size, at_least=2, at_most=10_000)
-    errors.number("--data-mean", config.data_mean)
-    errors.number("--data-variance", config.data_variance, 0, strict=True)
+        validate.integer("--sizes", size, at_least=2, at_most=10_000)
+    validate.number("--data-mean", config.data_mean)
+    validate.number("--data-variance", config.data_variance, 0, strict=True)
     command.check_out(config.out)
     process = PROCESSES[config.process]
     if config.rule == "table":
@@ -55,8 +60,8 @@ def main(config: Config) -> None:
             )
         family = TABLES[config.process]
     else:
-        family = partial(sd.discretize, process, rule=config.rule)
-    report = sd.agreement(
+        family = partial(sd.processes.discretize, process, rule=config.rule)
+    report = sd.verify.agreement(
         process,
         family,
         sizes=config.sizes,
@@ -74,7 +79,7 @@ def main(config: Config) -> None:
     print(f"-> {out / 'agreement.png'}")
 
 
-def picture(report: sd.equivalence.Agreement) -> object:
+def picture(report: sd.verify.Agreement) -> object:
     """Each distance that is not rounding against N, in logarithms."""
     from matplotlib.figure import Figure
 

@@ -18,11 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import command
 import torch
+from common import command
+from common.words import by_word
 
 import sde_diffusion as sd
-from sde_diffusion import plots, storage, verify
+from sde_diffusion import plots, verify
+from sde_diffusion.files import storage
 
 MEAN, VARIANCE = 0.7, 0.25  # of the data that every certificate is about
 
@@ -41,38 +43,17 @@ class Config:
     """folder of everything written"""
 
 
-PROCESSES = command.PROCESSES | {"interpolated": sd.continuous(sd.Discrete.linear())}
-FIXED: dict[str, sd.Sampler] = {
-    "ancestral": sd.Ancestral(),
-    "ancestral-beta": sd.Ancestral("beta"),
-    "ddim": sd.Ancestral(eta=0.0),
-    "sde": sd.EulerMaruyama(),
-    "torchsde": sd.TorchSDE(),
-    "torchsde-milstein": sd.TorchSDE("milstein"),
-    "heun": sd.Heun(),
-    "churn": sd.Churn(sd.Heun(), s_churn=10.0),
-    "dpm2": sd.DPMSolver(2),
-    "dpm3": sd.DPMSolver(3),
-    "sde-dpm2": sd.SDEDPMSolver(),
-    "multistep": sd.VelocityMultistep(),
-    **{f"adams{k}": sd.Adams(k) for k in range(1, 6)},
-}
-BY_TOLERANCE: dict[str, sd.Sampler] = {
-    "torch-ode": sd.TorchODE(),
-    "scipy-ode": sd.ScipyODE(),
-    "adaptive-ode": sd.AdaptiveODE(),
-}
-BY_BIAS: dict[str, sd.Sampler] = {
-    "langevin": sd.Langevin(sd.Heun()),
-    "torchsde-srk": sd.TorchSDE("srk"),
-    "torchsde-adaptive": sd.AdaptiveTorchSDE(),
-    "adaptive-sde": sd.AdaptiveSDE(),
-}
-SAMPLERS = FIXED | BY_TOLERANCE | BY_BIAS
+PROCESSES = by_word(sd.processes.CATALOGUE)
+SAMPLERS = by_word(sd.samplers.CATALOGUE)
+# Those without an exact law: the error of an ODE solver follows its tolerance; mean and variance
+# of a sampler whose order is 0, or whose noise cannot be injected, are estimated.
+BY_TOLERANCE = {"torch-ode", "scipy-ode", "adaptive-ode"}
+BY_BIAS = {"langevin-heun", "torch-sde-srk", "adaptive-torch-sde", "adaptive-sde"}
 
 # What is known beforehand, and why.
 SIZES = {  # the errors of VE's two halves cancel in part up to some 500 steps
-    (name, "ve"): (512, 1024, 2048, 4096) for name in ("sde", "torchsde", "torchsde-milstein")
+    (name, "ve"): (512, 1024, 2048, 4096)
+    for name in ("euler-maruyama", "torch-sde", "torch-sde-milstein")
 }
 NOT_SETTLED = {  # even times resolve a rate slowly that is not small at t = 0: N^-1 log N
     ("ancestral", "ou"): "order of log N / N: rates 0.6 to 0.7 up to 2,048 steps",
@@ -104,12 +85,12 @@ class Row:
     seconds: float
 
 
-def gaussian(process: sd.Process) -> sd.exact.Gaussian:
+def gaussian(process: sd.processes.Process) -> sd.exact.Gaussian:
     """The data, N(0.7, 0.25) on the line."""
     return sd.exact.Gaussian(process, torch.tensor([MEAN], dtype=torch.float64), VARIANCE)
 
 
-def mixture(process: sd.Process) -> sd.exact.GaussianMixture:
+def mixture(process: sd.processes.Process) -> sd.exact.GaussianMixture:
     """Three modes in the plane, each coordinate of standard deviation about 1."""
     means = torch.tensor([[-1.2, 0.8], [0.4, -1.2], [1.3, 0.6]], dtype=torch.float64)
     return sd.exact.GaussianMixture(process, [0.4, 0.35, 0.25], means, [0.05, 0.05, 0.05])
@@ -164,9 +145,9 @@ def finished(
 # ---- peers ---------------------------------------------------------------------------------------
 
 
-def peers() -> dict[str, Callable[[int], sd.Sampler]]:
+def peers() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
     """Samplers of other libraries, as functions of the number of steps; nothing is clipped."""
-    families: dict[str, Callable[[int], sd.Sampler]] = {}
+    families: dict[str, Callable[[int], sd.samplers.Sampler]] = {}
     for library, found in (
         ("diffusers", diffusers_schedulers),
         ("k_diffusion", k_diffusion_functions),
@@ -181,7 +162,7 @@ def peers() -> dict[str, Callable[[int], sd.Sampler]]:
     return families
 
 
-def diffusers_schedulers() -> dict[str, Callable[[int], sd.Sampler]]:
+def diffusers_schedulers() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
     diffusers: Any = importlib.import_module("diffusers")
     diffusers.logging.set_verbosity_error()
     plain = ("DDPM", "DDIM")
@@ -203,7 +184,7 @@ def diffusers_schedulers() -> dict[str, Callable[[int], sd.Sampler]]:
     return {f"diffusers {n}": partial(verify.Diffusers, scheduler) for n, scheduler in made.items()}
 
 
-def k_diffusion_functions() -> dict[str, Callable[[int], sd.Sampler]]:
+def k_diffusion_functions() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
     sampling: Any = importlib.import_module("k_diffusion.sampling")
     orders = {
         "euler": 1, "euler_ancestral": 1, "heun": 2, "dpm_2": 2, "dpm_2_ancestral": 1, "lms": 4,
@@ -211,20 +192,20 @@ def k_diffusion_functions() -> dict[str, Callable[[int], sd.Sampler]]:
         "dpmpp_2m_sde": 1, "dpmpp_3m_sde": 1,
     }  # fmt: skip
 
-    def family(name: str, order: int, steps: int) -> sd.Sampler:
+    def family(name: str, order: int, steps: int) -> sd.samplers.Sampler:
         function = getattr(sampling, f"sample_{name}")
         return verify.KDiffusion(function, sd.grids.karras(steps), declared=order)
 
     return {f"k-diffusion {name}": partial(family, name, order) for name, order in orders.items()}
 
 
-def azula_samplers() -> dict[str, Callable[[int], sd.Sampler]]:
+def azula_samplers() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
     denoise, noise, sample = (
         importlib.import_module(f"azula.{name}") for name in ("denoise", "noise", "sample")
     )
     denoiser = denoise.SimpleDenoiser(torch.nn.Identity(), noise.VPSchedule())
 
-    def family(name: str, steps: int) -> sd.Sampler:
+    def family(name: str, steps: int) -> sd.samplers.Sampler:
         sampler = getattr(sample, f"{name}Sampler")(denoiser, steps=steps, silent=True)
         return verify.Azula(sampler, declared=2 if name == "Heun" else None)
 
@@ -232,7 +213,7 @@ def azula_samplers() -> dict[str, Callable[[int], sd.Sampler]]:
     return {f"azula {name}": partial(family, name) for name in names}
 
 
-def theirs(name: str, family: Callable[[int], sd.Sampler]) -> Row:
+def theirs(name: str, family: Callable[[int], sd.samplers.Sampler]) -> Row:
     """The certificate of a peer, or the reason for which it has none."""
     start = time.perf_counter()
     means = torch.tensor([MEAN, -0.4], dtype=torch.float64)

@@ -12,18 +12,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import command
-import quality
-import run
-import samplers
 import torch
 import tyro
+from common import command, quality, run, samplers
 from torch import Tensor
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, metrics, plots, storage, training
+from sde_diffusion import data, metrics, plots, training, validate
+from sde_diffusion.files import storage
 
 
 def switched(words: list[str]) -> bool:
@@ -108,8 +106,8 @@ class Config(run.Flags):
         return sd.Discrete.cosine(self.time_steps)
 
     @property
-    def times(self) -> sd.DiscreteTimes:
-        return sd.DiscreteTimes(self.time_steps)
+    def times(self) -> sd.losses.DiscreteTimes:
+        return sd.losses.DiscreteTimes(self.time_steps)
 
     @property
     def recipe(self) -> training.Recipe:
@@ -152,8 +150,8 @@ def check(config: Config) -> None:
                  "seed"):  # fmt: skip
         value = getattr(config, name)
         if value is not None:
-            errors.integer(f"--{name}", value, least.get(name, 1), most.get(name, 10**7))
-    errors.number("--learning_rate", config.learning_rate, 0, 1, strict=True)
+            validate.integer(f"--{name}", value, least.get(name, 1), most.get(name, 10**7))
+    validate.number("--learning_rate", config.learning_rate, 0, 1, strict=True)
     if config.unet_dim % 8:
         raise ValueError(f"--unet_dim must be a multiple of 8; got {config.unet_dim}")
     check_sampler(config)
@@ -176,7 +174,7 @@ def check_sampler(config: Config) -> None:
         if config.sample_steps is not None:
             raise ValueError(f"--sample_steps has no effect with --sampler {config.sampler}")
         return
-    errors.integer("--sample_steps", steps(config), at_most=config.time_steps)
+    validate.integer("--sample_steps", steps(config), at_most=config.time_steps)
     chosen(config).grid(config.process, steps(config))
 
 
@@ -188,7 +186,7 @@ def steps(config: Config) -> int | None:
     return min(usual, config.time_steps)
 
 
-def chosen(config: Config) -> sd.Sampler:
+def chosen(config: Config) -> sd.samplers.Sampler:
     """The sampler of --sampler; the clamped chain is DDPM's own."""
     assert config.sampler != "clamped"
     return samplers.sampler(config.sampler, steps(config))
@@ -271,7 +269,7 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
         network = quality.network(word, config.inception_weights).to(engine.device)
     names = [f"{name.file}.{kind}" for name in quality.NAMES.values() for kind in ("csv", "png")]
     state = training.TrainState(
-        denoiser, config.recipe, config.times, penalty=sd.L1(), engine=engine,
+        denoiser, config.recipe, config.times, penalty=sd.losses.L1(), engine=engine,
         bad=config.on_bad or "raise", facts={"data": data.fingerprint(images)},
     )  # fmt: skip
     run.begin(

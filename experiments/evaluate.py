@@ -16,14 +16,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import command
 import mnist_vp
-import samplers as words
 import torch
+from common import command
+from common import samplers as words
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import data, distances, errors, features, metrics, plots, storage, training
+from sde_diffusion import data, metrics, plots, training, validate
+from sde_diffusion.files import storage
+from sde_diffusion.metrics import distances, features
 
 COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
 TITLES = {
@@ -73,7 +75,7 @@ class Run:
     """One sampler at one setting: what a row of the table is about."""
 
     word: words.Word
-    sampler: sd.Sampler
+    sampler: sd.samplers.Sampler
     steps: int | None
     tolerance: float | None
 
@@ -87,16 +89,16 @@ def check(config: Config) -> None:
     for name in ("num_samples", "batch_size", "num_real"):
         value = getattr(config, name)
         if value is not None:
-            errors.integer("--" + name.replace("_", "-"), value, 2, 10**7)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+            validate.integer("--" + name.replace("_", "-"), value, 2, 10**7)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("samplers", "steps", "tolerances"):
         values = getattr(config, name)
         if values is not None and (not values or len(set(values)) < len(values)):
             raise ValueError(f"--{name} must be one or more, all different; got {values}")
     for steps in config.steps:
-        errors.integer("--steps", steps, at_most=10**5)
+        validate.integer("--steps", steps, at_most=10**5)
     for tolerance in config.tolerances or ():
-        errors.number("--tolerances", tolerance, 0, 1, strict=True)
+        validate.number("--tolerances", tolerance, 0, 1, strict=True)
     chosen = set(config.samplers)
     if config.tolerances and not chosen & set(words.TOLERANCES):
         raise ValueError("--tolerances has no effect without a sampler with steps of its own")

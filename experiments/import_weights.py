@@ -12,11 +12,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import command
+from common import command
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import importing, storage
+from sde_diffusion.files import storage, torch_archives
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def main(config: Config) -> None:
     check_out(config.out)
     pairs = [pair(text) for text in config.rename]
     denoiser = sd.Denoiser.load(config.like)
-    tensors = importing.import_weights(config.weights, key=config.key, sha256=config.sha256)
+    tensors = torch_archives.import_weights(config.weights, key=config.key, sha256=config.sha256)
     for old, new in pairs:
-        tensors = importing.rename(tensors, old, new)
+        tensors = torch_archives.rename(tensors, old, new)
     wanted = denoiser.network.state_dict()
     tensors = converted(tensors, wanted)
     try:

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import command
 import torch
+from common import command
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, inpainting, plots, steering, storage
+from sde_diffusion import data, plots, validate
+from sde_diffusion.files import storage
+from sde_diffusion.inverse import corrections, inpainting
 
 ROUTES: dict[str, inpainting.Route] = {
-    "network": steering.ThroughNetwork,
-    "mean": steering.ToMean,
+    "network": corrections.ThroughNetwork,
+    "mean": corrections.ToMean,
 }
 MOST = 10_000  # images, completions, steps
 SCALES = {"network": 300.0, "mean": 2.0}
@@ -88,10 +90,10 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse values out of range."""
     for name in ("num_images", "completions", "steps"):
-        errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=MOST)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+        validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=MOST)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     if config.scale is not None:
-        errors.number("--scale", config.scale)
+        validate.number("--scale", config.scale)
 
 
 def digits(config: Config) -> tuple[Tensor, str]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import command
 import torch
+from common import command
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import errors, frames, plots, storage
+from sde_diffusion import plots, validate
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
 
 REFERENCE = 200
 
@@ -36,7 +38,7 @@ class Config:
     """folder of everything written"""
 
 
-def samplers(calls: int) -> dict[str, sd.Sampler]:
+def samplers(calls: int) -> dict[str, sd.samplers.Sampler]:
     """Solvers of the flow that make so many calls in as many steps."""
     return {
         "DDIM": sd.Ancestral(eta=0.0),
@@ -73,9 +75,9 @@ def picture(drawn: dict[str, dict[int, Tensor]]) -> Any:
 
 def main(config: Config) -> None:
     for calls in config.calls:
-        errors.integer("--calls", calls, at_most=1000)
-    errors.integer("--num-samples", config.num_samples, at_most=1000)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+        validate.integer("--calls", calls, at_most=1000)
+    validate.integer("--num-samples", config.num_samples, at_most=1000)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     command.check_out(config.out)
     denoiser = sd.pretrained("mnist_vp")
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]

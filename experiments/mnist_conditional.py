@@ -15,16 +15,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import command
-import run
 import safetensors.torch
-import samplers
 import torch
+from common import command, run, samplers
 from torch import Tensor
 from torch.nn import functional as F
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, guidance, plots, storage, training
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
+from sde_diffusion.models import guidance
 
 CLASSES = 10
 
@@ -93,15 +93,15 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("num_samples", "steps", "train_steps", "batch_size"):
         if getattr(config, name) is not None:
-            errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+            validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("scale", "classes"):
         if not getattr(config, name):
             raise ValueError(f"--{name} needs at least one value")
     for w in config.scale:
-        errors.number("--scale", w)
+        validate.number("--scale", w)
     for digit in config.classes:
-        errors.integer("--classes", digit, 0, CLASSES - 1)
+        validate.integer("--classes", digit, 0, CLASSES - 1)
     if not 0 <= config.low < config.high:
         raise ValueError(
             f"--low and --high must be 0 <= low < high; got {config.low}, {config.high}"
@@ -109,7 +109,7 @@ def check(config: Config) -> None:
     for name, top in (("learning_rate", 1.0), ("context_dropout", 1.0)):
         if getattr(config, name) is not None:
             flag = "--" + name.replace("_", "-")
-            errors.number(flag, getattr(config, name), 0, top, strict=name == "learning_rate")
+            validate.number(flag, getattr(config, name), 0, top, strict=name == "learning_rate")
     if config.steps is not None and config.sampler in samplers.TOLERANCES:
         raise ValueError(f"--steps has no effect with --sampler {config.sampler}")
     training_only = ("train_steps", "batch_size", "learning_rate", "context_dropout", "dtype",
@@ -201,7 +201,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         dtype=run.dtype(config.dtype),
     )
     state = training.TrainState(
-        denoiser, recipe, sd.NormalLogSNR(denoiser.process, 0.0, 2.8), engine=engine,
+        denoiser, recipe, sd.losses.NormalLogSNR(denoiser.process, 0.0, 2.8), engine=engine,
         bad=config.on_bad or "raise", facts={"data": data.fingerprint(digits)},
     )  # fmt: skip
     run.begin(config, state, config.out, "metrics.csv", "mnist_conditional.*", "loss.png")

@@ -14,15 +14,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import command
-import run
 import torch
+from common import command, run
 from torch import Tensor, nn
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, plots, storage, training
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
 
-SIDE_BY_SIDE: dict[str, tuple[sd.Sampler, int | None]] = {
+SIDE_BY_SIDE: dict[str, tuple[sd.samplers.Sampler, int | None]] = {
     "ancestral, 1,000": (sd.Ancestral(), 1000),
     "DDIM, 50": (sd.Ancestral(eta=0.0), 50),
     "reverse SDE, 250": (sd.EulerMaruyama(), 250),
@@ -80,10 +80,10 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("num_steps", "epochs", "batch_size"):
         if getattr(config, name) is not None:
-            errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**6)
+            validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**6)
     if config.learning_rate is not None:
-        errors.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+        validate.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     training_only = ("network", "num_steps", "epochs", "batch_size", "learning_rate", "data_root",
                      "dtype", *(field.name for field in fields(run.Flags)))  # fmt: skip
     for name in training_only if config.checkpoint else ():
@@ -112,7 +112,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     }
     # A fully connected network learns in vain to hand 784 noisy numbers through. Read as a part of
     # eps beside the known part of x, its output meets the same loss: .13 for .61 after 1,200 steps.
-    reading = sd.Karras(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
+    reading = sd.models.Karras(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
     chain = sd.Discrete.linear(config.num_steps or 1000)
     denoiser = sd.Denoiser(networks[config.network or "unet"], chain, reading)
     digits = data.mnist(config.data_root)
@@ -126,11 +126,11 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         seed=config.seed,
         dtype=run.dtype(config.dtype),
     )
-    times = sd.DiscreteTimes(chain.num_steps)
+    times = sd.losses.DiscreteTimes(chain.num_steps)
     bad = config.on_bad or "raise"
     facts = {"data": data.fingerprint(digits)}
     state = training.TrainState(
-        denoiser, recipe, times, sd.Simple(), engine=engine, bad=bad, facts=facts
+        denoiser, recipe, times, sd.losses.Simple(), engine=engine, bad=bad, facts=facts
     )
     left = ("metrics.csv", "mnist_ddpm.*", "loss.png", "samples.png", "side_by_side.png")
     run.begin(config, state, config.out, *left)

@@ -11,13 +11,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import command
 import torch
+from common import command
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sde_diffusion import data, errors, features, metrics, storage
-from sde_diffusion.noise import Purpose, stream
+from sde_diffusion import data, metrics, validate
+from sde_diffusion.files import storage
+from sde_diffusion.metrics import features
+from sde_diffusion.noise.sources import Purpose, stream
 
 EXAMPLES = 2000  # test digits whose features are kept, in 16 bits
 SHIFT = 2  # pixels that a digit is moved by at most while it is trained on
@@ -91,10 +93,10 @@ def standardize(network: features.DigitClassifier, x: Tensor) -> None:
 
 
 def main(config: Config) -> None:
-    errors.integer("--epochs", config.epochs, at_most=1000)
-    errors.integer("--batch-size", config.batch_size, at_least=2, at_most=60_000)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
-    errors.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
+    validate.integer("--epochs", config.epochs, at_most=1000)
+    validate.integer("--batch-size", config.batch_size, at_least=2, at_most=60_000)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+    validate.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
     command.check_out(config.out)
     sets = {part: data.mnist(config.data_root, train=part == "train") for part in ("train", "test")}
     network = train(config, sets["train"])

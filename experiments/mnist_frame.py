@@ -9,9 +9,10 @@ Writes mnist.safetensors with its JSON; a copy comes with the package and is rea
 from dataclasses import dataclass
 from pathlib import Path
 
-import command
+from common import command
 
-from sde_diffusion import data, errors, frames
+from sde_diffusion import data, validate
+from sde_diffusion.grids import frames
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    errors.integer("--rank", config.rank, 1, 784)
+    validate.integer("--rank", config.rank, 1, 784)
     command.check_out(config.out)
     digits = data.mnist(config.data_root)
     mean, covariance = data.moments(digits)

@@ -12,15 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import command
-import run
 import safetensors.torch
-import samplers
 import torch
+from common import command, run, samplers
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, frames, plots, storage, training
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,14 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("steps", "train_steps", "epochs", "num_samples", "batch_size"):
         if getattr(config, name) is not None:
-            errors.integer(flag(name), getattr(config, name), at_most=10**7)
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
+            validate.integer(flag(name), getattr(config, name), at_most=10**7)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("rtol", "atol", "learning_rate"):
         if getattr(config, name) is not None:
-            errors.number(flag(name), getattr(config, name), 0, 1, strict=True)
-    errors.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
+            validate.number(flag(name), getattr(config, name), 0, 1, strict=True)
+    validate.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
     if config.log_snr_std is not None:
-        errors.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
+        validate.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
     unused = ("steps",) if config.sampler in samplers.TOLERANCES else ("rtol", "atol")
     for name in unused if config.sampler in samplers.FRAMED else (*unused, "frame"):
         if getattr(config, name) is not None:
@@ -140,7 +140,7 @@ def load(config: Config, device: torch.device) -> sd.Denoiser:
     return denoiser.to(device)
 
 
-def sampler(config: Config) -> sd.Sampler:
+def sampler(config: Config) -> sd.samplers.Sampler:
     return samplers.sampler(config.sampler, config.steps, config.frame, config.rtol, config.atol)
 
 
@@ -180,7 +180,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
 def path(
     config: Config,
     denoiser: sd.Denoiser,
-    chosen: sd.Sampler,
+    chosen: sd.samplers.Sampler,
     seeds: list[int],
     steps: int | None,
     device: torch.device,
@@ -217,7 +217,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         dtype=run.dtype(config.dtype),
     )
     mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
-    times = sd.NormalLogSNR(denoiser.process, mean, std)
+    times = sd.losses.NormalLogSNR(denoiser.process, mean, std)
     state = training.TrainState(
         denoiser, recipe, times, engine=engine, bad=config.on_bad or "raise",
         facts={"data": data.fingerprint(digits)},

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import command
 import torch
+from common import command
 from torch import Tensor
 from tqdm import tqdm
 
 import sde_diffusion as sd
-from sde_diffusion import data, errors, frames, plots, storage, toy, training
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.data import toy
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,19 @@ TOYS: dict[str, toy.Toy] = {
 }
 WEIGHTS: dict[str, sd.losses.Weight | None] = {
     "none": None,
-    "simple": sd.Simple(),
-    "likelihood": sd.Likelihood(),
-    "snr": sd.SNR(),
-    "min-snr": sd.MinSNR(),
-    "edm": sd.EDMWeight(sigma_data=1.0),
-    "vlb": sd.VLB(sd.Discrete.linear()),
+    "simple": sd.losses.Simple(),
+    "likelihood": sd.losses.Likelihood(),
+    "snr": sd.losses.SNR(),
+    "min-snr": sd.losses.MinSNR(),
+    "edm": sd.losses.EDMWeight(sigma_data=1.0),
+    "vlb": sd.losses.VLB(sd.Discrete.linear()),
 }
-PENALTIES: dict[str, sd.losses.Penalty] = {"l2": sd.L2(), "l1": sd.L1(), "huber": sd.Huber()}
-SAMPLERS: dict[str, sd.Sampler] = {
+PENALTIES: dict[str, sd.losses.Penalty] = {
+    "l2": sd.losses.L2(),
+    "l1": sd.losses.L1(),
+    "huber": sd.losses.Huber(),
+}
+SAMPLERS: dict[str, sd.samplers.Sampler] = {
     "ancestral": sd.Ancestral(),
     "reverse SDE": sd.EulerMaruyama(),
     "probability flow ODE": sd.TorchODE(rtol=1e-4, atol=1e-4),
@@ -65,9 +72,9 @@ STEPS = {"ancestral": 250, "reverse SDE": 250, "probability flow ODE": None}
 
 
 def main(config: Config) -> None:
-    errors.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
+    validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
     for name in ("train_steps", "batch_size", "num_samples"):
-        errors.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
+        validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
     if config.weight == "vlb" and config.process != "ddpm":
         raise ValueError("--weight vlb belongs to a chain: give --process ddpm")
     command.check_out(config.out)
@@ -92,7 +99,9 @@ def train(
     network = sd.networks.MLP(shape=(2,), width=128, depth=4, fourier=16)
     process = command.PROCESSES[config.process]
     if process.prior_std > 1:  # the network must not see levels of 50 or 80, nor be told them by t
-        denoiser = sd.Denoiser(network, process, sd.Karras(sigma_data=1.0), sd.LogRatio())
+        denoiser = sd.Denoiser(
+            network, process, sd.models.Karras(sigma_data=1.0), sd.models.LogRatio()
+        )
     else:
         denoiser = sd.Denoiser(network, process, sd.V())
     denoiser = denoiser.to(device)
@@ -104,11 +113,11 @@ def train(
         ema=training.EMA(0.995),
         seed=config.seed,
     )
-    times: sd.times.TimeDistribution = sd.NormalLogSNR(process, mean=0.0, std=3.0)
+    times: sd.losses.TimeDistribution = sd.losses.NormalLogSNR(process, mean=0.0, std=3.0)
     if config.process == "ddpm":
-        times = sd.DiscreteTimes(sd.Discrete.linear().num_steps)
+        times = sd.losses.DiscreteTimes(sd.Discrete.linear().num_steps)
     elif config.weight == "likelihood":  # g^2 is not promised above t_max
-        times = sd.UniformTimes(t_min=1e-3, t_max=process.t_max)
+        times = sd.losses.UniformTimes(t_min=1e-3, t_max=process.t_max)
     weight, penalty = WEIGHTS[config.weight], PENALTIES[config.penalty]
     state = training.TrainState(denoiser, recipe, times, weight, penalty)
     steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)

@@ -1,174 +1,109 @@
 """Continuous-time SDE and score-based diffusion, with the DDPM as its Euler discretization."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sde_diffusion import (
-    equivalence,
-    exact,
     grids,
-    guidance,
-    inpainting,
     inverse,
     losses,
+    models,
     networks,
-    operators,
-    particles,
-    score_matching,
-    steering,
-    times,
-    verify,
+    noise,
+    processes,
+    samplers,
+    sampling,
 )
 from sde_diffusion.ddpm import DDPM
-from sde_diffusion.denoiser import Denoiser, Index, LogRatio, LogSNR, Time, pretrained
-from sde_diffusion.equivalence import adopt, agreement, continuous, discretize, match
-from sde_diffusion.guidance import ClassifierFree, ClassifierGuided, Clipped, get_context_mask
-from sde_diffusion.inpainting import RePaint, Replacement, complete_image
-from sde_diffusion.inverse import DPS, DiffPIR, LogLikelihood, Measurement, PiGDM
-from sde_diffusion.losses import (
-    L1,
-    L2,
-    SNR,
-    VLB,
-    EDMWeight,
-    Huber,
-    Likelihood,
-    MinSNR,
-    Simple,
-    denoising_loss,
+from sde_diffusion.losses import denoising_loss
+from sde_diffusion.models import (
+    X0,
+    ClassifierFree,
+    Denoiser,
+    Eps,
+    Score,
+    V,
+    Velocity,
+    adopt,
+    exact,
+    match,
+    pretrained,
 )
-from sde_diffusion.particles import SMC
-from sde_diffusion.prediction import X0, Eps, Karras, Prediction, Score, V, Velocity, truth
-from sde_diffusion.processes import (
-    EDM,
-    OU,
-    VE,
-    VP,
-    Cosine,
-    Discrete,
-    Interpolated,
-    Level,
-    Process,
-    RectifiedFlow,
-    SubVP,
-)
+from sde_diffusion.processes import EDM, OU, VE, VP, Cosine, Discrete, RectifiedFlow, SubVP
 from sde_diffusion.samplers import (
     Adams,
     AdaptiveODE,
     AdaptiveSDE,
-    AdaptiveTorchSDE,
     Ancestral,
-    Churn,
     DPMSolver,
     EulerMaruyama,
     Heun,
-    Langevin,
-    ScipyODE,
-    SDEDPMSolver,
+    SolverError,
     TorchODE,
-    TorchSDE,
     VelocityMultistep,
 )
-from sde_diffusion.sampling import Sample, Sampler, SolverError, sample, trajectory
-from sde_diffusion.times import (
-    DiscreteTimes,
-    LikelihoodTimes,
-    NormalLogSNR,
-    UniformTimes,
-    stratified,
-)
+from sde_diffusion.sampling import sample, trajectory
+
+if TYPE_CHECKING:
+    from sde_diffusion import data, files, metrics, plots, training, verify
 
 __version__ = "0.1.0"
 
+LAZY = ("data", "files", "metrics", "plots", "training", "verify")  # imported at first use
+
 __all__ = [
     "DDPM",
-    "DPS",
     "EDM",
-    "L1",
-    "L2",
     "OU",
-    "SMC",
-    "SNR",
     "VE",
-    "VLB",
     "VP",
     "X0",
     "Adams",
     "AdaptiveODE",
     "AdaptiveSDE",
-    "AdaptiveTorchSDE",
     "Ancestral",
-    "Churn",
     "ClassifierFree",
-    "ClassifierGuided",
-    "Clipped",
     "Cosine",
     "DPMSolver",
     "Denoiser",
-    "DiffPIR",
     "Discrete",
-    "DiscreteTimes",
-    "EDMWeight",
     "Eps",
     "EulerMaruyama",
     "Heun",
-    "Huber",
-    "Index",
-    "Interpolated",
-    "Karras",
-    "Langevin",
-    "Level",
-    "Likelihood",
-    "LikelihoodTimes",
-    "LogLikelihood",
-    "LogRatio",
-    "LogSNR",
-    "Measurement",
-    "MinSNR",
-    "NormalLogSNR",
-    "PiGDM",
-    "Prediction",
-    "Process",
-    "RePaint",
     "RectifiedFlow",
-    "Replacement",
-    "SDEDPMSolver",
-    "Sample",
-    "Sampler",
-    "ScipyODE",
     "Score",
-    "Simple",
     "SolverError",
     "SubVP",
-    "Time",
     "TorchODE",
-    "TorchSDE",
-    "UniformTimes",
     "V",
     "Velocity",
     "VelocityMultistep",
     "adopt",
-    "agreement",
-    "complete_image",
-    "continuous",
+    "data",
     "denoising_loss",
-    "discretize",
-    "equivalence",
     "exact",
-    "get_context_mask",
+    "files",
     "grids",
-    "guidance",
-    "inpainting",
     "inverse",
     "losses",
     "match",
+    "metrics",
+    "models",
     "networks",
-    "operators",
-    "particles",
+    "noise",
+    "plots",
     "pretrained",
+    "processes",
     "sample",
-    "score_matching",
-    "steering",
-    "stratified",
-    "times",
+    "samplers",
+    "sampling",
+    "training",
     "trajectory",
-    "truth",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

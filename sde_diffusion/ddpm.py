@@ -19,19 +19,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.brownian import Brownian
-from sde_diffusion.denoiser import Model
-from sde_diffusion.guidance import Clipped
-from sde_diffusion.losses import L2, Penalty
-from sde_diffusion.noise import Generated, Noise
-from sde_diffusion.prediction import Prediction, coordinates, per_sample
+from sde_diffusion import validate
+from sde_diffusion.losses.denoising import L2, Penalty
+from sde_diffusion.models.guidance import Clipped
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.noise.brownian import Brownian
+from sde_diffusion.noise.sources import Generated, Noise
 from sde_diffusion.processes import Discrete, Level
+from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
 
 __all__ = ["DDPM", "Bound", "Variance"]
 
 Variance = Literal["beta", "posterior", "learned"]
+
+
 Index = int | Tensor
 
 
@@ -207,7 +210,7 @@ class DDPM:
         noise: Noise | None = None,
     ) -> Iterator[Tensor]:
         """x_(i-1), ..., x_0 from x = x_i, one after the other."""
-        steps = range(errors.integer("i", i, 1, self.num_steps), 0, -1)
+        steps = range(validate.integer("i", i, 1, self.num_steps), 0, -1)
         times = [k / self.num_steps for k in (*steps, 0)]
         path = partial(Brownian, log_snr=self.process.log_snr, times=times)
         source = chosen_noise(x, generator, seeds, noise, path)
@@ -262,7 +265,7 @@ class DDPM:
         The simplified bound of Ho et al. 2020, eq. 14, as Algorithm 1 descends it: a sum over
         coordinates, every step with weight 1. `bound` has the weights of the bound itself.
         """
-        errors.batch("x0", x0)
+        validate.batch("x0", x0)
         source = Generated(generator)
         draw = source.generator
         i = torch.randint(1, self.num_steps + 1, (len(x0),), generator=draw, device=draw.device)
@@ -315,9 +318,9 @@ class DDPM:
 
     def index(self, i: Index, like: Tensor) -> Tensor:
         """i as a tensor of integers, () or (B,), or an error that says what is wrong with it."""
-        errors.batch("the batch", like)
+        validate.batch("the batch", like)
         if not isinstance(i, Tensor):
-            return torch.tensor(errors.integer("i", i, 1, self.num_steps))
+            return torch.tensor(validate.integer("i", i, 1, self.num_steps))
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
             raise TypeError(f"i must hold integers; got {i.dtype}")
         if i.ndim > 1 or (i.ndim == 1 and len(i) != len(like)):
@@ -353,13 +356,13 @@ class DDPM:
         level = self.level(i, x)
         if clamp is None:
             return self.model(x, level)
-        errors.number("clamp", clamp, 0, strict=True)
+        validate.number("clamp", clamp, 0, strict=True)
         return Clipped(self.model, -clamp, clamp)(x, level)
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
     ) -> Tensor:
-        errors.choice("variance", variance, ("beta", "posterior", "learned"))
+        validate.choice("variance", variance, ("beta", "posterior", "learned"))
         if variance != "learned":
             return entry(self.process.model_variances(variance), i, x)
         if prediction.extra is None:
@@ -377,8 +380,8 @@ def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:
-    errors.batch("x0", like)
-    errors.batch(name, given)
+    validate.batch("x0", like)
+    validate.batch(name, given)
     if given.shape != like.shape:
         raise ValueError(
             f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"

@@ -7,74 +7,19 @@ from 1 and any floating dtype, which the samples keep.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.brownian import Brownian
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Generated, Noise, Seeded
-from sde_diffusion.processes import Level, Process
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.brownian import Brownian
+from sde_diffusion.noise.sources import Generated, Noise, Seeded
+from sde_diffusion.processes import Process
+from sde_diffusion.samplers.sampler import Memory, Sampler
 
-__all__ = ["Memory", "Report", "Sample", "Sampler", "SolverError", "sample", "trajectory"]
-
-Memory = Any  # what a sampler carries from step to step: None before the first
-
-
-class SolverError(RuntimeError):
-    """A solver with steps of its own gave up; the message says where and why."""
-
-
-class Sampler(Protocol):
-    """A rule for one step. Implementations are frozen dataclasses of their hyper-parameters."""
-
-    @property
-    def order(self) -> int | None:
-        """Order of convergence to the flow (or in law to the SDE) as the steps shrink.
-
-        None for a solver whose error follows its tolerances.
-        """
-        ...
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The sampler's own n + 1 times, decreasing to 0; float64."""
-        ...
-
-    def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:
-        """x at level t to x at level s. Pure: changes neither x nor memory."""
-        ...
-
-
-class Report(NamedTuple):
-    """What became of each sample of a solver that gives each its own steps, all (B,).
-
-    Attributes:
-        calls: how often the model was asked about it.
-        rejections: how many of these calls were for steps that were made again.
-        error: the solver's estimate of the errors of its predictions, before they were corrected.
-        finished: False where it was given up, and the rest of its way only predicted.
-    """
-
-    calls: Tensor
-    rejections: Tensor
-    error: Tensor
-    finished: Tensor
-
-    @staticmethod
-    def unmoved(x: Tensor) -> "Report":
-        """That of a batch which need not move."""
-        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return Report(none, none.clone(), none.double(), none == 0)
+__all__ = ["Sample", "sample", "trajectory"]
 
 
 class Sample(NamedTuple):
@@ -184,7 +129,7 @@ def chosen_noise(
     path: Callable[[Sequence[int]], Noise] = Seeded,
 ) -> Noise:
     """The one source of noise asked for; `path` makes that of seeds."""
-    errors.batch("x", x)
+    validate.batch("x", x)
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("give one of generator, seeds and noise")
     if noise is not None:

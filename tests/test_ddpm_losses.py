@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import ddpm_moments, normal
-from test_ddpm import (
+from chains import (
     CHAINS,
     TIGHT,
     answer,
@@ -18,6 +17,7 @@ from test_ddpm import (
     places,
     reverse_variance,
 )
+from oracles import ddpm_moments, normal
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.testing import assert_close
 
@@ -26,7 +26,7 @@ import sde_diffusion as sd
 # ---- losses ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("penalty", [None, sd.L1()], ids=["l2", "l1"])
+@pytest.mark.parametrize("penalty", [None, sd.losses.L1()], ids=["l2", "l1"])
 def test_p_loss_and_its_gradient_are_those_of_the_formula(penalty):
     (x0, eps), chain = normal(2, 4, 3), CHAINS["cosine"]
     i, model = torch.tensor(places(chain)), ddpm(chain, sd.Eps())
@@ -101,7 +101,7 @@ def test_the_vlb_weight_makes_the_eps_loss_the_models_part_of_the_bound(name, ki
     of_p, of_q = reverse_variance(chain, i, x0, kind), bayes(chain, i, x0, x0)[1]
     error = eps - answer(model, i, abar.sqrt() * x0 + (1 - abar).sqrt() * eps)
     typed = (beta**2 / (2 * of_p * (1 - beta) * (1 - abar)) * error**2).sum(1)
-    t, weight = i.double() / chain.num_steps, sd.VLB(chain, kind)
+    t, weight = i.double() / chain.num_steps, sd.losses.VLB(chain, kind)
     loss = 3 * sd.denoising_loss(model.model, x0, t, eps, weight=weight)
     assert_close(loss, typed, rtol=1e-9, atol=0)
     ratio = of_q / of_p
@@ -193,7 +193,7 @@ X = torch.ones(2, 3)
     [
         (lambda d: sd.DDPM(sd.exact.Gaussian(sd.VP())), r"Discrete process.*got Gaussian on VP"),
         (
-            lambda d: sd.DDPM(sd.exact.Gaussian(sd.continuous(d.process))),
+            lambda d: sd.DDPM(sd.exact.Gaussian(sd.processes.continuous(d.process))),
             "got Gaussian on Interpolated",
         ),
         (lambda d: d.q_sample(X, 1, X[:1]), "eps must be shaped like x0"),
@@ -283,6 +283,6 @@ def test_a_chain_that_starts_nowhere_is_refused_when_it_is_asked_for():
 def test_a_zero_snr_chain_has_no_weight_on_errors_of_eps_but_a_bound():
     chain = sd.Discrete.linear(10).zero_terminal_snr()
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        sd.VLB(chain)
+        sd.losses.VLB(chain)
     model = sd.DDPM(sd.exact.Gaussian(chain, 0.5, 0.25))
     assert model.bound(normal(4, 2)).total.isfinite().all()

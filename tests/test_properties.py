@@ -18,7 +18,7 @@ from oracles import EPS, ddim_moments, ddpm_moments
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.prediction import truth
+from sde_diffusion.models.prediction import truth
 
 TINY = np.finfo(np.float64).tiny
 
@@ -79,9 +79,9 @@ def test_a_chain_is_the_exact_discretization_of_the_sde_through_it(betas):
     stays, and of i/N, up to N eps / 2 of an interval. A beta that drowns there may be refused."""
     fall = -np.log1p(-np.array([beta for beta in betas if beta < 1]))
     lost = 2 * EPS * (fall.sum() + len(betas) * fall.max(initial=0.0))
-    between, reason = sd.continuous(sd.Discrete(betas)), ""
+    between, reason = sd.processes.continuous(sd.Discrete(betas)), ""
     try:
-        chain = sd.discretize(between, len(betas), rule="exact")
+        chain = sd.processes.discretize(between, len(betas), rule="exact")
     except ValueError as error:
         chain, reason = sd.Discrete(betas), str(error)
     assert reason == "" or (min(betas) <= lost and reason.startswith("betas must lie in (0, 1)"))
@@ -245,7 +245,7 @@ def output(meaning, alpha, sigma):
             return 0.0, -1 / sigma
         case sd.Velocity():
             return -1.0, 1.0
-        case sd.Karras(sigma_data=r):
+        case sd.models.Karras(sigma_data=r):
             root = r * math.sqrt(alpha**2 * r**2 + sigma**2)
             return sigma / root, -alpha * r**2 / root
 
@@ -272,7 +272,7 @@ def test_conversions_round_trip(processes, data):
     }  # fmt: skip
     u, smallest = torch.finfo(x0.dtype).eps, torch.finfo(x0.dtype).tiny
     for meaning in data.draw(draws.PARAMETERIZATIONS):
-        made = sd.Prediction(x, meaning.target(truth(x0, eps, level)), level, meaning)
+        made = sd.models.Prediction(x, meaning.target(truth(x0, eps, level)), level, meaning)
         p, q = output(meaning, alpha, sigma)
         inverse = np.array([[q, -sigma], [-p, alpha]]) / (alpha * q - sigma * p)
         there_and_back = np.abs(inverse) @ np.abs([[alpha, sigma], [p, q]])
@@ -298,7 +298,7 @@ def test_what_has_no_value_at_an_end_is_refused_and_all_else_is_finite(processes
         assume(len(x))  # of no samples none is at the end
         level = process.level(double(t).expand(len(x)), x)
     for meaning in data.draw(draws.PARAMETERIZATIONS):
-        made = sd.Prediction(x, torch.ones_like(x), level, meaning)
+        made = sd.models.Prediction(x, torch.ones_like(x), level, meaning)
         of_noise = type(meaning) in (sd.Eps, sd.Score)
         for name in ("x0", "eps", "score", "v", "velocity"):
             if name == "score" and t == 0:

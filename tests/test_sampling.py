@@ -12,9 +12,9 @@ from cases import FIXED_STEP, OWN_STEPS, PARAMETERIZATIONS, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.noise import Seeded
+from sde_diffusion.noise.sources import Seeded
 
-STOCHASTIC = {name: FIXED_STEP[name] for name in ("ancestral", "euler-maruyama", "torchsde")}
+STOCHASTIC = {name: FIXED_STEP[name] for name in ("ancestral", "euler-maruyama", "torch-sde")}
 
 
 def network(process=PROCESSES["vp"], parameterization=PARAMETERIZATIONS["v"]):
@@ -105,7 +105,7 @@ def check_finite(process, sampler, parameterization, steps, dtype):
     x = model.process.prior((2, 3), seeds=[0, 1], dtype=dtype)
     silent = model.process.alpha(1.0) == 0
     refused = silent and parameterization in ("eps", "score")
-    refused = refused and not isinstance(sampler, sd.EulerMaruyama | sd.TorchSDE)
+    refused = refused and not isinstance(sampler, sd.EulerMaruyama | sd.samplers.TorchSDE)
     if refused:  # at t = 1 alpha is 0, where these parameterizations say nothing of x0
         with pytest.raises(ValueError, match="alpha = 0"):
             sd.sample(model, sampler, x, steps=None if own else steps, seeds=[0, 1])
@@ -146,7 +146,7 @@ def test_batches_of_any_rank_and_size(shape):
     x = sd.VP().prior(shape, seeds=range(shape[0]), dtype=torch.float64)
     for sampler in FIXED_STEP.values():
         assert sd.sample(model, sampler, x, steps=3, seeds=range(shape[0])).shape == shape
-    for solver in (*OWN_STEPS.values(), sd.AdaptiveTorchSDE()):
+    for solver in (*OWN_STEPS.values(), sd.samplers.AdaptiveTorchSDE()):
         made = sd.sample(model, solver, x, generator=torch.Generator().manual_seed(0))
         assert made.shape == shape
 
@@ -166,7 +166,7 @@ def test_half_precision_batches_keep_their_type(sampler, dtype):
 
 def test_a_network_told_the_log_snr_is_finite_at_the_ends_too():
     model = network(sd.RectifiedFlow())
-    model.condition = sd.LogSNR()
+    model.condition = sd.models.LogSNR()
     x = sd.RectifiedFlow().prior((2, 3), seeds=[0, 1])
     for sampler in (sd.Adams(3), sd.Heun(), sd.Ancestral(), sd.TorchODE()):
         steps = None if isinstance(sampler, sd.TorchODE) else 5
@@ -184,7 +184,7 @@ def test_the_levels_of_a_grid_are_computed_in_one_call_before_the_loop(process, 
     for sampler in FIXED_STEP.values():
         asked.clear()
         # torchsde asks by time; churn goes to levels between
-        if not isinstance(sampler, sd.TorchSDE | sd.Churn):
+        if not isinstance(sampler, sd.samplers.TorchSDE | sd.samplers.Churn):
             sd.sample(model, sampler, x, times=times, seeds=[0, 1])
             assert asked == [len(times)]
 
@@ -272,7 +272,7 @@ def test_batches_that_are_none_are_refused(x):
         sd.sample(network(), sd.Ancestral(), x, steps=2)
 
 
-@pytest.mark.parametrize("solver", [*OWN_STEPS.values(), sd.AdaptiveTorchSDE()], ids=str)
+@pytest.mark.parametrize("solver", [*OWN_STEPS.values(), sd.samplers.AdaptiveTorchSDE()], ids=str)
 def test_solvers_that_choose_their_steps_refuse_steps(solver):
     with pytest.raises(ValueError, match="own steps"):
         sd.sample(network(), solver, torch.ones(2, 3), steps=5)
@@ -280,6 +280,6 @@ def test_solvers_that_choose_their_steps_refuse_steps(solver):
 
 def test_solvers_in_t_refuse_to_start_where_the_drift_is_not_promised():
     model = sd.exact.Gaussian(sd.RectifiedFlow(), 0.0, 1.0)
-    for sampler in (sd.EulerMaruyama(), sd.TorchSDE()):
+    for sampler in (sd.EulerMaruyama(), sd.samplers.TorchSDE()):
         with pytest.raises(ValueError, match=r"RectifiedFlow promises.*0\.999"):
             sd.sample(model, sampler, torch.ones(2, 3), times=[1.0, 0.5, 0.0])

@@ -12,7 +12,7 @@ import torch
 from cases import gaussian
 
 import sde_diffusion as sd
-from sde_diffusion.noise import Seeded
+from sde_diffusion.noise.sources import Seeded
 
 VP = sd.VP()
 N = 1000
@@ -56,7 +56,7 @@ def test_20_and_40_steps_draw_the_same_picture(sampler):
     assert (same > 1.2).double().mean() < (different > 1.2).double().mean() / 10
 
 
-@pytest.mark.parametrize("sampler", [sd.SDEDPMSolver(), sd.VelocityMultistep()], ids=str)
+@pytest.mark.parametrize("sampler", [sd.samplers.SDEDPMSolver(), sd.VelocityMultistep()], ids=str)
 def test_of_a_stochastic_multistep_method_20_and_40_steps_differ_by_a_fifth_of_two_seeds(sampler):
     """In root mean square, that is with the few that end in another mode, at eta = 1."""
     n = 4000

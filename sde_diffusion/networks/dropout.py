@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import errors
-from sde_diffusion.counting import uniforms
+from sde_diffusion import validate
+from sde_diffusion.noise.counter import uniforms
 
 __all__ = ["Dropout"]
 
@@ -23,7 +23,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
-        self.p = errors.number("p", p, 0, 1)
+        self.p = validate.number("p", p, 0, 1)
         if p == 1:
             raise ValueError("p must be below 1; got 1")
         self.keys: Tensor | None = None

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 
 __all__ = ["Fourier"]
 
@@ -30,7 +30,7 @@ class Fourier(nn.Module):
         super().__init__()
         if width < 4 or width % 2:
             raise ValueError(f"width must be even and at least 4; got {width}")
-        errors.number("max_frequency", max_frequency, 0, strict=True)
+        validate.number("max_frequency", max_frequency, 0, strict=True)
         exponents = torch.linspace(0, 1, width // 2, dtype=torch.float64)
         frequencies = torch.exp(exponents * math.log(max_frequency)).float()
         self.register_buffer("frequencies", frequencies, persistent=False)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 
@@ -36,11 +36,11 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         for side in shape:
-            errors.integer("the sides of shape", side)
-        errors.integer("width", width)
-        errors.integer("depth", depth)
-        errors.integer("context", context, 0)
-        if errors.integer("fourier", fourier, 0) % 2 or fourier == 2:
+            validate.integer("the sides of shape", side)
+        validate.integer("width", width)
+        validate.integer("depth", depth)
+        validate.integer("context", context, 0)
+        if validate.integer("fourier", fourier, 0) % 2 or fourier == 2:
             raise ValueError(f"fourier must be 0, or even and at least 4; got {fourier}")
         self.config = {
             "shape": list(shape),

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 
 __all__ = ["PlainUNet"]
 
@@ -29,9 +29,9 @@ class PlainUNet(nn.Module):
         self, in_channels: int = 1, channels: Sequence[int] = (32, 64, 128, 256, 256)
     ) -> None:
         super().__init__()
-        errors.integer("in_channels", in_channels)
+        validate.integer("in_channels", in_channels)
         for width in channels:
-            errors.integer("the widths of channels", width)
+            validate.integer("the widths of channels", width)
         if not channels:
             raise ValueError("channels must hold at least one width")
         self.config = {"in_channels": in_channels, "channels": list(channels)}

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 
@@ -51,12 +51,12 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        errors.integer("in_channels", in_channels)
-        errors.integer("blocks", blocks)
-        errors.integer("patch", patch)
-        errors.integer("context", context, 0)
-        errors.integer("heads", heads)
-        if errors.integer("embedding", embedding, 4) % 2:
+        validate.integer("in_channels", in_channels)
+        validate.integer("blocks", blocks)
+        validate.integer("patch", patch)
+        validate.integer("context", context, 0)
+        validate.integer("heads", heads)
+        if validate.integer("embedding", embedding, 4) % 2:
             raise ValueError(f"embedding must be even; got {embedding}")
         if not channels or any(width < 8 or width % 8 for width in channels):
             raise ValueError(f"channels must be non-empty multiples of 8; got {tuple(channels)}")

@@ -1,17 +1,18 @@
-"""Processes: how data becomes noise. Each is two formulas; `process.py` derives the rest."""
+"""*How data becomes noise.* Each process is two formulas; `process.py` derives the rest."""
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
-from sde_diffusion.processes.discrete import Discrete, Interpolated, kernel_variances
-from sde_diffusion.processes.process import (
-    Level,
-    Process,
-    Scalar,
-    VariancePreserving,
-    ascent,
-    double,
+from sde_diffusion.processes.discrete import (
+    Discrete,
+    Interpolated,
+    continuous,
+    discretize,
+    kernel_variances,
 )
+from sde_diffusion.processes.level import Level, Scalar, ascent, double
+from sde_diffusion.processes.process import Process, VariancePreserving
 
 __all__ = [
+    "CATALOGUE",
     "EDM",
     "OU",
     "VE",
@@ -26,6 +27,21 @@ __all__ = [
     "SubVP",
     "VariancePreserving",
     "ascent",
+    "continuous",
+    "discretize",
     "double",
     "kernel_variances",
 ]
+
+# At their published parameters: tests, certificates, docs and the command line run over these.
+CATALOGUE: tuple[Process, ...] = (
+    VP(),
+    SubVP(),
+    VE(),
+    OU(),
+    Cosine(),
+    EDM(),
+    RectifiedFlow(),
+    Discrete.linear(),
+    continuous(Discrete.linear()),
+)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import errors, spacings
+from sde_diffusion import validate
+from sde_diffusion.processes import spacings
 from sde_diffusion.processes.process import Process, VariancePreserving
 
 __all__ = ["EDM", "OU", "VE", "VP", "Cosine", "RectifiedFlow", "SubVP"]
@@ -28,8 +29,8 @@ class LinearRate(Process):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        errors.number("beta_min", self.beta_min)
-        errors.number("beta_max", self.beta_max)
+        validate.number("beta_min", self.beta_min)
+        validate.number("beta_max", self.beta_max)
         if not 0 < self.beta_min <= self.beta_max:
             raise ValueError(
                 f"need 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}"
@@ -96,7 +97,7 @@ class OU(VariancePreserving):
     rate: float = 5.0
 
     def __post_init__(self) -> None:
-        errors.number("rate", self.rate, 0, strict=True)
+        validate.number("rate", self.rate, 0, strict=True)
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -self.rate * t
@@ -124,7 +125,7 @@ class Cosine(VariancePreserving):
     s: float = 0.008
 
     def __post_init__(self) -> None:
-        errors.number("s", self.s, 0)
+        validate.number("s", self.s, 0)
 
     @property
     def t_max(self) -> float:
@@ -211,8 +212,8 @@ class VE(VarianceExploding):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        errors.number("sigma_min", self.sigma_min)
-        errors.number("sigma_max", self.sigma_max)
+        validate.number("sigma_min", self.sigma_min)
+        validate.number("sigma_max", self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(
                 f"need 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
@@ -245,7 +246,7 @@ class EDM(VarianceExploding):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        errors.number("sigma_max", self.sigma_max, 0, strict=True)
+        validate.number("sigma_max", self.sigma_max, 0, strict=True)
 
     def variance(self, t: Tensor) -> Tensor:
         return (self.sigma_max * t) ** 2

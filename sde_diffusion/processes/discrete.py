@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import errors, spacings
+from sde_diffusion import validate
+from sde_diffusion.processes import spacings
 from sde_diffusion.processes.continuous import Cosine
-from sde_diffusion.processes.process import VariancePreserving
+from sde_diffusion.processes.process import Process, VariancePreserving
 
-__all__ = ["Discrete", "Interpolated", "kernel_variances"]
+__all__ = ["Discrete", "Interpolated", "continuous", "discretize", "kernel_variances"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Discrete(Interpolated):
         Xu et al. 2022 (GeoDiff); in diffusers, beta_schedule="sigmoid".
         """
         rising(num_steps, beta_min, beta_max)
-        errors.number("span", span, 0, strict=True)
+        validate.number("span", span, 0, strict=True)
         z = torch.linspace(-span, span, num_steps, dtype=torch.float64)
         return cls(tuple((beta_min + (beta_max - beta_min) * torch.sigmoid(z)).tolist()))
 
@@ -136,8 +137,8 @@ class Discrete(Interpolated):
 
         Nichol & Dhariwal 2021, eq. 17. It is the CMU sheet's clip of alpha_i to [0.001, 1], too.
         """
-        errors.integer("num_steps", num_steps)
-        errors.number("max_beta", max_beta, 0, 1, strict=True)
+        validate.integer("num_steps", num_steps)
+        validate.number("max_beta", max_beta, 0, 1, strict=True)
         t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         betas = kernel_variances(Cosine(s).log_alpha(t))
         return cls(tuple(betas.clamp(max=max_beta).tolist()))
@@ -152,11 +153,11 @@ class Discrete(Interpolated):
             num_steps: N.
             alpha: in (0, 1); e^(-1/N) by default, whose limit is OU(1.0) and which agrees with it.
         """
-        errors.integer("num_steps", num_steps)
+        validate.integer("num_steps", num_steps)
         if alpha is None:
             beta = -math.expm1(-2 / num_steps)
         else:
-            beta = 1 - errors.number("alpha", alpha, 0, 1, strict=True) ** 2
+            beta = 1 - validate.number("alpha", alpha, 0, 1, strict=True) ** 2
             if beta == 0:
                 raise ValueError(f"alpha must lie in (0, 1); got {alpha}: no noise is added")
         return cls((beta,) * num_steps)
@@ -183,7 +184,7 @@ class Discrete(Interpolated):
 
         Like every chain it starts from N(0, I), whatever std: data of unit variance keep it.
         """
-        errors.number("end", end, 1 / self.num_steps, 1)
+        validate.number("end", end, 1 / self.num_steps, 1)
         return Discrete(self.betas[: math.floor(end * self.num_steps + 1e-9)])
 
     @cached_property
@@ -200,7 +201,7 @@ class Discrete(Interpolated):
         beta_i, or the posterior's (Ho et al. 2020, sec. 3.2), in which at i = 1, where that is 0,
         the value of i = 2 stands in, as in the authors' code: a density needs some variance.
         """
-        if errors.choice("variance", kind, ("beta", "posterior")) == "beta":
+        if validate.choice("variance", kind, ("beta", "posterior")) == "beta":
             return self.beta_table
         variances = self.posterior_variances.clone()
         variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
@@ -246,9 +247,59 @@ def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, 
 
 def rising(num_steps: int, low: float, high: float) -> Tensor:
     """num_steps numbers evenly spaced from beta_min to beta_max."""
-    errors.integer("num_steps", num_steps)
-    errors.number("beta_min", low)
-    errors.number("beta_max", high)
+    validate.integer("num_steps", num_steps)
+    validate.number("beta_min", low)
+    validate.number("beta_max", high)
     if not 0 < low <= high < 1:
         raise ValueError(f"need 0 < beta_min <= beta_max < 1; got {low} and {high}")
     return torch.linspace(low, high, num_steps, dtype=torch.float64)
+
+
+def discretize(
+    process: Process, num_steps: int, rule: Literal["euler", "exact"] = "euler"
+) -> Discrete:
+    r"""The DDPM chain of N steps whose limit is a variance-preserving process.
+
+        euler:  beta_i = beta(i/N) / N,  beta = -2 f             (Song et al. 2021, App. B)
+        exact:  beta_i = 1 - (alpha(i/N) / alpha((i-1)/N))^2     the process's own marginals at i/N
+
+    Args:
+        process: variance-preserving, alpha^2 + sigma^2 = 1.
+        num_steps: N.
+        rule: "euler" or "exact".
+    Raises:
+        ValueError: if the process is not variance-preserving, or a beta exceeds 1.
+    """
+    validate.kind("process", process, "a Process", "log_alpha", "variance")
+    validate.integer("num_steps", num_steps)
+    validate.choice("rule", rule, ("euler", "exact"))
+    t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    log_alpha = process.log_alpha(t)
+    total = torch.exp(2 * log_alpha) + process.variance(t)
+    if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12):
+        raise ValueError(
+            f"{type(process).__name__} is not variance-preserving, so no DDPM chain tends to it"
+        )
+    if rule == "euler" and process.t_max < 1:
+        raise ValueError(
+            f"rule 'euler' reads the drift up to t = 1, and {type(process).__name__} promises it "
+            f"on [0, {process.t_max}]: take rule='exact'"
+        )
+    if rule == "euler":
+        betas = -2 * process.drift(t[1:]) / num_steps
+    else:
+        betas = kernel_variances(log_alpha)
+    if bool((betas[:-1] >= 1).any()) or bool(betas[-1] > 1):
+        raise ValueError(
+            f"rule {rule!r} gives beta = {betas.max():.3g} >= 1 with num_steps={num_steps}; "
+            f"take more steps"
+        )
+    return Discrete(tuple(betas.tolist()))
+
+
+def continuous(discrete: Discrete) -> Interpolated:
+    """The SDE with piecewise constant beta(t) and the chain's marginals and transitions at i/N.
+
+    It is the same path, but its own grids go anywhere between the chain's times.
+    """
+    return Interpolated(validate.kind("discrete", discrete, "a Discrete process", "betas").betas)

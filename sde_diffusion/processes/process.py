@@ -15,54 +15,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, spacings
-from sde_diffusion.noise import Generated, Noise, Purpose, Seeded
+from sde_diffusion import validate
+from sde_diffusion.noise.sources import Generated, Noise, Purpose, Seeded
+from sde_diffusion.processes import spacings
+from sde_diffusion.processes.level import Level, Scalar, double
 
-__all__ = ["Level", "Process", "Scalar", "Shortened", "VariancePreserving", "ascent", "double"]
-
-Scalar = float | Tensor
-S = TypeVar("S", float, Tensor)
+__all__ = ["Process", "Shortened", "VariancePreserving"]
 
 SLACK = 1e-6  # t_max in float32 may be above t_max
-
-
-class Level(NamedTuple, Generic[S]):
-    """Where on the path a batch stands.
-
-    In sampling the whole batch shares one level and the fields are Python floats, which neither
-    promote a batch, nor move it, nor synchronize a GPU. In training each sample has its own and
-    the fields are tensors (B, 1, ..., 1) that broadcast against it.
-
-    Attributes:
-        t, alpha, sigma: x_t = alpha x_0 + sigma eps.
-        log_snr: log(alpha^2 / sigma^2).
-        drift, diffusion2: f and g^2 of dx = f x dt + g dW; nan above the process's t_max.
-    """
-
-    t: S
-    alpha: S
-    sigma: S
-    log_snr: S
-    drift: S
-    diffusion2: S
-
-    @property
-    def u(self) -> S:
-        """The straight frame's time, sigma / (alpha + sigma), from 0 (data) to 1 (pure noise)."""
-        return self.sigma / (self.alpha + self.sigma)
-
-
-def ascent(s: Level[float], t: Level[float]) -> tuple[float, float]:
-    """a and b of the forward kernel from level s up to t,  x_t = a x_s + b z."""
-    if not s.sigma or not t.alpha:
-        return t.alpha / s.alpha if s.alpha else 0.0, t.sigma
-    a = t.alpha / s.alpha
-    return a, a * s.sigma * math.sqrt(math.expm1(max(s.log_snr - t.log_snr, 0.0)))
 
 
 @dataclass(frozen=True)
@@ -188,7 +152,7 @@ class Process(ABC):
         source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be one of floats; got {dtype}")
-        sizes = errors.shape("shape", shape)
+        sizes = validate.shape("shape", shape)
         if not sizes:
             raise ValueError("shape must be that of a batch (B, ...); got ()")
         like = torch.empty(sizes, dtype=dtype, device=device)
@@ -202,7 +166,7 @@ class Process(ABC):
             like: the batch (B, ...), whose rank, dtype and device the fields take; t and log_snr,
                 which networks are told, are at least float32.
         """
-        errors.batch("the batch", like)
+        validate.batch("the batch", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(
@@ -329,8 +293,8 @@ class Shortened(Process):
     std: float
 
     def __post_init__(self) -> None:
-        errors.number("end", self.end, 0, 1, strict=True)
-        errors.number("std", self.std, 0, strict=True)
+        validate.number("end", self.end, 0, 1, strict=True)
+        validate.number("std", self.std, 0, strict=True)
 
     @property
     def t_max(self) -> float:
@@ -357,16 +321,6 @@ class Shortened(Process):
         """The whole path's own kind of grid."""
         times = self.process.times(steps, start * self.end) / self.end
         return torch.cat([torch.tensor([start], dtype=torch.float64), times[1:]])
-
-
-def double(t: Scalar, name: str = "t") -> Tensor:
-    """t in float64, on the CPU if its device has none."""
-    if not isinstance(t, Tensor):
-        try:
-            return torch.tensor(t, dtype=torch.float64)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
-    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
 
 
 def within(t: Scalar, last: float, rule: str) -> Tensor:

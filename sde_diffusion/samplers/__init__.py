@@ -1,15 +1,18 @@
-"""Samplers: how a batch is moved from a noise level to a lower one."""
+"""*From a noise level to a lower one.* Each sampler is a rule for one step."""
 
 from sde_diffusion.samplers.adams import Adams
-from sde_diffusion.samplers.adaptive import AdaptiveODE
+from sde_diffusion.samplers.adaptive_ode import AdaptiveODE
 from sde_diffusion.samplers.adaptive_sde import AdaptiveSDE
 from sde_diffusion.samplers.ancestral import Ancestral
 from sde_diffusion.samplers.correctors import Churn, Langevin
+from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
 from sde_diffusion.samplers.exponential import DPMSolver, SDEDPMSolver, VelocityMultistep
-from sde_diffusion.samplers.ode import Heun, ScipyODE, TorchODE
-from sde_diffusion.samplers.sde import AdaptiveTorchSDE, EulerMaruyama, TorchSDE
+from sde_diffusion.samplers.external import AdaptiveTorchSDE, ScipyODE, TorchODE, TorchSDE
+from sde_diffusion.samplers.heun import Heun
+from sde_diffusion.samplers.sampler import Memory, Report, Sampler, SolverError
 
 __all__ = [
+    "CATALOGUE",
     "Adams",
     "AdaptiveODE",
     "AdaptiveSDE",
@@ -20,9 +23,41 @@ __all__ = [
     "EulerMaruyama",
     "Heun",
     "Langevin",
+    "Memory",
+    "Report",
     "SDEDPMSolver",
+    "Sampler",
     "ScipyODE",
+    "SolverError",
     "TorchODE",
     "TorchSDE",
     "VelocityMultistep",
 ]
+
+# With settings in use: tests, certificates, docs and the command line run over these.
+CATALOGUE: tuple[Sampler, ...] = (
+    Ancestral(),
+    Ancestral("beta"),
+    Ancestral(eta=0.0),
+    EulerMaruyama(),
+    TorchSDE(),
+    TorchSDE("milstein"),
+    TorchSDE("srk"),
+    Heun(),
+    Churn(Heun(), s_churn=10.0),
+    DPMSolver(2),
+    DPMSolver(3),
+    SDEDPMSolver(),
+    VelocityMultistep(),
+    Langevin(Heun()),
+    Adams(1),
+    Adams(2),
+    Adams(3),
+    Adams(4),
+    Adams(5),
+    TorchODE(),
+    ScipyODE(),
+    AdaptiveODE(),
+    AdaptiveSDE(),
+    AdaptiveTorchSDE(),
+)

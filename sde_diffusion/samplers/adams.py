@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, frames
-from sde_diffusion.denoiser import Model
-from sde_diffusion.frames import Frame, Straight
-from sde_diffusion.noise import Noise
+from sde_diffusion import validate
+from sde_diffusion.grids import frames
+from sde_diffusion.grids.frames import Frame, Straight
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
 
 __all__ = ["Adams", "adams_weights"]
@@ -76,11 +77,11 @@ class Adams:
     start: float | None = None
 
     def __post_init__(self) -> None:
-        errors.integer("k", self.k, at_most=5)
-        errors.number("p", self.p, 0, strict=True)
-        errors.kind("frame", self.frame, "a Frame", "enter", "leave", "slope", "clock")
+        validate.integer("k", self.k, at_most=5)
+        validate.number("p", self.p, 0, strict=True)
+        validate.kind("frame", self.frame, "a Frame", "enter", "leave", "slope", "clock")
         if self.start is not None:
-            errors.number("start", self.start, 0, strict=True)
+            validate.number("start", self.start, 0, strict=True)
             if self.frame == Straight():
                 raise ValueError(
                     "start needs a Gaussian frame: the straight one trusts no Gaussian"
@@ -93,7 +94,7 @@ class Adams:
         From the first row of a table that has room for the calls; experiments/adams_table.py
         derives it on mixtures, and so do you for data of another kind.
         """
-        errors.integer("calls", calls)
+        validate.integer("calls", calls)
         table = STRAIGHT if frame == Straight() else GAUSSIAN
         k, p, start = table[min((n for n in table if n >= calls), default=max(table))]
         return Adams(k, p, frame, start)
@@ -109,7 +110,7 @@ class Adams:
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         """n steps, and before them the one that makes no call, if there is a `start`."""
-        steps = errors.integer("steps", steps)
+        steps = validate.integer("steps", steps)
         begin = 1.0 if self.start is None else process.time(-2 * math.log(self.start)).item()
         times = frames.grid(process, steps, self.p, self.frame, first=FIRST, begin=begin)
         return times if begin == 1 else torch.cat([times.new_ones(1), times])

@@ -27,8 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, frames
-from sde_diffusion.brownian import (
+from sde_diffusion import validate
+from sde_diffusion.grids import frames
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.brownian import (
     ROOT,
     WHOLE,
     Brownian,
@@ -39,12 +41,11 @@ from sde_diffusion.brownian import (
     signed,
     span,
 )
-from sde_diffusion.counting import mixed_, normals
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Generated, Noise
-from sde_diffusion.prediction import coordinates
+from sde_diffusion.noise.counter import mixed_, normals
+from sde_diffusion.noise.sources import Generated, Noise
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Memory, Report, SolverError
+from sde_diffusion.processes.level import coordinates, enter, leave
+from sde_diffusion.samplers.sampler import Memory, Report, SolverError
 
 __all__ = ["AdaptiveSDE"]
 
@@ -80,10 +81,10 @@ class AdaptiveSDE:
     return_partial: bool = False
 
     def __post_init__(self) -> None:
-        errors.number("rtol", self.rtol, 0, strict=True)
-        errors.number("atol", self.atol, 0, strict=True)
-        errors.integer("max_calls", self.max_calls)
-        errors.choice("return_partial", self.return_partial, (True, False))
+        validate.number("rtol", self.rtol, 0, strict=True)
+        validate.number("atol", self.atol, 0, strict=True)
+        validate.integer("max_calls", self.max_calls)
+        validate.choice("return_partial", self.return_partial, (True, False))
 
     @property
     def order(self) -> None:
@@ -119,7 +120,7 @@ class AdaptiveSDE:
         if memory is not None:
             keys = mixed_(keys + int(t.u * 2**53))
         if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
-            return frames.leave(frames.enter(x, t), s), Report.unmoved(x)
+            return leave(enter(x, t), s), Report.unmoved(x)
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision shows no error
         walk = Walk(self, model, state, t, s, keys)
         while len(walk.rows):

@@ -6,11 +6,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Noise
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Memory
+from sde_diffusion.samplers.sampler import Memory
 
 __all__ = ["Ancestral"]
 
@@ -39,8 +39,8 @@ class Ancestral:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        errors.choice("variance", self.variance, ("posterior", "beta"))
-        errors.number("eta", self.eta, 0, 1)
+        validate.choice("variance", self.variance, ("posterior", "beta"))
+        validate.number("eta", self.eta, 0, 1)
         if self.variance == "beta" and self.eta != 1:
             raise ValueError(f"eta goes with variance 'posterior'; got eta={self.eta} with 'beta'")
 
@@ -50,7 +50,7 @@ class Ancestral:
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
         """The process's own: i / N on the variance-preserving family."""
-        return process.times(errors.integer("steps", steps))
+        return process.times(validate.integer("steps", steps))
 
     def step(
         self,

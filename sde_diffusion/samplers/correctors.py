@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sde_diffusion import errors, frames
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Noise
+from sde_diffusion import validate
+from sde_diffusion.grids import frames
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process, ascent
-from sde_diffusion.sampling import Memory, Sampler
+from sde_diffusion.samplers.sampler import Memory, Sampler
 
 __all__ = ["Churn", "Langevin"]
 
@@ -51,9 +52,9 @@ class Langevin:
     snr: float = 0.16
 
     def __post_init__(self) -> None:
-        errors.kind("sampler", self.sampler, "a Sampler", "grid", "step")
-        errors.integer("corrections", self.corrections)
-        errors.number("snr", self.snr, 0, strict=True)
+        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
+        validate.integer("corrections", self.corrections)
+        validate.number("snr", self.snr, 0, strict=True)
 
     @property
     def order(self) -> int:
@@ -115,11 +116,11 @@ class Churn:
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        errors.kind("sampler", self.sampler, "a Sampler", "grid", "step")
-        errors.number("s_churn", self.s_churn, 0)
-        errors.number("s_tmin", self.s_tmin, 0)
-        errors.number("s_tmax", self.s_tmax, self.s_tmin)
-        errors.number("s_noise", self.s_noise, 0, strict=True)
+        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
+        validate.number("s_churn", self.s_churn, 0)
+        validate.number("s_tmin", self.s_tmin, 0)
+        validate.number("s_tmax", self.s_tmax, self.s_tmin)
+        validate.number("s_noise", self.s_noise, 0, strict=True)
 
     @property
     def order(self) -> int | None:

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, frames
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Noise
+from sde_diffusion import validate
+from sde_diffusion.grids import frames
+from sde_diffusion.models.model import Model
+from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
 
 __all__ = ["DPMSolver", "SDEDPMSolver", "VelocityMultistep"]
@@ -67,8 +68,8 @@ class DPMSolver:
     p: float = 1.25
 
     def __post_init__(self) -> None:
-        errors.integer("k", self.k, 2, 3)
-        errors.number("p", self.p, 1)
+        validate.integer("k", self.k, 2, 3)
+        validate.number("p", self.p, 1)
 
     @property
     def order(self) -> int:
@@ -79,7 +80,7 @@ class DPMSolver:
         return self.k
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, errors.integer("steps", steps), self.p)
+        return frames.grid(process, validate.integer("steps", steps), self.p)
 
     def step(
         self,
@@ -114,15 +115,15 @@ class SDEDPMSolver:
     p: float = 1.25
 
     def __post_init__(self) -> None:
-        errors.number("eta", self.eta, 0, 1)
-        errors.number("p", self.p, 1)
+        validate.number("eta", self.eta, 0, 1)
+        validate.number("p", self.p, 1)
 
     @property
     def order(self) -> int:
         return 2
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, errors.integer("steps", steps), self.p)
+        return frames.grid(process, validate.integer("steps", steps), self.p)
 
     def step(
         self,
@@ -189,8 +190,8 @@ class VelocityMultistep:
     p: float = 1.25
 
     def __post_init__(self) -> None:
-        errors.number("eta", self.eta, 0, 1)
-        errors.number("p", self.p, 1)
+        validate.number("eta", self.eta, 0, 1)
+        validate.number("p", self.p, 1)
 
     @property
     def order(self) -> int:
@@ -202,7 +203,7 @@ class VelocityMultistep:
         return 1
 
     def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, errors.integer("steps", steps), self.p)
+        return frames.grid(process, validate.integer("steps", steps), self.p)
 
     def step(
         self,

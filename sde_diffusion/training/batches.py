@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.counting import normals, row_keys, uniforms
-from sde_diffusion.data import Data, order
+from sde_diffusion import validate
+from sde_diffusion.data.datasets import Data, order
+from sde_diffusion.losses.times import TimeDistribution, stratified
 from sde_diffusion.networks import Dropout
-from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.times import TimeDistribution, stratified
+from sde_diffusion.noise.counter import normals, row_keys, uniforms
+from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.training.recipe import Recipe
 
 __all__ = ["Batch", "draw", "mask", "stretches"]
@@ -56,11 +56,11 @@ def draw(
         positions: a stretch of range(batch_size); all of it by default.
         device: where the noise is drawn and the batch is wanted; the CPU by default.
     """
-    errors.kind("recipe", recipe, "a Recipe", "batch_size", "seed")
-    errors.integer("step", step, 0, 2**63 - 1)
+    validate.kind("recipe", recipe, "a Recipe", "batch_size", "seed")
+    validate.integer("step", step, 0, 2**63 - 1)
     everything = range(recipe.batch_size)
     if positions is not None:
-        errors.kind("positions", positions, "a range", "start", "stop")
+        validate.kind("positions", positions, "a range", "start", "stop")
     positions = everything if positions is None else positions
     if positions != everything[positions.start : positions.stop] or not positions:
         raise ValueError(f"positions must be a stretch of {everything}; got {positions}")

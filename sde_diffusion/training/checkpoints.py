@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors, storage
-from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.strict import plain
+from sde_diffusion import validate
+from sde_diffusion.files import storage
+from sde_diffusion.files.strict_json import plain
+from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.training.engine import full, like_ours
 from sde_diffusion.training.state import TrainState
 
@@ -43,7 +44,7 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         OSError: if the disk refuses; the checkpoints before it are untouched.
         ValueError: likewise, if a weight is not finite.
     """
-    errors.kind("state", state, "a TrainState", "settings", "averaged")
+    validate.kind("state", state, "a TrainState", "settings", "averaged")
     if "step" in record:
         raise ValueError("step: a name that the record keeps for itself")
     folder = Path(folder)
@@ -84,7 +85,7 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
         Otherwise: if it was made with other settings.
         storage.BadFile: if it is damaged, or holds another network.
     """
-    errors.kind("state", state, "a TrainState", "settings", "averaged")
+    validate.kind("state", state, "a TrainState", "settings", "averaged")
     checkpoint = Path(checkpoint)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 
 __all__ = ["Alone", "Engine", "accumulation", "full", "launched", "like_ours", "precision"]
 
@@ -137,7 +137,7 @@ def accumulation() -> int:
     """Parts of a process's batch: what `accelerate launch` was told, or 1."""
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     told = os.environ.get(name, "1")
-    return errors.integer(name, int(told) if told.isdecimal() else told)
+    return validate.integer(name, int(told) if told.isdecimal() else told)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sde_diffusion import errors, storage
+from sde_diffusion import validate
+from sde_diffusion.files import storage
 from sde_diffusion.training.engine import Engine
 from sde_diffusion.training.state import Metrics
 
@@ -35,7 +36,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, step: int = 0, log: Any = None) -> None:
         self.log = log
-        errors.integer("step", step, 0)
+        validate.integer("step", step, 0)
         done = [metrics for metrics in history(folder) if metrics.step <= step]
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([Metrics._fields, *done])

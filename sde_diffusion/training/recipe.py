@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, Protocol
 
-from sde_diffusion import errors
+from sde_diffusion import validate
 
 __all__ = ["EMA", "Average", "PowerEMA", "Recipe"]
 
@@ -48,7 +48,7 @@ class PowerEMA:
     sigma_rel: float = 0.05
 
     def __post_init__(self) -> None:
-        errors.number("sigma_rel", self.sigma_rel, 1e-3, 12**-0.5)
+        validate.number("sigma_rel", self.sigma_rel, 1e-3, 12**-0.5)
 
     @cached_property
     def gamma(self) -> float:
@@ -94,18 +94,18 @@ class Recipe:
     dtype: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
-        errors.integer("steps", self.steps)
-        errors.integer("batch_size", self.batch_size)
-        errors.integer("warmup", self.warmup, 0)
-        errors.integer("seed", self.seed, 0)
-        errors.number("context_dropout", self.context_dropout, 0, 1)
-        errors.number("learning_rate", self.learning_rate, 0, strict=True)
-        errors.number("weight_decay", self.weight_decay, 0)
+        validate.integer("steps", self.steps)
+        validate.integer("batch_size", self.batch_size)
+        validate.integer("warmup", self.warmup, 0)
+        validate.integer("seed", self.seed, 0)
+        validate.number("context_dropout", self.context_dropout, 0, 1)
+        validate.number("learning_rate", self.learning_rate, 0, strict=True)
+        validate.number("weight_decay", self.weight_decay, 0)
         if isinstance(self.clip, bool) or not self.clip > 0:
             raise ValueError(f"clip must be a positive number; got {self.clip}")
-        errors.kind("ema", self.ema, "an average such as EMA(0.9995)", "decay_at")
-        errors.choice("decay", self.decay, ("cosine", "linear", "constant"))
-        errors.choice("dtype", self.dtype, ("float32", "bf16"))
+        validate.kind("ema", self.ema, "an average such as EMA(0.9995)", "decay_at")
+        validate.choice("decay", self.decay, ("cosine", "linear", "constant"))
+        validate.choice("dtype", self.dtype, ("float32", "bf16"))
 
     def rate(self, step: int) -> float:
         """Learning rate of the step that starts after `step` steps."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sde_diffusion import errors
-from sde_diffusion.data import Data
-from sde_diffusion.denoiser import Denoiser
-from sde_diffusion.losses import L2, Penalty, Weight, denoising_loss
+from sde_diffusion import validate
+from sde_diffusion.data.datasets import Data
+from sde_diffusion.losses.denoising import L2, Penalty, denoising_loss
+from sde_diffusion.losses.times import TimeDistribution, UniformTimes
+from sde_diffusion.losses.weights import Weight
+from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
-from sde_diffusion.noise import Purpose
-from sde_diffusion.times import TimeDistribution, UniformTimes
+from sde_diffusion.noise.sources import Purpose
 from sde_diffusion.training.batches import Batch, draw, mask, stretches, words
 from sde_diffusion.training.engine import Alone, Engine, full
 from sde_diffusion.training.recipe import Recipe
@@ -70,14 +71,14 @@ class TrainState:
         bad: Literal["raise", "skip"] = "raise",
         facts: Mapping[str, object] | None = None,
     ) -> None:
-        errors.kind("denoiser", denoiser, "a Denoiser", "network", "parameterization")
-        errors.kind("recipe", recipe, "a Recipe", "settings", "rate")
+        validate.kind("denoiser", denoiser, "a Denoiser", "network", "parameterization")
+        validate.kind("recipe", recipe, "a Recipe", "settings", "rate")
         for name, law in (("times", times), ("weight", weight), ("penalty", penalty)):
             if law is not None:
-                errors.kind(name, law, "a callable, see losses and times", "__call__")
+                validate.kind(name, law, "a callable, see losses and times", "__call__")
         if engine is not None:
-            errors.kind("engine", engine, "an Engine such as launched()", "prepare", "reduce")
-        errors.choice("bad", bad, ("raise", "skip"))
+            validate.kind("engine", engine, "an Engine such as launched()", "prepare", "reduce")
+        validate.choice("bad", bad, ("raise", "skip"))
         if next(denoiser.network.parameters(), None) is None:
             raise ValueError("denoiser has a network without parameters: nothing to train")
         device = next(denoiser.network.parameters()).device
@@ -167,7 +168,7 @@ class TrainState:
         if not parts:
             raise ValueError("advance needs at least one part of a batch")
         for part in parts:
-            errors.kind("each part", part, "a Batch such as draw() makes", "x0", "eps", "t")
+            validate.kind("each part", part, "a Batch such as draw() makes", "x0", "eps", "t")
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
         if not self.network.training:
@@ -241,9 +242,9 @@ def train(state: TrainState, data: Data, parts: int = 1) -> Iterator[Metrics]:
         data: what to learn.
         parts: into how many pieces each process cuts its share of a batch, to add up gradients.
     """
-    errors.kind("state", state, "a TrainState", "advance", "recipe")
-    errors.kind("data", data, "a data set such as Images or Points", "batch", "shape", "__len__")
-    errors.integer("parts", parts)
+    validate.kind("state", state, "a TrainState", "advance", "recipe")
+    validate.kind("data", data, "a data set such as Images or Points", "batch", "shape", "__len__")
+    validate.integer("parts", parts)
     engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:

@@ -1,19 +1,20 @@
-"""Verification: what a sampler's output law is, by running the sampler. Ours or a peer's."""
+"""*What a sampler's output law is*, by running the sampler. Ours or a peer's."""
 
-from sde_diffusion.verify.certificate import Certificate, certificate
+from sde_diffusion.verify.agreements import Agreement, agreement
+from sde_diffusion.verify.certificates import Certificate, certificate
+from sde_diffusion.verify.comparisons import Identities, identities
 from sde_diffusion.verify.few_steps import Guarantee, steps_for
-from sde_diffusion.verify.foreign import Function
-from sde_diffusion.verify.identities import Identities, identities
-from sde_diffusion.verify.inverse import Inverse, Problem, inverse
 from sde_diffusion.verify.laws import Law, law, measured
 from sde_diffusion.verify.limits import Limit, limit
 from sde_diffusion.verify.mixtures import Distribution, Endpoint, distribution, endpoint, flow
 from sde_diffusion.verify.orders import LocalOrder, Order, local_order, order
 from sde_diffusion.verify.own_steps import Bias, Tolerances, bias, tolerances
-from sde_diffusion.verify.peers import Azula, Diffusers, KDiffusion, ratios
+from sde_diffusion.verify.peers import Azula, Diffusers, Function, KDiffusion, ratios
+from sde_diffusion.verify.posteriors import Inverse, Problem, inverse
 from sde_diffusion.verify.probe import NotAffine
 
 __all__ = [
+    "Agreement",
     "Azula",
     "Bias",
     "Certificate",
@@ -32,6 +33,7 @@ __all__ = [
     "Order",
     "Problem",
     "Tolerances",
+    "agreement",
     "bias",
     "certificate",
     "distribution",

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.exact import Gaussian
+from sde_diffusion import validate
+from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
-from sde_diffusion.sampling import Sampler
+from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import spectra
 from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.ladders import Family, made_from, of_family
@@ -134,8 +134,8 @@ def steps_for(
         NotAffine: naming the sampler, if it is no affine map of each row and each eigenvector for
             itself.
     """
-    tol = errors.number("tol", tol, 0, strict=True)
-    most = errors.integer("most", most)
+    tol = validate.number("tol", tol, 0, strict=True)
+    most = validate.integer("most", most)
     some, there, steps = placed(sampler, data, process, 1)
     between = None if narrowest is None else banded(there, narrowest)
     spectra.check(some, there, steps)
@@ -180,7 +180,7 @@ def steps_for(
 def banded(data: Gaussian, narrowest: float) -> Gaussian:
     """Variances from narrowest^2 to the largest of the data, one a coordinate."""
     largest = float(data.variances.max())
-    errors.number("narrowest", narrowest, 0, largest**0.5, strict=True)
+    validate.number("narrowest", narrowest, 0, largest**0.5, strict=True)
     return spectra.centred(spectra.band(narrowest**2, largest), data.process)
 
 
@@ -202,7 +202,7 @@ def placed(
     sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
 ) -> tuple[Sampler, Gaussian, int | None]:
     """The sampler for n steps, the data on its process, and what `steps` it is to be given."""
-    errors.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
+    validate.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
                 if not hasattr(sampler, "step") else "grid")  # fmt: skip
     some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
     steps = None if hasattr(some, "declared") else n  # a peer in an adapter has its levels

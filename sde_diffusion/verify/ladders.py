@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
-from sde_diffusion.sampling import Sampler
+from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import Law, measured, placed
 
@@ -37,7 +37,7 @@ Family = Sampler | Callable[[int], Sampler]
 
 
 def made_from(family: Any, what: Any) -> Sampler:
-    return errors.kind("what the function makes", family(what), "a Sampler", "grid", "step")
+    return validate.kind("what the function makes", family(what), "a Sampler", "grid", "step")
 
 
 def ladder(
@@ -45,7 +45,7 @@ def ladder(
 ) -> tuple[Sampler, list[Law]]:
     """The sampler at its finest and its laws at all sizes; the coarsest is checked for affinity."""
     shape = probe.sizes(data, None)
-    errors.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
+    validate.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
                 if not hasattr(sampler, "step") else "grid")  # fmt: skip
     laws: list[Law] = []
     some = sampler
@@ -66,7 +66,7 @@ def of_family(some: Any) -> str:
 
 
 def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
-    sizes = tuple(errors.integer("each of sizes", n) for n in errors.shape("sizes", sizes))
+    sizes = tuple(validate.integer("each of sizes", n) for n in validate.shape("sizes", sizes))
     if len(sizes) < least or any(a >= b for a, b in pairwise(sizes)):
         raise ValueError(f"sizes must hold {least} or more growing integers; got {sizes}")
     return sizes

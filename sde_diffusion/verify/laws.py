@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Sampler, checked_times
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.sampling import checked_times
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, numbers, thinned
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
@@ -315,7 +316,7 @@ class Parts(NamedTuple):
 def placed(data: Any, sampler: Any, process: Process | None) -> Model:
     """The data on the process asked for, or on the sampler's own if it has one, or on their own."""
     if process is not None:
-        errors.kind("process", process, "a Process", "log_alpha", "variance")
+        validate.kind("process", process, "a Process", "log_alpha", "variance")
     if process is not None and not hasattr(data, "on"):
         raise TypeError(
             f"{type(data).__name__} stays on its own process: leave out process, or give an "

@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sde_diffusion.denoiser import Model
+from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
-from sde_diffusion.sampling import Sampler
+from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify.gaussians import ending, gaussian_w2, matrix_root, numbers
 from sde_diffusion.verify.ladders import (
     Family,

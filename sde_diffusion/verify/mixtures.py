@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
-from sde_diffusion.exact import GaussianMixture
-from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.prediction import Prediction, coordinates
+from sde_diffusion import validate
+from sde_diffusion.models.exact import GaussianMixture
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import ScipyODE
-from sde_diffusion.sampling import Sampler, checked_times, sample
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.sampling import checked_times, sample
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.laws import placed
@@ -281,8 +283,8 @@ def fixed_directions(d: int) -> Tensor:
 
 def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Tensor:
     """The exact probability flow from time t to s, by DOP853 at 1e-10; the last 32 are kept."""
-    errors.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    errors.batch("x", x)
+    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
+    validate.batch("x", x)
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
     # By its levels too: an edited class may have the name of the one before.
     levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
@@ -333,10 +335,10 @@ def begun(
     times: Tensor | Sequence[float] | None, steps: int | None, samples: int, seed: int = 0,
 ) -> tuple[Any, Tensor, tuple[float, float]]:  # fmt: skip
     """The model, starts from its prior, and the times at which the sampler starts and ends."""
-    errors.kind("sampler", sampler, "a Sampler", "grid", "step")
-    errors.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    errors.integer("samples", samples, 2)
-    errors.integer("seed", seed, 0)
+    validate.kind("sampler", sampler, "a Sampler", "grid", "step")
+    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
+    validate.integer("samples", samples, 2)
+    validate.integer("seed", seed, 0)
     model = placed(data, sampler, process)
     grid = checked_times(model.process, sampler, steps, times)
     seeds = range(seed * samples, (seed + 1) * samples)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
-from sde_diffusion.sampling import Sampler
+from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.ladders import (
@@ -151,7 +151,7 @@ def fitted(
     declared: float | None = None,
 ) -> Order:  # fmt: skip
     """`order` from laws that are there."""
-    claimed = errors.number("declared", some.order if declared is None else declared, 0)
+    claimed = validate.number("declared", some.order if declared is None else declared, 0)
     distances = tuple(each.departure for each in laws)
     return Order(
         of_family(some),
@@ -275,7 +275,7 @@ def local_order(
     """
     for name, values in (("spans", spans), ("ratios", ratios)):
         for value in values:
-            errors.number(f"each of {name}", value, 0, strict=True)
+            validate.number(f"each of {name}", value, 0, strict=True)
     if not ratios:
         raise ValueError("ratios must hold one or more numbers; got none")
     if len(spans) < 2 or any(a <= b for a, b in pairwise(spans)):
@@ -301,7 +301,10 @@ def local_order(
         single[ratio] = tuple(last)
     claimed = some.order if declared is None else declared
     single_claimed = getattr(some, "step_order", claimed) if of_one_step is None else of_one_step
-    both = errors.number("declared", claimed, 0), errors.number("of_one_step", single_claimed, 0)
+    both = (
+        validate.number("declared", claimed, 0),
+        validate.number("of_one_step", single_claimed, 0),
+    )
     return LocalOrder(of_family(some), both, tuple(spans), whole, single, rounding(data, some))
 
 
@@ -319,7 +322,7 @@ def listed(orders: dict[float, float]) -> str:
 
 def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
     """Times from u = start on: steps of u that double up to h, then three of the given ratio."""
-    errors.number("start", start, 0, 1, strict=True)
+    validate.number("start", start, 0, 1, strict=True)
     growing = [h * 2.0**k for k in range(-24, 1)]
     after = [h * ratio**k for k in range(1, 4)] if ratio != 2 else []
     tiny = (after or growing)[-1] / 1024

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from sde_diffusion import errors
-from sde_diffusion.exact import Gaussian, GaussianMixture
-from sde_diffusion.prediction import coordinates
+from sde_diffusion import validate
+from sde_diffusion.models.exact import Gaussian, GaussianMixture
 from sde_diffusion.processes import Process
-from sde_diffusion.sampling import Sampler, sample
+from sde_diffusion.processes.level import coordinates
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.sampling import sample
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.mixtures import begun, flow, none
@@ -84,7 +85,7 @@ def tolerances(
         values: the tolerances.
         samples: how many, from fixed starts.
     """
-    errors.kind("solver", solver, "a solver with rtol and atol", "rtol", "atol", "step")
+    validate.kind("solver", solver, "a solver with rtol and atol", "rtol", "atol", "step")
     found: list[float] = []
     if not values:
         raise ValueError("values must hold one or more tolerances; got none")
@@ -157,7 +158,7 @@ def bias(
         process, steps: as in `law`.
         samples, seed: of the starts and the noise.
     """
-    errors.kind("data", data, "an exact.Gaussian", "mean", "covariance", "reverse_sde")
+    validate.kind("data", data, "an exact.Gaussian", "mean", "covariance", "reverse_sde")
     model, x, (t, _) = begun(sampler, data, process, None, steps, samples, seed)
     mean, covariance = model.reverse_sde(t)
     variance = covariance.diagonal()

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.denoiser import Model
-from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.prediction import Prediction, coordinates, truth
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.prediction import Prediction, truth
+from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.sampling import Sampler, trajectory
+from sde_diffusion.processes.level import coordinates
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.sampling import trajectory
 
 __all__ = ["Asked", "Basis", "Inputs", "NotAffine", "Probe", "Trial", "check", "run", "sizes"]
 
@@ -175,7 +177,7 @@ class Run(NamedTuple):
 
 def sizes(data: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of one sample; an exact model knows its own, and one coordinate will do else."""
-    own = getattr(data, "shape", ()) if shape is None else errors.shape("shape", shape)
+    own = getattr(data, "shape", ()) if shape is None else validate.shape("shape", shape)
     return tuple(own) or (1,)
 
 
@@ -218,8 +220,8 @@ def check(
             row depends on its batch mates, or the map from start, draws and answers to the state
             at any call or to the end is not affine.
     """
-    errors.kind("sampler", sampler, "a Sampler", "grid", "step")
-    errors.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
+    validate.kind("sampler", sampler, "a Sampler", "grid", "step")
+    validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
     if sampler.order is None:
         raise NotAffine(
             f"{sampler} chooses its own steps, so its map is not affine: verify.tolerances tells "

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sde_diffusion import errors
-from sde_diffusion.exact import Gaussian
-from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.prediction import Prediction, coordinates
+from sde_diffusion import validate
+from sde_diffusion.models.exact import Gaussian
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.processes import VP, Level, Process
-from sde_diffusion.sampling import Sampler, checked_times, trajectory
+from sde_diffusion.processes.level import coordinates
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.sampling import checked_times, trajectory
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import MOST, placed
 from sde_diffusion.verify.probe import Inputs, NotAffine, Probe
@@ -227,7 +229,7 @@ def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | Non
         data: exact.Gaussian; or S, (d, d), or its eigenvalues (d,).
     """
     if not isinstance(data, Tensor):
-        errors.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
+        validate.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
         return placed(data, sampler, process)  # type: ignore[return-value]
     return centred(data, process or getattr(sampler, "process", None) or VP())
 
@@ -239,7 +241,7 @@ def centred(covariance: Tensor, process: Process) -> Gaussian:
         raise ValueError(
             f"a covariance is (d, d), or (d,) for its eigenvalues; got shape {tuple(S.shape)}"
         )
-    errors.kind("process", process, "a Process", "log_alpha", "variance")
+    validate.kind("process", process, "a Process", "log_alpha", "variance")
     return Gaussian(process, torch.zeros(len(S), dtype=torch.float64), S)
 
 

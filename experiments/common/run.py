@@ -1,0 +1,211 @@
+"""What the scripts that train share: a run is a folder that survives whatever ends it.
+
+python experiments/mnist_vp.py --train ...
+torchrun --nproc_per_node 2 experiments/mnist_vp.py --train ...
+accelerate launch experiments/mnist_vp.py --train ...
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from common import command
+from tqdm import tqdm
+
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How a run goes on; what it computes does not depend on these but for rounding."""
+
+    resume: bool = False
+    """go on from the newest checkpoint of the run"""
+    overwrite: bool = False
+    """delete the run that is there first"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints [500]"""
+    accumulate: int | None = None
+    """parts into which each process cuts its share of a batch, to save memory [1]"""
+    compile: bool = False
+    """put the network through torch.compile"""
+    on_bad: Literal["raise", "skip"] | None = None
+    """what to do at a loss that is not finite: stop, or skip the step and count it [raise]"""
+    tracker: Literal["tensorboard", "wandb", "none"] | None = None
+    """beside metrics.csv [tensorboard where it is installed, else none]"""
+
+
+def check(flags: Flags) -> None:
+    """Refuse values out of range."""
+    for name in ("checkpoint_every", "accumulate"):
+        if getattr(flags, name) is not None:
+            validate.integer("--" + name.replace("_", "-"), getattr(flags, name), at_most=10**7)
+    if flags.resume and flags.overwrite:
+        raise ValueError("give --resume or --overwrite, not both")
+    if flags.tracker in ("tensorboard", "wandb") and not find_spec(flags.tracker):
+        raise ValueError(f"--tracker {flags.tracker}: not installed; pip install {flags.tracker}")
+
+
+def engine(flags: Flags, device: str, out: Path) -> Any:
+    """accelerate's engine for the processes that were launched."""
+    default = "tensorboard" if find_spec("tensorboard") else "none"
+    tracker = flags.tracker or default
+    return training.launched(
+        None if device == "auto" else device,
+        compiled=flags.compile,
+        trackers=[] if tracker == "none" else [tracker],
+        folder=out / "trackers",
+    )
+
+
+def dtype(given: str | None) -> Any:
+    """--dtype, or what accelerate was told."""
+    told = training.precision()
+    if given and told != "float32" and given != told:
+        raise ValueError(f"--dtype {given}, but accelerate was told {told}")
+    return given or told
+
+
+def begin(
+    flags: Flags, state: training.TrainState, out: Path, *files: str, flag: str = "--out"
+) -> None:
+    """Make the folder ready for this state, and go on where its run stands if that is asked for.
+
+    Call it when everything else is known to fit: what cannot start must not delete a run.
+
+    Args:
+        files: what a run leaves there beside its checkpoints, as patterns.
+        flag: what the script calls the folder.
+    """
+    engine = state.engine
+    parts = flags.accumulate or training.accumulation()
+    if state.recipe.batch_size < parts * engine.num_processes:
+        raise ValueError(
+            f"--accumulate {parts}: a batch of {state.recipe.batch_size} has no part for each of "
+            f"{engine.num_processes} processes"
+        )
+    prepare(flags, out, engine, *files, flag=flag)
+    resume(flags, state, out)
+    track(state, out)
+
+
+def track(state: training.TrainState, out: Path) -> None:
+    """Start the tracker, if there is one."""
+    engine: Any = state.engine
+    if not getattr(engine, "log_with", None):
+        return
+    try:  # a kill may have logged steps that will be made again
+        engine.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": state.step}})
+    except Exception as error:  # whatever a service says of accounts and networks
+        raise ValueError(f"--tracker: {' '.join(str(error).split())}") from None
+
+
+def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--out") -> None:
+    """--out, ready for a run that is new, resumed or to be replaced.
+
+    Args:
+        files: what a run leaves there beside its checkpoints, as patterns.
+        flag: what the script calls it.
+    """
+    if engine.is_main_process:
+        command.folder(out)
+        own = [*training.checkpoints(out), *(path for name in files for path in out.glob(name))]
+        if flags.overwrite:
+            for path in own:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif own and not flags.resume:
+            raise ValueError(
+                f"{flag} {out} holds a run: give --resume, --overwrite or another folder"
+            )
+    engine.wait_for_everyone()
+
+
+def resume(flags: Flags, state: training.TrainState, out: Path) -> None:
+    """Go on where the run in --out stands, if that is asked for; say so."""
+    if not flags.resume:
+        return
+    checkpoint, damaged = training.resume(state, out)
+    if state.engine.is_main_process:
+        for line in damaged:
+            print(f"passed over: {line}", file=sys.stderr)
+        where = f"no checkpoint in {out}: starting" if checkpoint is None else "resuming"
+        print(f"{where} at step {state.step}")
+
+
+def steps(
+    flags: Flags, state: training.TrainState, given: data.Data, out: Path, **record: object
+) -> Iterator[training.Metrics]:
+    """The steps of a run from where it stands, each in metrics.csv; checkpoints as it goes.
+
+    Ctrl-C and SIGTERM save and exit, 130 and 143. At the end there is loss.png.
+
+    Raises:
+        ConnectionError: if another process of the run is gone.
+    """
+    engine: Any = state.engine
+    total, every, main = state.recipe.steps, flags.checkpoint_every or 500, engine.is_main_process
+    log = engine.log if getattr(engine, "log_with", None) else None
+    made = training.train(state, given, flags.accumulate or training.accumulation())
+    bar = tqdm(made, total=total, initial=state.step, disable=not main)
+    journal = training.Journal(out, state.step, log) if main else None
+    with training.Stop() as stop, journal or nullcontext():
+        try:
+            for metrics in bar:
+                if journal:
+                    journal.write(metrics)
+                    bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)
+                stopped = stop.asked(engine)
+                if stopped or metrics.step % every == 0 or metrics.step == total:
+                    if journal:
+                        journal.flush()
+                    training.save(state, out, **record)
+                if stopped:
+                    finish(engine)
+                    sys.exit(stop.code)
+                yield metrics
+        except RuntimeError as error:
+            if not command.is_loss_of_a_process(error):
+                raise
+            raise ConnectionError(
+                f"process {engine.process_index} of {engine.num_processes} stops at step "
+                f"{state.step}: another one is gone; --resume goes on from the last checkpoint"
+            ) from error
+    if journal:
+        draw_loss(out)
+
+
+def finish(engine: Any) -> None:
+    """The end of the part of a program that all processes run."""
+    engine.wait_for_everyone()
+    if hasattr(engine, "end_training"):
+        engine.end_training()
+
+
+def mean_loss(out: Path) -> float:
+    """The mean loss of the last 1,000 steps of the run in `out`, of those that were finite."""
+    losses = [loss for _, loss in finite(out)[-1000:]]
+    return sum(losses) / max(1, len(losses))
+
+
+def draw_loss(out: Path) -> None:
+    """loss.png of the run in `out`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5))
+    curve = finite(out)
+    if not curve:
+        return
+    plots.loss_curve(figure.subplots(), [step for step, _ in curve], [loss for _, loss in curve])
+    storage.replace(out / "loss.png", plots.png(figure))
+
+
+def finite(out: Path) -> list[tuple[int, float]]:
+    """Steps and losses, less those that were skipped."""
+    return [(m.step, m.loss) for m in training.history(out) if math.isfinite(m.loss)]

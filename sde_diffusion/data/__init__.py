@@ -1,0 +1,45 @@
+"""*What is learned.* Data sets as tensors, and batches that are functions of their addresses."""
+
+from sde_diffusion.data import toy
+from sde_diffusion.data.datasets import (
+    DEQUANTIZATION,
+    Data,
+    Images,
+    Points,
+    dequantize,
+    fingerprint,
+    moments,
+    order,
+    to_uint8,
+)
+from sde_diffusion.data.image_files import (
+    SUFFIXES,
+    VARIABLE,
+    DataNotFound,
+    data_root,
+    fashion_mnist,
+    image_folder,
+    mnist,
+    sample_digits,
+)
+
+__all__ = [
+    "DEQUANTIZATION",
+    "SUFFIXES",
+    "VARIABLE",
+    "Data",
+    "DataNotFound",
+    "Images",
+    "Points",
+    "data_root",
+    "dequantize",
+    "fashion_mnist",
+    "fingerprint",
+    "image_folder",
+    "mnist",
+    "moments",
+    "order",
+    "sample_digits",
+    "to_uint8",
+    "toy",
+]

@@ -1,0 +1,152 @@
+"""Data sets as plain tensors, and batches that are functions of their addresses.
+
+Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 1 with u uniform in
+[0, 1), so that a density makes sense (uniform dequantization, Theis et al. 2016).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion.noise.sources import Purpose, stream
+
+__all__ = ["Data", "Images", "Points", "dequantize", "fingerprint", "moments", "order", "to_uint8"]
+
+DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives to every pixel
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What training draws from."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The samples `index` (B,) and their conditions.
+
+        Args:
+            uniform: numbers in [0, 1), (B, *sample shape), the only randomness a sample may use.
+        """
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images (N, C, H, W) uint8 with labels (N,), dequantized as they are drawn.
+
+    Args:
+        classes: if not 0, the label is the condition, one-hot (B, classes) float32.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.pixels.shape[1:])
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        x0 = dequantize(self.pixels[index.to(self.pixels.device)].to(uniform.device), uniform)
+        if not self.classes:
+            return x0, None
+        labels = self.labels[index.to(self.labels.device)].to(uniform.device)
+        return x0, torch.nn.functional.one_hot(labels, self.classes).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points (N, ...) of any shape, used as they are."""
+
+    x: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.x[index.to(self.x.device)].to(uniform.device), None
+
+
+def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
+    """uint8 pixels and numbers in [0, 1) to float32 in [-1, 1): (pixel + u) / 128 - 1.
+
+    u is cut to 16 bits: pixel + u then has the 24 that float32 holds, and nothing is rounded, which
+    for u near 1 would be up, into the next pixel's interval.
+    """
+    u = (uniform * 65536).floor() / 65536
+    return ((pixels + u) / 128 - 1).float()
+
+
+def moments(images: Images) -> tuple[Tensor, Tensor]:
+    r"""Mean (C, H, W) and covariance (d, d) of the dequantized images, float64.
+
+    With pixels p and u uniform in [0, 1):  E x = (E p + 1/2) / 128 - 1,  and dequantization adds
+    DEQUANTIZATION to each variance: also to that of a constant pixel, which has no other.
+    """
+    d = images.pixels[0].numel()
+    total = torch.zeros(d, dtype=torch.float64)
+    squares = torch.zeros(d, d, dtype=torch.float64)
+    for part in images.pixels.reshape(len(images), d).split(4096):
+        pixels = part.double() - 128  # sums of whole numbers below 2^53 are exact
+        total += pixels.sum(0)
+        squares += pixels.T @ pixels
+    mean = total / len(images)
+    covariance = (squares / len(images) - mean[:, None] * mean) / 128**2
+    covariance.diagonal().add_(DEQUANTIZATION)
+    return ((mean + 0.5) / 128).reshape(images.shape), covariance
+
+
+def fingerprint(data: Data) -> str:
+    """Number, shape and a hash of 256 samples spread over the data: other data have another."""
+    size = len(data)
+    index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
+    samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
+    hashed = hashlib.sha256()
+    for part in (samples, cond):
+        if part is not None:
+            hashed.update(part.cpu().contiguous().numpy().tobytes())
+    return f"{size} of {tuple(data.shape)}, {hashed.hexdigest()[:16]}"
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8: the pixel whose interval holds x, the nearest one outside."""
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def order(seed: int, size: int, start: int, count: int) -> Tensor:
+    """Data indices of the global positions start .. start + count - 1, (count,) int64.
+
+    Epoch e is a permutation that depends on (seed, e) alone, so any stretch can be had anywhere.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1: there are no data; got {size}")
+    chosen = [np.empty(0, dtype=np.int64)]
+    while count > 0:
+        epoch, offset = divmod(start, size)
+        part = permutation(seed, epoch, size)[offset : offset + count]
+        chosen.append(part)
+        start, count = start + len(part), count - len(part)
+    return torch.from_numpy(np.concatenate(chosen))
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> Any:
+    """That of an epoch; a step asks for that of the step before, so it is kept."""
+    return stream(seed, Purpose.ORDER, epoch).permutation(size)

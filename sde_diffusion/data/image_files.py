@@ -1,0 +1,190 @@
+"""Image data sets in files: MNIST, Fashion-MNIST, folders of images."""
+
+import gzip
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.data.datasets import Images
+from sde_diffusion.files import storage
+from sde_diffusion.files.strict_json import printable
+
+__all__ = ["DataNotFound", "data_root", "fashion_mnist", "image_folder", "mnist", "sample_digits"]
+
+VARIABLE = "SDE_DIFFUSION_DATA"
+
+
+# What torchvision's ImageFolder takes for an image, and what may be inside. Formats that other
+# programs draw, such as EPS, are not among them, whatever a file's name is.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+
+class DataNotFound(FileNotFoundError):
+    """A data set is not there, or not whole; the message says where it was looked for."""
+
+
+def data_root(given: str | Path | None) -> Path:
+    """`given`, or the environment variable SDE_DIFFUSION_DATA, or ./data."""
+    return Path(given or os.environ.get(VARIABLE) or "data")
+
+
+def mnist(root: str | Path | None = None, *, train: bool = True, download: bool = False) -> Images:
+    """MNIST digits, 60,000 to train and 10,000 to test, 28x28.
+
+    Args:
+        root: folder that holds MNIST/raw/*-ubyte or *-ubyte.gz; see `data_root`. It is only read,
+            unless `download` is given.
+        download: fetch what is missing into `root`.
+    Raises:
+        DataNotFound: naming the files, the folder and what to set.
+    """
+    return _idx("MNIST", data_root(root), train, download)
+
+
+def fashion_mnist(
+    root: str | Path | None = None, *, train: bool = True, download: bool = False
+) -> Images:
+    """Fashion-MNIST, the same sizes; the folder of Debian's dataset-fashion-mnist works too."""
+    return _idx("FashionMNIST", data_root(root), train, download)
+
+
+def sample_digits() -> Images:
+    """The first 20 test digits of MNIST, which come with the package."""
+    tensors, _ = storage.read(Path(__file__).parents[1] / "weights/digits/mnist_test.safetensors")
+    return Images(tensors["pixels"], tensors["labels"])
+
+
+def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
+    from torchvision import datasets
+
+    made = getattr(datasets, name)
+    if download:
+        try:
+            made(root, train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise DataNotFound(f"{name} could not be fetched into {root}: {reason}") from None
+    with _unpacked(name, root) as folder:
+        try:
+            loaded = made(folder, train=train)
+        except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataNotFound(f"{name} under {root} cannot be read: {reason}") from None
+        if len(loaded.data) != len(loaded.targets):
+            raise DataNotFound(
+                f"{name} under {root} cannot be read: {len(loaded.data)} images with "
+                f"{len(loaded.targets)} labels"
+            )
+        return Images(loaded.data[:, None].clone(), loaded.targets.clone())
+
+
+@contextmanager
+def _unpacked(name: str, root: Path) -> Iterator[Path]:
+    """A root from which torchvision can read: `root`, or a scratch copy unpacked from its .gz."""
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds]
+    places = [root / name / "raw", root / name, root]
+    for place in places:
+        if place == places[0] and all((place / file).is_file() for file in files):
+            yield root
+            return
+        for suffix in (".gz", ""):
+            found = [place / (file + suffix) for file in files]
+            if all(path.is_file() for path in found):
+                with tempfile.TemporaryDirectory() as scratch:
+                    raw = Path(scratch, name, "raw")
+                    raw.mkdir(parents=True)
+                    for path, file in zip(found, files, strict=True):
+                        try:
+                            data = path.read_bytes()
+                            raw.joinpath(file).write_bytes(
+                                gzip.decompress(data) if suffix else data
+                            )
+                        except (OSError, EOFError, zlib.error) as error:
+                            raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
+                    yield Path(scratch)
+                return
+    raise DataNotFound(
+        f"{name} not found: need {', '.join(files)} (or .gz) in {places[0]}; "
+        f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
+    )
+
+
+def image_folder(path: str | Path, size: int, *, data_class: str | None = None) -> Images:
+    """Images in folders named after their classes, as torchvision's ImageFolder reads them.
+
+    AFHQ's layout is one: train/cat/*.jpg. A folder that itself holds images is one class. They are
+    made RGB; the shorter side is resized to `size`, antialiased, and the middle of the longer one
+    is kept. Files are in the order of their paths, so index k is the same image everywhere.
+
+    Args:
+        path: the folder.
+        size: of the square images, in pixels.
+        data_class: the only class wanted; its label stays what it is among all classes.
+    Raises:
+        DataNotFound: if there is no folder, class or image, or a file is not a whole image of 8
+            bits a colour, with its name.
+    """
+    validate.integer("size", size)
+    root = Path(path)
+    if not root.is_dir():
+        raise DataNotFound(f"{root}: no such folder of images")
+    names = classes(root)
+    if data_class is not None and data_class not in names:
+        there = f"there are: {', '.join(names)}" if names else "there are none"
+        raise DataNotFound(printable(f"{root} has no class {data_class!r}; {there}"))
+    wanted = names if data_class is None else [data_class]
+    found = [(file, names.index(name)) for name in wanted for file in images_under(root / name)]
+    if not found:
+        found = [(file, 0) for file in sorted(root.iterdir()) if is_image(file)]
+    if not found:
+        where = root if data_class is None else root / data_class
+        raise DataNotFound(printable(f"{where} holds no images ({' '.join(sorted(SUFFIXES))})"))
+    pixels = torch.stack([square(file, size) for file, _ in found])
+    return Images(pixels, torch.tensor([label for _, label in found]))
+
+
+def classes(root: Path) -> list[str]:
+    """The folders in `root`, but hidden ones: the classes of what is in them."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def images_under(folder: Path) -> list[Path]:
+    """The images at any depth, by their paths."""
+    every = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    return sorted((p for p in every if is_image(p)), key=lambda p: p.as_posix())
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is a file, neither hidden nor a pipe, with the name of an image."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def square(path: Path, size: int) -> Tensor:
+    """The middle of an image file as uint8 (3, size, size)."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata; but a bomb is refused:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
+                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+    except Exception as error:  # decoders raise what they like at bytes that they were not made for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataNotFound(printable(f"{path} cannot be read: {reason}")) from None

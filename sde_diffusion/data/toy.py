@@ -1,0 +1,196 @@
+r"""Distributions in the plane: small enough to look at, hard enough to go wrong on.
+
+By default all are centred and of about unit size, like the noise they are to become. A sample is a
+function of (n, seed) alone, and n points are the first n of any longer sample with that seed.
+
+u is uniform in [0, 1) and z standard normal throughout; R(a) turns by the angle a.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.noise.sources import Purpose, stream
+
+__all__ = ["Chequerboard", "Moons", "Pinwheel", "SwissRoll", "Toy", "TwoGaussians"]
+
+
+class Toy(Protocol):
+    """A distribution in the plane. Implementations are frozen dataclasses of its parameters."""
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points, float32.
+
+        Raises:
+            TypeError, ValueError: unless n is a positive integer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TwoGaussians:
+    r"""weight N(+m, std^2 I) + (1 - weight) N(-m, std^2 I),   m = (mean, mean).
+
+    DTU course 02460 has this law in the unit square, with unequal shares: there
+    TwoGaussians(weight=0.2) is mapped by x -> (x + 2) / 4.
+    """
+
+    mean: float = 1.0
+    std: float = 0.4
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        validate.number("mean", self.mean)
+        validate.number("std", self.std, 0, strict=True)
+        validate.number("weight", self.weight, 0, 1)
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points; see Toy."""
+        u, z = numbers(n, seed)
+        sign = np.where(u[:, :1] < self.weight, 1, -1)
+        return points(sign * self.mean + self.std * z)
+
+    def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
+        """Log-density at x."""
+        planar(x)
+        shares = torch.tensor([self.weight, 1 - self.weight], dtype=x.dtype, device=x.device)
+        means = torch.tensor([self.mean, -self.mean], dtype=x.dtype, device=x.device)
+        distance2 = ((x[..., None] - means) ** 2).sum(-2)
+        exponents = shares.log() - distance2 / (2 * self.std**2)
+        return exponents.logsumexp(-1) - math.log(2 * math.pi * self.std**2)
+
+
+@dataclass(frozen=True)
+class Chequerboard:
+    """Uniform on the dark squares of a board of squares x squares on [-2, 2]^2.
+
+    Square (i, j), counted from the lower left corner, is dark where i + j is even. The default is
+    the board of Grathwohl et al. 2019 (FFJORD) at half its size; DTU course 02460 has
+    Chequerboard(squares=3), mapped to the unit square by x -> (x + 2) / 4.
+    """
+
+    squares: int = 4
+
+    def __post_init__(self) -> None:
+        validate.integer("squares", self.squares, 2)
+
+    @property
+    def side(self) -> float:
+        """Side of one square."""
+        return 4 / self.squares
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points; see Toy."""
+        u, _ = numbers(n, seed)
+        dark = np.argwhere(np.indices((self.squares, self.squares)).sum(0) % 2 == 0)
+        corner = dark[(u[:, 0] * len(dark)).astype(int)]
+        clear = 2**-20 / self.side  # of the edges, over which float32 would round
+        inside = clear + (1 - 2 * clear) * u[:, 1:]
+        return points(self.side * (corner + inside) - 2)
+
+    def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
+        """Log-density at x, -inf on the light squares and off the board."""
+        planar(x)
+        square = ((x + 2) / self.side).floor()
+        on_board = ((square >= 0) & (square < self.squares)).all(-1)
+        dark = on_board & (square.sum(-1) % 2 == 0)
+        area = math.ceil(self.squares**2 / 2) * self.side**2
+        return torch.where(dark, x.new_tensor(-math.log(area)), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Moons:
+    r"""Two interleaved half circles.
+
+    x = sqrt(2) (p - c) + noise z,   c = (1/2, 1/4),   a = pi u,
+    p = (cos a, sin a)  or  (1 - cos a, 1/2 - sin a), each half of the time
+
+    The shape is scikit-learn's `make_moons` (Pedregosa et al. 2011), moved to mean 0.
+    """
+
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        validate.number("noise", self.noise, 0)
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points; see Toy."""
+        u, z = numbers(n, seed)
+        upper = np.stack([np.cos(np.pi * u[:, 1]), np.sin(np.pi * u[:, 1])], axis=1)
+        p = np.where(u[:, :1] < 0.5, upper, (1, 0.5) - upper)
+        return points(math.sqrt(2) * (p - (0.5, 0.25)) + self.noise * z)
+
+
+@dataclass(frozen=True)
+class SwissRoll:
+    r"""A spiral.
+
+    x = ((a cos a, a sin a) - c) / 7 + noise z,   a = 3 pi (1/2 + u),   c = (2, 2 / (3 pi))
+
+    c makes the mean 0. The shape is that of scikit-learn's
+    `make_swiss_roll` (Marsland 2014, ch. 6) seen from its end.
+    """
+
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        validate.number("noise", self.noise, 0)
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points; see Toy."""
+        u, z = numbers(n, seed)
+        a = 3 * np.pi * (0.5 + u[:, :1])
+        p = a * np.concatenate([np.cos(a), np.sin(a)], axis=1)
+        return points((p - (2, 2 / (3 * np.pi))) / 7 + self.noise * z)
+
+
+@dataclass(frozen=True)
+class Pinwheel:
+    r"""Bent arms, evenly turned (Johnson et al. 2016).
+
+    x = sqrt(2) R(2 pi k / arms + rate e^r) (r, tangential z_2),
+    r = 1 + radial z_1,   k uniform in 0 .. arms - 1
+    """
+
+    arms: int = 5
+    radial: float = 0.3
+    tangential: float = 0.1
+    rate: float = 0.25
+
+    def __post_init__(self) -> None:
+        validate.integer("arms", self.arms, 2)
+        validate.number("radial", self.radial, 0)
+        validate.number("tangential", self.tangential, 0)
+        validate.number("rate", self.rate)
+
+    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
+        """n independent points; see Toy."""
+        u, z = numbers(n, seed)
+        r, across = 1 + self.radial * z[:, 0], self.tangential * z[:, 1]
+        a = 2 * np.pi * np.floor(self.arms * u[:, 0]) / self.arms + self.rate * np.exp(r)
+        turned = (r * np.cos(a) - across * np.sin(a), r * np.sin(a) + across * np.cos(a))
+        return points(math.sqrt(2) * np.stack(turned, axis=1))
+
+
+def numbers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """u (n, 3) and z (n, 2): the beginnings of two endless lists that the seed fixes."""
+    validate.integer("n", n)
+    u, z = (stream(seed, Purpose.TOY, step) for step in (0, 1))
+    return u.random((n, 3)), z.standard_normal((n, 2))
+
+
+def points(x: np.ndarray) -> Tensor:
+    """The sample as a float32 tensor."""
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def planar(x: Tensor) -> None:
+    """Refuse what is not a batch of points."""
+    if x.shape[-1:] != (2,) or not x.is_floating_point():
+        raise ValueError(f"x must be points (..., 2) of floats; got {tuple(x.shape)}, {x.dtype}")

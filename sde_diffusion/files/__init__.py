@@ -1,0 +1,1 @@
+"""*Bytes from anywhere.* Safe reading and atomic writing; this room knows no other."""

@@ -1,0 +1,111 @@
+"""Objects as JSON and back: by fixed tables of classes, and by the types of their constructors.
+
+Nothing is imported or looked up by name in a module, and nothing called but the classes of a table.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from torch import nn
+
+from sde_diffusion.files.strict_json import near, plain, spoken
+
+__all__ = ["build", "chosen", "describe", "public", "same"]
+
+
+def describe(value: Any) -> dict[str, Any]:
+    """A frozen dataclass as JSON."""
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{type(value).__name__} must be a dataclass to be saved")
+    return {"class": type(value).__name__, **asdict(value)}
+
+
+def public(module: Any) -> list[type]:
+    """The public classes of a module that `build` can make."""
+    named = [getattr(module, name) for name in module.__all__]
+    kinds = [made for made in named if isinstance(made, type) and not inspect.isabstract(made)]
+    return [made for made in kinds if is_dataclass(made) or issubclass(made, nn.Module)]
+
+
+def build(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
+    """The inverse of `describe` for these classes; or `given`, if that is what it describes."""
+    if given is not None:
+        same(kind, description, describe(given))
+        return given
+    made, arguments = chosen(kind, classes, description)
+    value = made(**arguments)
+    same(kind, description, describe(value))
+    return value
+
+
+def chosen(
+    kind: str, classes: Sequence[type], description: Any, added: Mapping[str, Any] | None = None
+) -> tuple[type, dict[str, Any]]:
+    """The class that a description names, of these, and arguments that its constructor takes.
+
+    Args:
+        added: arguments that older files of this format do not have, and what they were then.
+    """
+    if not isinstance(description, dict):
+        raise ValueError(f"{kind} must be described by an object; got {spoken(description)}")
+    arguments = dict(description)
+    if "class" not in arguments:
+        raise ValueError(f"{kind} has no 'class'{near('class', arguments)}")
+    name, names = arguments.pop("class"), [made.__name__ for made in classes]
+    if not isinstance(name, str) or name not in names:
+        guess = near(name, names) if isinstance(name, str) else ""
+        raise ValueError(f"unknown {kind} class {name!r:.80}{guess}; if it is yours, pass {kind}=")
+    made = classes[names.index(name)]
+    takes = inspect.signature(made, eval_str=True).parameters
+    for argument in arguments:
+        if argument not in takes:
+            raise ValueError(f"{name} has no argument {argument!r:.80}{near(argument, takes)}")
+    arguments = {**{n: v for n, v in (added or {}).items() if n in takes}, **arguments}
+    for argument, parameter in takes.items():
+        if argument not in arguments:
+            raise ValueError(f"{kind} {name} has no {argument!r}: its record is not complete")
+        if not fits(arguments[argument], parameter.annotation):
+            raise ValueError(f"{argument} of {name} must not be {spoken(arguments[argument])}")
+    return made, arguments
+
+
+def same(kind: str, saved: Any, ours: Mapping[str, Any]) -> None:
+    """Refuse a description that is not what was saved, listing what differs."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{kind} must be described by an object; got {spoken(saved)}")
+    old, new = ({name: text(value) for name, value in d.items()} for d in (saved, ours))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changes = [f"{n} {old.get(n, 'absent'):.80} -> {new.get(n, 'absent'):.80}" for n in names[:5]]
+    if changes:
+        raise ValueError(f"the {kind} was saved as another: {', '.join(changes)}")
+
+
+def text(value: Any) -> str:
+    """One text for equal values: 20 and 20.0 are one number."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(text, value))}]"
+    return json.dumps(plain(value), sort_keys=True)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is a value from JSON what an annotation says? True is no 1, "1" is no 1, 1.0 is no 1."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inside)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inside)
+    if origin is tuple and Ellipsis not in inside:
+        return (
+            isinstance(value, list) and len(value) == len(inside) and all(map(fits, value, inside))
+        )
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list) and all(fits(one, inside[0]) for one in value)
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        return False
+    return type(value) in ((int, float) if hint is float else (hint,))

@@ -1,0 +1,100 @@
+"""Words from files: JSON read strictly, and messages in one printable line."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any
+
+__all__ = ["near", "parsed", "plain", "printable", "spoken"]
+
+DEPTH = 20  # brackets within brackets
+
+
+BRACKETS = 100_000  # in all
+
+
+DIGITS = 40  # of an integer; a seed has up to 39
+
+
+def parsed(data: bytes) -> Any:
+    """JSON, strictly: UTF-8, finite numbers, no name twice, not nested deeply; or ValueError."""
+    if data.count(b"[") + data.count(b"{") > BRACKETS:
+        raise ValueError(f"more than {BRACKETS:,} lists and objects")
+    try:
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=distinct,
+            parse_int=integer,
+            parse_float=finite,
+            parse_constant=finite,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON (no UTF-8 at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(DEPTH):
+        parts = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for part in parts if isinstance(part, Iterable) and not isinstance(part, str)
+                 for v in part if isinstance(v, dict | list)]  # fmt: skip
+    if level:
+        raise ValueError(f"nested more than {DEPTH} deep")
+    return value
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different; Python's parser would keep the last of two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {twice!r:.80} stands there twice")
+    return found
+
+
+def integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.20} is no finite number")
+    return value
+
+
+def plain(value: Any) -> Any:
+    """What a value comes back as from JSON; inf and nan, which it has no word for, as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """The one of `words` that may have been meant, as a question. Bounded: both are from files."""
+    short = [one for one, _ in zip(words, range(200), strict=False) if len(one) <= 100]
+    found = get_close_matches(word, short, 1) if len(word) <= 100 else []
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def spoken(value: Any) -> str:
+    """A value from JSON, in JSON's words, cut."""
+    words = {bool: "", int: "the number ", float: "the number ", str: "the string ",
+             list: "the list ", dict: "the object ", NoneType: ""}  # fmt: skip
+    return f"{words.get(type(value), '')}{json.dumps(value):.80}"
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """One line that does nothing to a terminal: what is not printable becomes its escape."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else text[:most] + " ..."

@@ -1,0 +1,314 @@
+r"""Frames: changes of variables in which the probability flow is integrated.
+
+In t the flow  dx/dt = f x - g^2 score / 2  is singular at the data: sigma(t) starts like sqrt(t),
+and solvers spend their steps there. A frame has coordinates z(x) and a clock that depends on the
+noise-to-signal ratio alone, in which every process has one and the same flow and nothing is
+singular. At the data the clock is 0 and z = x0. The change of variables is exact, so a solver has
+the same limit in every frame; what differs is how much is left to integrate.
+
+    Straight   y = x / (alpha + sigma),  u = sigma / (alpha + sigma),  dy/du = eps - x0
+    Gaussian   where the exact flow of N(m, S) would end,  theta = arctan(sigma / alpha)
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.files import storage
+from sde_diffusion.files.strict_json import near
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.processes import Level, Process, Scalar, spacings
+from sde_diffusion.processes.level import coordinates, enter, leave
+
+__all__ = ["Frame", "Gaussian", "Straight", "enter", "grid", "leave", "level_at"]
+
+PARTS = ("mean", "axes", "variances")  # of a Gaussian frame's file
+
+
+class Frame(Protocol):
+    """Coordinates and a clock. Implementations are frozen dataclasses."""
+
+    def clock(self, level: Level[float]) -> float:
+        """The clock's reading at a level: it falls to 0 at the data."""
+        ...
+
+    def log_snr(self, clock: Tensor) -> Tensor:
+        """The log-SNR at a reading: the inverse of `clock`; any shape, float64."""
+        ...
+
+    def enter(self, x: Tensor, level: Level) -> Tensor:
+        """z, shaped like x."""
+        ...
+
+    def leave(self, z: Tensor, level: Level) -> Tensor:
+        """x: the inverse of `enter`."""
+        ...
+
+    def slope(self, said: Prediction) -> Tensor:
+        """dz/dclock along the flow, from what a model said of x at a level; a fresh tensor."""
+        ...
+
+
+@dataclass(frozen=True)
+class Straight:
+    """y = x / (alpha + sigma): the straight path from x0 to eps is a straight line in u.
+
+    dy/du = eps - x0 = velocity,    u = sigma / (alpha + sigma)
+    """
+
+    def clock(self, level: Level[float]) -> float:
+        return level.u
+
+    def log_snr(self, clock: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-clock) - clock.log())
+
+    def enter(self, x: Tensor, level: Level) -> Tensor:
+        return enter(x, level)
+
+    def leave(self, z: Tensor, level: Level) -> Tensor:
+        return leave(z, level)
+
+    def slope(self, said: Prediction) -> Tensor:
+        return said.velocity
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gaussian:
+    r"""Where the exact flow of N(m, S) would end: only what no Gaussian explains is integrated.
+
+    With  C = alpha^2 S + sigma^2 I,  the covariance of x_t for Gaussian data,
+
+        z = m + S^(1/2) C^(-1/2) (x - alpha m),      theta = arctan(sigma / alpha),
+        dz/dtheta = (alpha^2 + sigma^2) S^(1/2) C^(-3/2) (alpha S eps - sigma (x0 - m)),
+
+    which is 0 for data N(m, S), and small at high noise for any data of that mean and covariance.
+    For S = I and m = 0 it is v over its scale, in the angle of Salimans & Ho 2022. On the clock u
+    the same coordinates need more steps: near the data they move with sigma / alpha, which is theta
+    up to the third order and u only up to the second.
+
+    S = V diag(variances) V^T + rest (I - V V^T): of full rank or of low rank plus isotropic.
+
+    Args:
+        mean: m (*shape,), the shape of one sample; () for any shape.
+        axes: V (d, r) with orthonormal columns.
+        variances: (r,), positive.
+        rest: the variance of the directions that V leaves out; positive, of no effect for r = d.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    variances: Tensor
+    rest: float
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "axes", "variances"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise ValueError(f"{name} must be finite")
+        if self.axes.ndim != 2 or self.variances.shape != self.axes.shape[1:]:
+            raise ValueError(
+                f"axes and variances must be (d, r) and (r,); got {tuple(self.axes.shape)} and "
+                f"{tuple(self.variances.shape)}"
+            )
+        if self.mean.numel() not in (1, len(self.axes)):
+            raise ValueError(
+                f"mean of shape {tuple(self.mean.shape)} does not fit axes of {len(self.axes)} "
+                f"coordinates"
+            )
+        if not bool((self.variances > 0).all()):
+            raise ValueError("variances must be positive: give a floor")
+        validate.number("rest", self.rest, 0, strict=True)
+
+    def __repr__(self) -> str:
+        return f"Gaussian(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
+
+    @staticmethod
+    def of(
+        mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: float = 0.0
+    ) -> "Gaussian":
+        """The frame of a mean (*shape,) and a covariance (d, d).
+
+        Args:
+            rank: of the eigenvectors that are kept, those of the largest eigenvalues [all]; the
+                others get the mean of theirs.
+            floor: least eigenvalue. Constant pixels have none of their own: for dequantized images
+                the variance of that noise, `data.DEQUANTIZATION`.
+        """
+        covariance = covariance.double()
+        if covariance.shape != (mean.numel(),) * 2:
+            raise ValueError(
+                f"covariance must be ({mean.numel()}, {mean.numel()}) for this mean; "
+                f"got {tuple(covariance.shape)}"
+            )
+        floor = validate.number("floor", floor, 0)
+        variances, axes = torch.linalg.eigh(covariance)
+        variances = variances.clamp(min=floor)
+        kept = validate.integer("rank", len(axes) if rank is None else rank, 1, len(axes))
+        left = variances[: len(axes) - kept]
+        rest = float(left.mean()) if len(left) else 1.0
+        return Gaussian(mean.double(), axes[:, -kept:], variances[-kept:], rest)
+
+    def clock(self, level: Level[float]) -> float:
+        return math.atan2(level.sigma, level.alpha)
+
+    def log_snr(self, clock: Tensor) -> Tensor:
+        return -2 * clock.tan().log()
+
+    def enter(self, x: Tensor, level: Level) -> Tensor:
+        alpha, sigma = rows(level.alpha), rows(level.sigma)
+        mean, flat = self._mean(x), self._flat(x)
+        gains = [(s / (alpha**2 * s + sigma**2)) ** 0.5 for s in self._spectrum(x)]
+        return (mean + self._apply(gains, flat - alpha * mean)).reshape(x.shape)
+
+    def leave(self, z: Tensor, level: Level) -> Tensor:
+        alpha, sigma = rows(level.alpha), rows(level.sigma)
+        mean, flat = self._mean(z), self._flat(z)
+        gains = [((alpha**2 * s + sigma**2) / s) ** 0.5 for s in self._spectrum(z)]
+        return (alpha * mean + self._apply(gains, flat - mean)).reshape(z.shape)
+
+    def slope(self, said: Prediction) -> Tensor:
+        alpha, sigma = rows(said.level.alpha), rows(said.level.sigma)
+        x0, eps = said.x0, self._flat(said.eps)
+        of_eps, of_x0 = [], []
+        for s in self._spectrum(x0):
+            common = (alpha**2 + sigma**2) * s**0.5 * (alpha**2 * s + sigma**2) ** -1.5
+            of_eps.append(common * alpha * s)
+            of_x0.append(common * -sigma)
+        off = coordinates(x0) - self._mean(x0)
+        return (self._apply(of_eps, eps) + self._apply(of_x0, off)).reshape(x0.shape)
+
+    def save(self, path: str | Path, **record: object) -> None:
+        """Write `path` (.safetensors, in float32) and its JSON; read it with `load`."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"path must end in .safetensors; got {path}")
+        parts = {name: getattr(self, name) for name in PARTS}
+        storage.write(
+            path,
+            {name: part.float() for name, part in parts.items()},
+            {"rest": self.rest, **record},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> "Gaussian":
+        """Read what `save` wrote.
+
+        Raises:
+            storage.BadFile: naming the file and the reason, if anything is missing or damaged.
+        """
+        path = Path(path)
+        saved = storage.examine(path)
+        with storage.blaming_record(path):
+            if "rest" not in saved.record:
+                raise ValueError(f"not a frame: it has no 'rest'{near('rest', saved.record)}")
+            rest = validate.number("rest", saved.record["rest"], 0, strict=True)
+        with storage.blaming(path):
+            check_outline(saved.outline)
+        tensors = storage.load(saved)
+        with storage.blaming(path):
+            mean, axes, variances = (tensors[name].double() for name in PARTS)
+            made = Gaussian(mean, axes, variances, rest)
+            check_orthonormal(made.axes)
+        return made
+
+    @staticmethod
+    def pretrained(name: str) -> "Gaussian":
+        """The frame of a data set that comes with the package: "mnist", 28x28 digits in [-1, 1]."""
+        folder = Path(__file__).parents[1] / "weights" / "frames"
+        validate.choice("name", name, sorted(path.stem for path in folder.glob("*.safetensors")))
+        return Gaussian.load(folder / f"{name}.safetensors")
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """x as (B, d)."""
+        flat = coordinates(x)
+        if flat.shape[1] != len(self.axes):
+            raise ValueError(
+                f"the frame is of samples of {len(self.axes)} coordinates; got {flat.shape[1]}"
+            )
+        return flat
+
+    def _mean(self, like: Tensor) -> Tensor:
+        return on(self, like.dtype, like.device)[0]
+
+    def _spectrum(self, like: Tensor) -> Iterator[Scalar]:
+        """The eigenvalues of the axes, (r,), and that of what they leave out."""
+        yield on(self, like.dtype, like.device)[2]
+        yield self.rest
+
+    def _apply(self, gains: list[Scalar], v: Tensor) -> Tensor:
+        """The function of S whose values on its spectrum are `gains`, times v (B, d)."""
+        of_axes, of_rest = gains
+        axes = on(self, v.dtype, v.device)[1]
+        if axes.shape[1] == axes.shape[0]:
+            return (v @ axes * of_axes) @ axes.T
+        return v * of_rest + (v @ axes * (of_axes - of_rest)) @ axes.T
+
+
+@lru_cache(maxsize=8)
+def on(frame: Gaussian, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (d,), axes and variances of a frame as a batch needs them; copied once, not per step."""
+    mean = frame.mean.flatten().to(device, dtype)
+    return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
+
+
+def check_outline(outline: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of a frame, before their numbers are read."""
+    for name in (*outline, *PARTS):
+        if name not in PARTS:
+            raise ValueError(f"not a frame: unknown tensor {name!r}{near(name, PARTS)}")
+        if name not in outline:
+            raise ValueError(f"not a frame: no tensor {name!r}")
+        if not outline[name].is_floating_point():
+            raise ValueError(f"not a frame: {name} is of {outline[name].dtype}")
+    axes = outline["axes"]
+    if axes.ndim != 2 or not 0 < axes.shape[1] <= axes.shape[0]:
+        raise ValueError(f"not a frame: axes of shape {tuple(axes.shape)}")
+
+
+def check_orthonormal(axes: Tensor) -> None:
+    """Refuse V (d, r) unless  V^T V w = w  for one w in general position: d r operations.
+
+    Rounding to float32 moves each entry by a share 2^-24, and w by 2^-24 d at most.
+    """
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(axes.shape[1], generator=generator, dtype=axes.dtype)
+    off = float((axes.T @ (axes @ w) - w).abs().max())
+    if not off <= 1e-6 * len(axes):
+        raise ValueError(f"not a frame: its axes are not orthonormal (by {off:.1g})")
+
+
+def rows(scalar: Scalar) -> Scalar:
+    """A field of a level, broadcast against (B, d)."""
+    return scalar.reshape(-1, 1) if isinstance(scalar, Tensor) else scalar
+
+
+def level_at(process: Process, u: float) -> Level[float]:
+    """The level of a process at which sigma / (alpha + sigma) = u."""
+    reading = torch.tensor([u], dtype=torch.float64).clamp(0, 1)
+    return process.levels(process.time(Straight().log_snr(reading)))[0]
+
+
+def grid(
+    process: Process,
+    steps: int,
+    p: float = 1.0,
+    frame: Frame = Straight(),
+    *,
+    first: float = 1.0,
+    begin: float = 1.0,
+) -> Tensor:
+    """n + 1 times evenly spaced in clock^(1/p) of a frame, from t = begin to exactly 0.
+
+    Args:
+        first: length of the first interval, in units of the others, in (0, 1].
+    """
+    (top,) = process.levels(torch.tensor([begin], dtype=torch.float64))
+    times = process.time(frame.log_snr(spacings.power(steps, frame.clock(top), p, first)))
+    times[0], times[-1] = begin, 0.0
+    return times

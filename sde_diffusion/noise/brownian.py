@@ -1,0 +1,226 @@
+r"""A Brownian path for each sample: what `seeds=` drives a sampler with.
+
+Row k of a batch follows a path of its own, a function of seeds[k] alone: the same in any batch and
+on any number of steps. The noise of an interval [s, t] is the path's increment over it, divided by
+its standard deviation. The clock of the path is the share of signal
+
+    kappa = alpha^2 / (alpha^2 + sigma^2),        from 0 (noise) to 1 (data),
+
+which is finite at both ends and has the same meaning on every process. In it the noise of the
+reverse SDE is additive:  y = alpha x / (alpha^2 + sigma^2)  solves
+
+    dy = (x0 + alpha score) dkappa + dW.
+
+The path is a virtual tree (Gaines & Lyons 1997) of rotations. An interval holds its increment over
+its standard deviation, z. Split at the share r of its length it gives
+
+    noise side   sqrt(r) z + sqrt(1 - r) n,         n ~ N(0, I), the normal of this split,
+    data side    sqrt(1 - r) z - sqrt(r) n,         the Brownian bridge in other words,
+
+which are standard normal and independent whatever r is. Nothing is subtracted that is nearly equal.
+Only the intervals that lie ahead on the way from the root are stored, about log2 of the steps.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sde_diffusion.noise.counter import WORDS, mixed, mixed_, normals, signed
+from sde_diffusion.noise.sources import Purpose, stream
+
+__all__ = ["ROOT", "WHOLE", "Brownian", "child", "rotated", "share", "span"]
+
+# What normals are drawn by: a code.
+WHOLE = mixed(1)  # the increment of the whole path
+
+
+ROOT = mixed(2)  # its first split
+
+
+FREE = mixed(3)  # and what follows it: intervals without length
+
+
+# An interval with more times of the grid in it is split at its middle, any other at a time. On a
+# mixture 20 and 40 steps of SDE-DPM-Solver++ 2M differ by this share of what two seeds do: .160 on
+# the path itself (6.6 normals a step); .168 for 1 time (2 normals), .170 for 2 (1.5), .176 for 3
+# (1.35), .192 where every split is at a time (1).
+FEW = 3
+
+
+def span(high: Any, low: Any) -> Any:
+    """The length of the path in kappa from u = high down to u = low; floats, or tensors of them.
+
+    kappa = (1 - u)^2 / power, so the difference of two is this product.
+    """
+    return (high - low) * cross(high, low) / (power(high) * power(low))
+
+
+def share(high: Any, low: Any, whole_high: Any, whole_low: Any) -> Any:
+    """span(high, low) / span(whole_high, whole_low), factor by factor: spans may underflow."""
+    gaps = (high - low) / (whole_high - whole_low)
+    powers = power(whole_high) / power(high) * power(whole_low) / power(low)
+    return gaps * cross(high, low) / cross(whole_high, whole_low) * powers
+
+
+def cross(high: Any, low: Any) -> Any:
+    return (1 - low) * high + (1 - high) * low
+
+
+def power(u: Any) -> Any:
+    return (1 - u) ** 2 + u**2
+
+
+def child(code: Any, side: int) -> Any:
+    """The code of one part of an interval: 0 towards noise, 1 towards data.
+
+    Args:
+        code: a word, or a tensor of words as int64.
+    """
+    return mixed_(2 * code + side) if isinstance(code, Tensor) else mixed((2 * code + side) % WORDS)
+
+
+def rotated(z: Tensor, n: Tensor, first: Any, second: Any) -> tuple[Tensor, Tensor]:
+    """The increments of the two parts of an interval, each over its own standard deviation.
+
+    Args:
+        z: the increment of the whole.
+        n: the normal of this split; what it holds afterwards is of no use.
+        first, second: the shares of the parts, floats or tensors that broadcast against z.
+    """
+    a, b = first**0.5, second**0.5
+    # Not by add(alpha=): fused or not, it would round by the size of the batch.
+    return (z * a).add_(n * b), (z * b).sub_(n.mul_(a))
+
+
+class Interval(NamedTuple):
+    """A part of the path that is not yet walked.
+
+    Attributes:
+        high, low: its ends in u.
+        code: what its split is drawn by.
+        z: its increment over its standard deviation, (B, ...).
+    """
+
+    high: float
+    low: float
+    code: int
+    z: Tensor
+
+
+def path_keys(seeds: Iterable[int]) -> Tensor:
+    """The key of each row's path, (B,) int64."""
+    words = [stream(seed, Purpose.PATH).integers(WORDS, dtype=np.uint64) for seed in seeds]
+    return torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64))
+
+
+class Brownian:
+    """Standard normals noise(t, s, like), one Brownian path per sample.
+
+    The tree halves [0, 1] in u = sigma / (alpha + sigma) until few times of the grid are left in an
+    interval, which is then split at the one nearest to its middle: 1.35 normals a step. On every
+    grid the same normals belong to nearly the same times, so two grids differ by what happens
+    within a step: the strong order is 1.
+
+    A source is walked once, downwards. An interval that reaches above the last one's end begins a
+    new path: who draws more than once over the same times, as resampling and correctors do, gets
+    independent noise each time. So does an interval without length.
+
+    Args:
+        seeds: one non-negative integer per row of the batch.
+        log_snr: of the process, at times (n,).
+        times: the grid that will be walked; other times are found as they are asked for.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        log_snr: Callable[[Tensor], Tensor],
+        times: Sequence[float] = (),
+    ) -> None:
+        self.keys = path_keys(seeds)
+        self.log_snr = log_snr
+        self.levels: dict[float, float] = {}  # u by t
+        self.locate(times)
+        self.grid = sorted(set(self.levels.values()))
+        self.ahead: list[Interval] = []  # the next one is the last
+        self.reached = 1.0
+        self.free = 0  # draws for intervals without length
+        self.like: tuple[torch.Size, torch.dtype] | None = None
+
+    def locate(self, times: Sequence[float]) -> None:
+        """Find u at these times."""
+        log_snr = self.log_snr(torch.tensor(times, dtype=torch.float64))
+        u = 1 / (1 + (log_snr / 2).exp())
+        self.levels |= zip(times, u.tolist(), strict=True)
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        if len(self.keys) != len(like):
+            raise ValueError(
+                f"seeds must hold one seed per sample; got {len(self.keys)} for a batch of "
+                f"{len(like)}"
+            )
+        if self.keys.device != like.device:
+            self.keys = self.keys.to(like.device, non_blocking=True)
+        if not (t in self.levels and s in self.levels):
+            self.locate([t, s])
+        high, low = self.levels[t], self.levels[s]
+        if not high > low:
+            self.free += 1
+            return self.normal((FREE + self.free) % WORDS, like).to(like.dtype)
+        if high > self.reached:
+            self.keys, self.ahead = mixed_(self.keys + 1), []
+        if not self.ahead or self.like != (like.shape, like.dtype):
+            self.ahead = [Interval(1.0, 0.0, ROOT, self.normal(WHOLE, like))]
+        self.reached, self.like = low, (like.shape, like.dtype)
+        return self.increment(high, low).to(like.dtype)
+
+    def normal(self, code: int, like: Tensor) -> Tensor:
+        """N(0, I) of this code, at least float32."""
+        if like.dtype not in (torch.float32, torch.float64):
+            like = like.new_empty((), dtype=torch.float32).expand_as(like)
+        return normals(self.keys + signed(code), like)
+
+    def increment(self, high: float, low: float) -> Tensor:
+        """The path's increment from high down to low, over its standard deviation; walks there."""
+        while self.ahead[-1].high > high:
+            if self.ahead[-1].low >= high:
+                self.ahead.pop()
+            else:
+                self.split(high)
+        parts: list[Interval] = []
+        while not parts or parts[-1].low > low:
+            if self.ahead[-1].low >= low:
+                parts.append(self.ahead.pop())
+            else:
+                self.split(low)
+        first, *others = parts
+        if not others:
+            return first.z
+        made = first.z * share(first.high, first.low, high, low) ** 0.5
+        for part in others:
+            made.add_(part.z * share(part.high, part.low, high, low) ** 0.5)
+        return made
+
+    def split(self, wanted: float) -> None:
+        """Put two parts in the place of the next interval."""
+        high, low, code, z = self.ahead.pop()
+        at = self.place(high, low, wanted)
+        first, second = share(high, at, high, low), share(at, low, high, low)
+        noise, data = rotated(z, self.normal(code, z), first, second)
+        self.ahead.append(Interval(at, low, child(code, 1), data))
+        self.ahead.append(Interval(high, at, child(code, 0), noise))
+
+    def place(self, high: float, low: float, wanted: float) -> float:
+        """Where an interval is split: its middle, a time of the grid, or what is asked for."""
+        first, last = bisect_right(self.grid, low), bisect_left(self.grid, high)
+        middle = (high + low) / 2
+        after = bisect_left(self.grid, middle, first, last)
+        beside = self.grid[max(after - 1, first) : min(after + 1, last)]
+        nearest = min(beside, key=lambda u: abs(u - middle), default=wanted)
+        # A time that is the middle but for rounding would leave an interval of no use.
+        own = last - first > FEW and abs(nearest - middle) > 1e-6 * (high - low)
+        return middle if own and low < middle < high else nearest

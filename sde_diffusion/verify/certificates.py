@@ -1,0 +1,85 @@
+"""A sampler's certificate: every check that applies to it, in one report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sde_diffusion.models.exact import Gaussian
+from sde_diffusion.processes import Process
+from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.verify.ladders import checked_sizes, ladder, of_family
+from sde_diffusion.verify.laws import Law
+from sde_diffusion.verify.limits import Limit, extrapolated
+from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
+
+__all__ = ["Certificate", "certificate"]
+
+
+@dataclass(frozen=True, repr=False)
+class Certificate:
+    """What is shown of one sampler on one process; print it.
+
+    Attributes:
+        sampler, process: their names.
+        law: its exact law at the most steps.
+        order, local_order, limit: see there; local_order is None for a sampler with levels of its
+            own, limit for a chain, whose steps cannot grow.
+    """
+
+    sampler: str
+    process: str
+    law: Law
+    order: Order
+    local_order: LocalOrder | None
+    limit: Limit | None
+
+    @property
+    def parts(self) -> list[Any]:
+        parts = [self.law, self.order, self.local_order, self.limit]
+        return [part for part in parts if part is not None]
+
+    @property
+    def holds(self) -> bool:
+        return all(part.holds for part in self.parts)
+
+    @property
+    def verdict(self) -> str:
+        """What does not hold, or that all does."""
+        return "; ".join(part.verdict for part in self.parts if not part.holds) or "all checks hold"
+
+    def __str__(self) -> str:
+        parts = [f"certificate of {self.sampler} on {self.process}", *map(str, self.parts)]
+        return "\n\n".join([*parts, f"in all: {self.verdict}"])
+
+    __repr__ = __str__
+
+
+def certificate(
+    sampler: Any,
+    data: Gaussian,
+    process: Process | None = None,
+    *,
+    sizes: Sequence[int] = (64, 128, 256, 512),
+) -> Certificate:
+    """Law, order, local order and limit of a fixed-step sampler on Gaussian data.
+
+    The order is fitted to the first three sizes, the limit extrapolated from all four.
+
+    Args:
+        sampler: a Sampler; or a function of the number of steps that makes one.
+        data: exact.Gaussian.
+        process: as in `law`.
+        sizes: four numbers of steps, each twice the one before.
+    """
+    sizes = checked_sizes(sizes, 4)
+    some, laws = ladder(sampler, data, process, sizes)
+    on: Any = process or getattr(some, "process", None) or data.process
+    own: Sampler | None = None if hasattr(some, "declared") else some
+    return Certificate(
+        of_family(some),
+        type(on).__name__,
+        laws[-1],
+        fitted(some, data, sizes[:3], laws[:3]),
+        None if own is None else local_order(own, data, process),
+        None if on.first_time > 0 else extrapolated(some, data, sizes, laws),
+    )

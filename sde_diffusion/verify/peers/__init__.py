@@ -1,0 +1,8 @@
+"""Adapters: samplers of other libraries, run by their own code, as samplers of ours."""
+
+from sde_diffusion.verify.peers.azula import Azula
+from sde_diffusion.verify.peers.diffusers import Diffusers
+from sde_diffusion.verify.peers.foreign import Foreign, Function
+from sde_diffusion.verify.peers.k_diffusion import KDiffusion, ratios
+
+__all__ = ["Azula", "Diffusers", "Foreign", "Function", "KDiffusion", "ratios"]

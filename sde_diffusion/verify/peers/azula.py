@@ -1,0 +1,69 @@
+"""Samplers of azula as samplers of ours.
+
+Nothing here imports azula; its objects are handed in, and run by their own code.
+"""
+
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.processes import EDM, Process
+from sde_diffusion.verify.peers.foreign import SINGLE, Ask, Foreign, only
+
+__all__ = ["Azula"]
+
+
+@dataclass(frozen=True)
+class Azula(Foreign):
+    """A sampler of azula, as it was built, with the model in place of its denoiser.
+
+    Args:
+        sampler: an instance; it is copied, never changed. Its schedule and steps are its own.
+        declared: its order; by default what it says in `order`, if it does.
+    """
+
+    sampler: Any
+    declared: int | None = None
+    rounding: float = SINGLE
+
+    def __post_init__(self) -> None:
+        validate.kind(
+            "sampler", self.sampler, "an azula sampler", "timesteps", "denoiser", "__call__"
+        )
+
+    @property
+    def name(self) -> str:
+        return f"azula {type(self.sampler).__name__}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {len(self.sampler.timesteps) - 1} steps"
+
+    @property
+    def order(self) -> int:
+        return self.declared or getattr(self.sampler, "order", 1)
+
+    @property
+    def process(self) -> Process:
+        (alpha, sigma), _ = self.ends()
+        return EDM(sigma / alpha)
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        first, last = (self._level(self.sampler.timesteps[at]) for at in (0, -1))
+        return first, last
+
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        def denoiser(x: Tensor, t: Tensor, **extra: Any) -> SimpleNamespace:
+            return SimpleNamespace(mean=ask(x, *self._level(t)).x0)
+
+        setattr(denoiser, "schedule", self.sampler.denoiser.schedule)  # noqa: B010
+        sampler = copy.copy(self.sampler)
+        sampler.denoiser, sampler.silent = denoiser, True
+        return sampler(x), ""
+
+    def _level(self, t: Tensor) -> tuple[float, float]:
+        alpha, sigma = self.sampler.denoiser.schedule(t)
+        return only(alpha, "alpha"), only(sigma, "sigma")

@@ -1,0 +1,245 @@
+r"""Samplers from elsewhere as one of ours: what the adapters share, and the one for a function.
+
+An adapter runs the peer's whole loop as one step over [s, t]. Peers keep a batch in coordinates of
+their own, x' = alpha' x_0 + sigma' eps: only the ratio sigma' / alpha' says where they are, so the
+model is asked at its own level of equal ratio about x rescaled, and x0 and eps are the answer.
+
+What they draw by torch's normal functions is replaced by the injected noise. Who draws otherwise,
+from another distribution or from a generator of its own, is refused by name.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sde_diffusion import validate
+from sde_diffusion.grids import frames
+from sde_diffusion.models.model import Model
+from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.noise.sources import Noise
+from sde_diffusion.processes import Level, Process, double
+from sde_diffusion.processes.level import enter, leave
+from sde_diffusion.samplers.sampler import Memory, SolverError
+from sde_diffusion.verify.probe import NotAffine
+
+__all__ = ["Ask", "Foreign", "Function", "only"]
+
+NORMAL = {"randn", "randn_like", "normal", "normal_"}
+
+
+OTHER = {
+    "rand", "rand_like", "randint", "randint_like", "randperm", "bernoulli", "bernoulli_",
+    "multinomial", "poisson", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_",
+    "geometric_",
+}  # fmt: skip
+
+
+class Injected(TorchFunctionMode):
+    """Torch's normal draws give what `noise` gives for the batch x, at the last call's time."""
+
+    def __init__(self, name: str, noise: Noise, x: Tensor, t: float, s: float) -> None:
+        super().__init__()
+        self.name, self.noise, self.x, self.t, self.s = name, noise, x, t, s
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        called = getattr(func, "__name__", "")
+        if called in OTHER:
+            raise NotAffine(f"{self.name} draws by torch.{called}: only normal draws are injected")
+        if called not in NORMAL:
+            return func(*args, **kwargs)
+        if kwargs.pop("generator", None) is not None:
+            raise NotAffine(
+                f"{self.name} draws from a generator of its own, as Brownian trees do: its noise "
+                f"cannot be injected"
+            )
+        if called == "randn":
+            return self._unit(torch.empty(*args, **kwargs))
+        if called == "randn_like":
+            return self._unit(torch.empty_like(*args, **kwargs))
+        x = None
+        if called == "normal_":  # torch.nn.init gives its tensor by name
+            x, args = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
+        mean, std, size = normal_arguments(args, kwargs)
+        if x is not None:
+            return x.copy_(mean + std * self._unit(x))
+        if size is not None:
+            return mean + std * self._unit(torch.empty(size, **kwargs))
+        return mean + std * self._unit(torch.as_tensor(mean + 0 * std))
+
+    def _unit(self, like: Tensor) -> Tensor:
+        if like.shape != self.x.shape:
+            raise NotAffine(
+                f"{self.name} draws noise of shape {tuple(like.shape)} for a batch of shape "
+                f"{tuple(self.x.shape)}"
+            )
+        return self.noise(self.t, self.s, self.x).to(like)
+
+
+def normal_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Mean, std and size of a call of torch.normal; what else it was told stays in kwargs."""
+    given = dict(zip(("mean", "std", "size"), args, strict=False))
+    given |= {name: kwargs.pop(name) for name in ("mean", "std", "size") if name in kwargs}
+    return given.get("mean", 0.0), given.get("std", 1.0), given.get("size")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The model as a peer asks it: about x = alpha x_0 + sigma eps in the peer's coordinates."""
+
+    model: Model
+    injected: Injected
+
+    def __call__(self, x: Tensor, alpha: float, sigma: float) -> Prediction:
+        there = placed(alpha, sigma)
+        own = frames.level_at(self.model.process, there.u)
+        if abs(own.u - there.u) > 1e-3 * (1 - there.u):
+            raise ValueError(
+                f"{self.injected.name} asks at sigma/alpha = {sigma / alpha:.6g}, and "
+                f"{self.model.process} ends at {own.sigma / own.alpha:.6g}: put the model on "
+                f"the sampler's own process, and keep churn below its start"
+            )
+        self.injected.t = own.t
+        own_x = leave(enter(x.to(self.injected.x), there), own)
+        return self.model(own_x, own)
+
+
+def placed(alpha: float, sigma: float) -> Level[float]:
+    """A level of a peer."""
+    return Level(math.nan, alpha, sigma, math.nan, math.nan, math.nan)
+
+
+class Report(NamedTuple):
+    """What an adapter leaves in the memory."""
+
+    remark: str
+
+
+class Foreign(ABC):
+    """A peer's loop as a sampler of one step, over all the levels that the peer chooses."""
+
+    rounding: float
+    declared: int | None
+
+    @property
+    def order(self) -> int | None:
+        """What is declared; 1, which every consistent method has, if nothing is."""
+        return 1 if self.declared is None else self.declared
+
+    @property
+    @abstractmethod
+    def process(self) -> Process:
+        """The process that the peer itself works on."""
+
+    @abstractmethod
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(alpha, sigma) of the peer's own coordinates at its start and at its end."""
+
+    @abstractmethod
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        """The peer's code, from x in its own coordinates to its end, likewise; and any remark."""
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """The times at which the peer starts and ends."""
+        if steps is not None:
+            raise ValueError(f"{self} has its number of steps already; leave out steps")
+        times = [frames.level_at(process, placed(*end).u).t for end in self.ends()]
+        return torch.tensor(times, dtype=torch.float64)
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        first, last = (placed(*end) for end in self.ends())
+        if abs(t.u - first.u) > 1e-3 * (1 - first.u) + 1e-9 or abs(s.u - last.u) > 1e-6:
+            raise ValueError(f"{self} runs on levels of its own; leave out times")
+        begin = leave(enter(x, t), first)
+        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
+            try:
+                end, remark = self.loop(Ask(model, injected), begin)
+            except (ValueError, SolverError):
+                raise
+            except Exception as error:  # the peer's own code: whatever it is, in one line
+                said = " ".join(str(error).split())
+                raise ValueError(f"{self} failed: {type(error).__name__}: {said:.200}") from error
+        return leave(enter(end.to(x), last), s), Report(remark)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A plain function f(eps_fn, x_T) -> x_0, on the model's own process.
+
+    It calls eps_fn(x, t), t a time in [0, 1] (i / N on a chain), and draws by torch.
+
+    Args:
+        function: f.
+        start, end: the times of x_T and of what f returns.
+        declared: its order, if it is known.
+        rounding: of its arithmetic, relative; 1e-4 if that is in float32.
+    """
+
+    function: Callable[[Callable[[Tensor, Any], Tensor], Tensor], Tensor]
+    start: float = 1.0
+    end: float = 0.0
+    declared: int | None = None
+    rounding: float = 1e-9
+
+    def __post_init__(self) -> None:
+        validate.kind("function", self.function, "a function f(eps_fn, x)", "__call__")
+        validate.number("start", self.start, 0, 1)
+        validate.number("end", self.end, 0, 1)
+        if self.end >= self.start:
+            raise ValueError(f"a sampler runs from start down to end; got {self.start}, {self.end}")
+
+    def __str__(self) -> str:
+        return f"function {name_of(self.function)}"
+
+    @property
+    def order(self) -> int:
+        """What is declared; 1, which every consistent method has, if nothing is."""
+        return 1 if self.declared is None else self.declared
+
+    def grid(self, process: Process, steps: int | None) -> Tensor:
+        """(start, end)."""
+        if steps is not None:
+            raise ValueError(f"{self} has its number of steps already; leave out steps")
+        return torch.tensor([self.start, self.end], dtype=torch.float64)
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        def eps(x: Tensor, t: Any) -> Tensor:
+            time = torch.tensor([only(t, "t")], dtype=torch.float64)
+            injected.t = float(time)
+            return model(x, model.process.levels(time)[0]).eps
+
+        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
+            end = self.function(eps, x.clone())
+        if getattr(end, "shape", None) != x.shape or not hasattr(end, "to"):
+            raise ValueError(f"{self} must return a tensor of shape {tuple(x.shape)}")
+        return end.to(x), None
+
+
+def only(value: Any, name: str) -> float:
+    """A number that is the same for the whole batch."""
+    flat = double(value, name).flatten()
+    if not len(flat) or not bool((flat == flat[0]).all()):
+        raise NotAffine(f"{name} must be one number for the whole batch; got {value!r:.80}")
+    return float(flat[0])
+
+
+def name_of(function: Any) -> str:
+    function = getattr(function, "func", function)  # of a partial
+    return getattr(function, "__name__", type(function).__name__)
+
+
+SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state

@@ -1,0 +1,103 @@
+"""Sampling functions of k-diffusion as samplers.
+
+Nothing here imports k-diffusion; its functions are handed in, and run by their own code.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.processes import EDM, Process
+from sde_diffusion.verify.peers.foreign import Ask, Foreign, name_of, only
+
+__all__ = ["KDiffusion", "ratios"]
+
+
+@dataclass(frozen=True)
+class KDiffusion(Foreign):
+    """A sampling function of k-diffusion, f(model, x, sigmas, ...).
+
+    Those that take sigma_min, sigma_max and perhaps n instead are given the first and the last
+    positive of the sigmas and their number.
+
+    Args:
+        function: such as `k_diffusion.sampling.sample_heun`.
+        sigmas: decreasing, sigma / alpha, such as `grids.karras(20)`.
+        arguments: more of them, by name.
+        declared: its order, if it is known.
+    """
+
+    function: Callable[..., Tensor]
+    sigmas: Tensor | Sequence[float]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    declared: int | None = None
+    rounding: float = 1e-9
+
+    def __post_init__(self) -> None:
+        validate.kind("function", self.function, "a function f(model, x, sigmas)", "__call__")
+        sigmas = self.levels
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[:-1] > sigmas[1:]).all()):
+            raise ValueError(f"sigmas must decrease; got {sigmas.tolist()!r:.80}")
+        if not bool((sigmas >= 0).all()) or (not self._takes("sigmas") and len(self._positive) < 2):
+            raise ValueError(
+                f"sigmas must be positive, the last may be 0; got {sigmas.tolist()!r:.60}"
+            )
+
+    @property
+    def levels(self) -> Tensor:
+        """The sigmas in float64."""
+        return torch.as_tensor(self.sigmas, dtype=torch.float64)
+
+    @property
+    def order(self) -> int | None:
+        """What is declared, or 1; None for a function with tolerances, which chooses its steps."""
+        return None if self._takes("rtol") else super().order
+
+    @property
+    def name(self) -> str:
+        return f"k-diffusion {name_of(self.function)}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {len(self.levels) - 1} steps"
+
+    @property
+    def process(self) -> Process:
+        return EDM(float(self.levels[0]))
+
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        last = self.levels if self._takes("sigmas") else self._positive
+        return (1.0, float(self.levels[0])), (1.0, float(last[-1]))
+
+    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+        def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+            return ask(x, 1.0, only(sigma, "sigma")).x0
+
+        arguments = dict(self.arguments)
+        if self._takes("disable"):
+            arguments.setdefault("disable", True)  # the progress bar
+        if self._takes("sigmas"):
+            return self.function(denoised, x, self.levels, **arguments), ""
+        positive = self._positive
+        if self._takes("n"):
+            arguments.setdefault("n", len(self.levels) - 1)
+        low, high = float(positive[-1]), float(positive[0])
+        return self.function(denoised, x, low, high, **arguments), ""
+
+    @property
+    def _positive(self) -> Tensor:
+        return self.levels[self.levels > 0]
+
+    def _takes(self, name: str) -> bool:
+        return name in inspect.signature(self.function).parameters
+
+
+def ratios(process: Process, times: Tensor) -> Tensor:
+    """sigma / alpha at these times of a process: where a peer that counts in sigmas stands."""
+    validate.kind("process", process, "a Process", "log_alpha", "variance")
+    levels = process.levels(times)
+    return torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)

@@ -1,0 +1,353 @@
+"""The scripts as a user runs them: what they write, and one line with exit 2 for what is wrong."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scripts import run, run_apart
+from training_runs import small_mnist
+
+import sde_diffusion as sd
+
+ROOT = Path(__file__).parents[2]
+SAMPLERS = (
+    "ancestral", "ddim", "sde", "torchsde", "langevin", "heun", "churn", "adams", "dpm2", "dpm3",
+    "sde-dpm2", "multistep", "ode", "adaptive-ode", "adaptive-sde",
+)  # fmt: skip
+
+OWN_STEPS = ("ode", "adaptive-ode", "adaptive-sde")
+
+
+def frames(path):
+    """Size and number of frames of a picture that can be read to its end."""
+    with Image.open(path) as image:
+        image.load()
+        return image.size, getattr(image, "n_frames", 1)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module")
+def idx_root(scratch):
+    return small_mnist(scratch / "data")
+
+
+# ---- sampling ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(scratch):
+    calls = []
+    for name in SAMPLERS:
+        few = ("--rtol", 0.3, "--atol", 0.3) if name in OWN_STEPS else ("--steps", 3)
+        calls.append(
+            ("mnist_vp", "--sampler", name, *few, "--num-samples", 5, "--out", scratch / name)
+        )
+    return {name: run(*call) for name, call in zip(SAMPLERS, calls, strict=True)}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_writes_its_digits_and_says_what_it_took(sampled, scratch, name):
+    done, out = sampled[name], scratch / name
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "config.json").read_text())
+    calls = config["network_calls"]
+    assert f"{name}: 5 digits, {calls} network calls, " in done.stdout
+    assert calls == {"heun": 5, "churn": 5, "langevin": 5}.get(name, 3) or name in OWN_STEPS
+    assert config["flags"]["sampler"] == name
+    x = load_file(out / "samples.safetensors")["samples"]
+    assert x.shape == (5, 1, 28, 28)
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
+    assert frames(out / "samples.png")[0][0] > 5 * 28
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "samples.png", "samples.safetensors"
+    }  # fmt: skip
+
+
+def test_the_defaults_are_the_packaged_weights_and_what_python_gives(scratch, sampled):
+    """The script's samples are those of the library with seeds seed * 2^32 + k."""
+    denoiser = sd.pretrained("mnist_vp")
+    seeds = range(5)
+    x = denoiser.process.prior((5, 1, 28, 28), seeds=seeds)
+    ours = sd.sample(denoiser, sd.Ancestral(), x, steps=3, seeds=seeds)
+    theirs = load_file(scratch / "ancestral" / "samples.safetensors")["samples"]
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch_size_and_a_gif_changes_nothing(scratch, sampled):
+    out = scratch / "chunks"
+    done = run("mnist_vp", "--sampler", "sde", "--steps", 3, "--num-samples", 5,
+               "--batch-size", 2, "--gif", "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "9 network calls in 3 batches" in done.stdout
+    parts, whole = (load_file(f / "samples.safetensors")["samples"] for f in (out, scratch / "sde"))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    assert frames(out / "trajectory.gif")[1] == 4
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+TRAIN = ("--train", "--batch-size", 4, "--num-samples", 2, "--sampler", "adams", "--steps", 2,
+         "--tracker", "none")  # fmt: skip
+
+
+def test_a_run_is_trained_resumed_and_sampled_from(idx_root, scratch):
+    out = scratch / "unet"
+
+    def train(*more, steps=4):
+        flags = (*TRAIN, "--train-steps", steps, "--checkpoint-every", 2, "--out", out)
+        return run("mnist_vp", *flags, *more, data=idx_root)
+
+    done = train()
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "checkpoint-00000002", "checkpoint-00000004", "metrics.csv", "loss.png", "config.json",
+        "mnist_vp.safetensors", "mnist_vp.json", "samples.png", "samples.safetensors",
+    }  # fmt: skip
+    record = json.loads((out / "mnist_vp.json").read_text())
+    assert record["steps"] == 4
+    assert "--train-steps 4" in record["command"]
+    assert {"commit", "seed", "loss_of_last_1000_steps", "sha256"} <= record.keys()
+    rows = (out / "metrics.csv").read_text().splitlines()
+    weights = (out / "mnist_vp.safetensors").read_bytes()
+
+    shutil.rmtree(out / "checkpoint-00000004")  # as if it had been killed at step 3
+    (out / "mnist_vp.safetensors").unlink()
+    again = train("--resume")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 2" in again.stdout
+    assert (out / "metrics.csv").read_text().splitlines() == rows
+    assert (out / "mnist_vp.safetensors").read_bytes() == weights
+
+    assert_refused(train(), "holds a run", out, kept=True)
+    assert_refused(train("--resume", steps=6), "steps 4 -> 6", out, kept=True)
+    average = out / "checkpoint-00000002" / "denoiser.safetensors"
+    few = ("--sampler", "heun", "--steps", 2, "--num-samples", 1, "--out", scratch / "average")
+    sampled = run("mnist_vp", "--checkpoint", average, *few)
+    assert sampled.returncode == 0, sampled.stderr
+    more = (
+        "--train-steps",
+        1,
+        "--checkpoint",
+        average,
+        "--log-snr-std",
+        1,
+        "--out",
+        scratch / "on",
+    )
+    tuned = run("mnist_vp", *TRAIN, *more, data=idx_root)
+    assert tuned.returncode == 0, tuned.stderr
+    before, after = (load_file(path) for path in (average, scratch / "on" / "mnist_vp.safetensors"))
+    gap = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < gap <= 2e-3 / 500 + 1e-7  # Adam's first step of the warm-up, and rounding
+
+
+def test_resume_without_a_checkpoint_starts_and_says_so_and_overwrite_replaces(idx_root, scratch):
+    out = scratch / "mlp"
+    pytest.importorskip("tensorboard")
+    flags = (*TRAIN[:-2], "--train-steps", 1, "--network", "mlp", "--dtype", "bf16", "--out", out)
+    done = run("mnist_vp", *flags, "--resume", "--data-root", idx_root)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint in" in done.stdout
+    assert "starting at step 0" in done.stdout
+    again = run("mnist_vp", *flags, "--overwrite", "--data-root", idx_root)
+    assert again.returncode == 0, again.stderr
+    assert len((out / "metrics.csv").read_text().splitlines()) == 2
+    assert len(list(out.glob("trackers/mlp/events.*"))) == 2  # tensorboard, where it is installed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--process edm --weight likelihood", "--process ve --penalty huber",
+     "--process ddpm --weight vlb --penalty l1", "--process cosine --weight min-snr"],
+)  # fmt: skip
+def test_toy2d_trains_on_any_process_with_any_loss(tmp_path, flags):
+    few = ("--data", "two-gaussians", "--train-steps", 20, "--num-samples", 50)
+    done = run("toy2d", *few, *flags.split(), "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert frames(tmp_path / "toy2d.png")[0][0] > 1000
+
+
+def test_agreement_prints_and_writes_its_report(tmp_path):
+    done = run("agreement", "--sizes", 64, 128, 256, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = sd.verify.agreement(
+        sd.VP(), lambda n: sd.processes.discretize(sd.VP(), n), sizes=(64, 128, 256)
+    )
+    assert done.stdout.startswith(str(report))
+    assert (tmp_path / "agreement.txt").read_text() == f"{report}\n"
+    written = json.loads((tmp_path / "agreement.json").read_text())
+    assert written["rates"] == pytest.approx(report.rates, rel=1e-12)
+    assert written["laws"] == pytest.approx(report.laws, rel=1e-12)
+    assert frames(tmp_path / "agreement.png")[0][0] > 300
+    assert (tmp_path / "config.json").exists()
+
+
+def test_toy2d_trains_samples_and_draws(scratch):
+    out = scratch / "toy"
+    done = run("toy2d", "--train-steps", 20, "--num-samples", 50, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert frames(out / "toy2d.png")[0][0] > 1000
+    assert json.loads((out / "config.json").read_text())["losses"].keys() == {
+        "two-gaussians", "chequerboard"
+    }  # fmt: skip
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+
+def assert_refused(done, message, out, kept=False):
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert kept or not Path(out).exists()
+
+
+REFUSALS = {
+    "--sampler dpm": "invalid choice 'dpm'",
+    "--sampelr ode": "--sampelr",
+    "--steps 0 --sampler adams": "--steps",
+    "--steps -3": "--steps must be at least 1",
+    "--steps x --sampler adams": "--steps",
+    "--steps 5 --sampler ode": "--steps has no effect with --sampler ode",
+    "--rtol 0": "--rtol",
+    "--rtol nan": "--rtol",
+    "--atol 1e-3 --sampler heun": "--atol has no effect with --sampler heun",
+    "--num-samples 0": "--num-samples",
+    "--batch-size -1": "--batch-size",
+    "--seed -1": "--seed",
+    "--seed 100000000000000000000": "--seed",
+    "--steps 100000000000 --sampler sde": "--steps",
+    "--atol 0": "--atol",
+    "--train --epochs 0": "--epochs",
+    "--train --train-steps 0": "--train-steps",
+    "--train --checkpoint-every 0": "--checkpoint-every",
+    "--overwrite": "--overwrite has no effect without --train",
+    "--download": "--download has no effect without --train",
+    "--device tpu": "invalid choice 'tpu'",
+    "--dtype float16": "invalid choice 'float16'",
+    "--gif False": "False",
+    "--checkpoint nowhere.safetensors": "nowhere.safetensors",
+    "--checkpoint README.md": "README",
+    "--epochs 3": "--epochs has no effect without --train",
+    "--train-steps 3": "--train-steps has no effect without --train",
+    "--resume": "--resume has no effect without --train",
+    "--data-root .": "--data-root has no effect without --train",
+    "--network mlp": "--network has no effect without --train",
+    "--train --epochs 1 --train-steps 2": "not both",
+    "--train --resume --overwrite": "not both",
+    "--train --checkpoint x.safetensors --network mlp": "--network has no effect with",
+    "--log-snr-std 2": "--log-snr-std has no effect without --train",
+    "--log-snr-mean 0": "--log-snr-mean has no effect without --train",
+    "--train --log-snr-std 0": "--log-snr-std",
+    "--train --log-snr-mean nan": "--log-snr-mean",
+    "--train --learning-rate 0": "--learning-rate",
+    "--train --checkpoint nowhere.safetensors --overwrite": "nowhere.safetensors",
+    "--train --data-root nowhere": "train-images-idx3-ubyte",
+}
+if not torch.cuda.is_available():
+    REFUSALS["--device cuda"] = "--device cuda"
+
+
+TOY_REFUSALS = {
+    "--data moons": "invalid choice 'moons'",
+    "--train-steps 0 --data both": "--train-steps",
+    "--num-samples -1": "--num-samples",
+    "--seed -1 --data both": "--seed",
+    "--process brownian": "invalid choice 'brownian'",
+    "--weight vlb": "--weight vlb belongs to a chain",
+    "--penalty l3": "invalid choice 'l3'",
+}
+AGREEMENT_REFUSALS = {
+    "--sizes 10": "--sizes needs two or more",
+    "--sizes 10 10": "different lengths",
+    "--sizes 0 10": "--sizes",
+    "--sizes 10 x": "--sizes",
+    "--sizes 10 20000": "--sizes",
+    "--rule midpoint": "invalid choice 'midpoint'",
+    "--rule table": "--rule table: vp has none",
+    "--process edm": "invalid choice 'edm'",
+    "--process cosine": "take rule='exact'",
+    "--sizes 4 8": "take more steps",
+    "--data-variance 0": "--data-variance",
+    "--data-mean nan": "--data-mean",
+}
+SCRIPTS = {"mnist_vp": REFUSALS, "toy2d": TOY_REFUSALS, "agreement": AGREEMENT_REFUSALS}
+ALL_REFUSALS = REFUSALS | TOY_REFUSALS | AGREEMENT_REFUSALS
+
+
+@pytest.fixture(scope="module")
+def refused(scratch):
+    """One of each script as a process, the others in this one."""
+    done = {}
+    for script, refusals in SCRIPTS.items():
+        for k, flags in enumerate(refusals):
+            start = run if k else run_apart
+            done[flags] = start(script, *flags.split(), "--out", scratch / flags)
+    return done
+
+
+@pytest.mark.parametrize("flags", ALL_REFUSALS)
+def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(refused, scratch, flags):
+    assert_refused(refused[flags], ALL_REFUSALS[flags], scratch / flags)
+
+
+def test_a_missing_data_set_names_files_places_and_remedies(refused):
+    message = refused["--train --data-root nowhere"].stderr
+    for word in ("t10k-labels-idx1-ubyte", "nowhere/MNIST/raw", "--data-root",
+                 "SDE_DIFFUSION_DATA", "--download"):  # fmt: skip
+        assert word in message
+
+
+def test_a_checkpoint_of_something_else_is_one_line_and_exit_2(tmp_path):
+    path, out = tmp_path / "toy.safetensors", tmp_path / "out"
+    sd.Denoiser(sd.networks.MLP((2,), width=8), sd.VP()).save(path)
+    assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "--checkpoint", out)
+
+
+def test_the_packaged_weights_say_how_they_were_made():
+    folder = ROOT / "sde_diffusion" / "weights"
+    record = json.loads((folder / "mnist_vp.json").read_text())
+    data = (folder / "mnist_vp.safetensors").read_bytes()
+    assert record["sha256"] == hashlib.sha256(data).hexdigest()
+    assert len(data) < 5e6
+    assert sum(p.numel() for p in sd.pretrained("mnist_vp").parameters()) <= 1.2e6
+    assert record["command"].startswith("python experiments/mnist_vp.py --train")
+    assert len(record["commit"]) == 40
+    assert {"seed", "steps", "loss_of_last_1000_steps", "times"} <= record.keys()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "record of a list"])
+def test_a_damaged_checkpoint_is_one_line_and_exit_2(tmp_path, damage):
+    path = tmp_path / "net.safetensors"
+    sd.Denoiser(sd.networks.MLP((1, 28, 28), width=8), sd.VP()).save(path)
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[-5] ^= 4
+        path.write_bytes(data)
+    elif damage == "no record":
+        path.with_suffix(".json").unlink()
+    else:
+        path.with_suffix(".json").write_text("[]")
+    out = tmp_path / "out"
+    assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "net.", out)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("mnist_vp", "--out", tmp_path / "file")
+    assert_refused(done, "not a folder", tmp_path / "file", kept=True)

@@ -1,0 +1,288 @@
+"""Methods that use a measurement: exact where they promise it, one call a step."""
+
+import math
+
+import pytest
+import torch
+from cases import FIXED_STEP, PROCESSES
+from torch.testing import assert_close
+
+import sde_diffusion as sd
+from sde_diffusion.inverse.corrections import ThroughNetwork, ToMean
+from sde_diffusion.inverse.measurements import LogLikelihood, Measurement
+from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
+from sde_diffusion.inverse.operators import Mask, Matrix
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+MEAN, VARIANCE, NOISE = drawn(3, seed=4), 0.6, 0.3
+MATRIX, Y = drawn(2, 3, seed=1), drawn(1, 2, seed=2)
+MEASURED = Measurement(Matrix(MATRIX), NOISE, Y)
+
+
+def data(process):
+    return sd.exact.Gaussian(process, MEAN, VARIANCE)
+
+
+def level_of(process, t):
+    return process.levels(torch.tensor([t], dtype=torch.float64))[0]
+
+
+class Calls:
+    """A model that counts how often it is asked."""
+
+    def __init__(self, model):
+        self.model, self.process, self.count = model, model.process, 0
+
+    def __call__(self, x, level):
+        self.count += 1
+        return self.model(x, level)
+
+    def rows(self, index):
+        return self
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_pigdm_is_the_model_of_the_posterior_on_gaussian_data(process):
+    """For N(m, v I), any A: the posterior's own x0 and eps, at every level, per sample too."""
+    process = PROCESSES[process]
+    guided = PiGDM(data(process), MEASURED, variance=VARIANCE)
+    exact = data(process).given(MATRIX, Y[0], NOISE)
+    x = drawn(4, 3) * process.prior_std
+    for t in (1.0, 0.95, 0.5, 0.1, 0.01):
+        level = level_of(process, t)
+        made, expected = guided(x, level), exact(x, level)
+        assert_close(made.x0, expected.x0, rtol=1e-9, atol=1e-9)
+        assert_close(made.eps, expected.eps, rtol=1e-9, atol=1e-9)
+    level = process.level(torch.tensor([0.1, 1.0, 0.4, 0.2], dtype=torch.float64), x)
+    assert_close(guided(x, level).x0, exact(x, level).x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FIXED_STEP)
+def test_pigdm_with_any_sampler_has_the_samplers_own_law_on_the_posterior(name):
+    """Bit for bit but for rounding what the sampler makes of the posterior's model."""
+    sampler, x = FIXED_STEP[name], drawn(4, 3)
+    guided = Calls(data(sd.VP()))
+    made = sd.sample(
+        PiGDM(guided, MEASURED, variance=VARIANCE), sampler, x, steps=6, seeds=range(4)
+    )
+    exact = Calls(data(sd.VP()).given(MATRIX, Y[0], NOISE))
+    expected = sd.sample(exact, sampler, x, steps=6, seeds=range(4))
+    assert_close(made, expected, rtol=0, atol=1e-8)
+    assert guided.count == exact.count
+
+
+@pytest.mark.parametrize("process", [sd.RectifiedFlow(), sd.Cosine(),
+                                     sd.Discrete.linear(50).zero_terminal_snr()])  # fmt: skip
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.Adams(), sd.AdaptiveODE()])
+def test_pigdm_is_exact_from_where_there_is_no_signal_too(process, sampler):
+    x, steps = drawn(4, 3), None if isinstance(sampler, sd.AdaptiveODE) else 6
+    guided = PiGDM(data(process), MEASURED, variance=VARIANCE)
+    exact = data(process).given(MATRIX, Y[0], NOISE)
+    made, expected = (
+        sd.sample(model, sampler, x, steps=steps, seeds=range(4)) for model in (guided, exact)
+    )
+    assert_close(made, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", [PiGDM, DiffPIR])
+@pytest.mark.parametrize("sampler", [sd.AdaptiveODE(), sd.AdaptiveSDE()])
+def test_a_mask_of_each_sample_goes_with_it(sampler, method):
+    """Solvers that ask about a part of the batch: each row as it is alone."""
+    mask = torch.tensor([[1.0, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    model, x, seen = data(sd.VP()), drawn(4, 3), mask * drawn(4, 3, seed=8)
+
+    def solved(rows):
+        given = Measurement(Mask(mask[rows]), NOISE, seen[rows])
+        return sd.sample(method(model, given), sampler, x[rows], seeds=rows)
+
+    alone = torch.cat([solved([k]) for k in range(4)])
+    assert_close(solved([0, 1, 2, 3]), alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
+def test_derivatives_are_found_in_inference_mode_too(method):
+    model, chain, cost = data(sd.VP()), sd.Ancestral(), MEASURED.cost
+
+    def log_prob(x, level, y):
+        return -(x - y).square().sum(1)
+
+    made_by = {
+        "PiGDM": (PiGDM(model, MEASURED), chain),
+        "DiffPIR": (DiffPIR(model, MEASURED), chain),
+        "DPS": (model, DPS(chain, MEASURED, 0.1)),
+        "SMC": (model, sd.inverse.SMC(MEASURED, 4)),
+        "to mean": (model, ToMean(chain, cost, 0.1)),
+        "by classifier": (sd.models.ClassifierGuided(model, log_prob, drawn(4, 3)), chain),
+    }[method]
+
+    def sampled():
+        x = model.process.prior((4, 3), seeds=range(4), dtype=torch.float64)
+        return sd.sample(*made_by, x, steps=4, seeds=range(4))
+
+    with torch.inference_mode():
+        within = sampled().clone()
+    assert_close(within, sampled(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.AdaptiveODE()])
+@pytest.mark.parametrize("kind", ["mask", "matrix", "function", "classifier"])
+def test_what_is_made_in_inference_mode_serves_too(kind, sampler):
+    steps = None if isinstance(sampler, sd.AdaptiveODE) else 4
+    model = data(sd.VP())
+
+    def sampled():
+        matrix, mask, y = MATRIX.clone(), torch.tensor([1.0, 0, 1]).double(), drawn(4, 3)
+        guided = {
+            "mask": lambda: PiGDM(model, Measurement(Mask(mask), 0.0, y)),
+            "matrix": lambda: DiffPIR(model, Measurement(Matrix(matrix), 0.1, y[:, :2].clone())),
+            "function": lambda: PiGDM(model, LogLikelihood(lambda x0, y: (x0 * y).sum(1), y)),
+            "classifier": lambda: sd.models.ClassifierGuided(
+                model, lambda x, _, y: (x * y).sum(1), y
+            ),
+        }[kind]()
+        return sd.sample(guided, sampler, drawn(4, 3, seed=5), steps=steps, seeds=range(4))
+
+    with torch.inference_mode():
+        within = sampled().clone()
+    assert_close(within, sampled(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+def test_where_there_is_no_noise_left_nothing_is_moved(noise_std):
+    """At sigma = 0 x0 is known: x itself, whatever was measured."""
+    given = Measurement(Matrix(MATRIX), noise_std, Y)
+    for process in (sd.VP(), sd.RectifiedFlow()):
+        x = drawn(4, 3)
+        made = PiGDM(data(process), given, variance=VARIANCE)(x, level_of(process, 0.0))
+        assert_close(made.x0, x, rtol=0, atol=1e-12)
+        assert made.eps.isfinite().all()
+
+
+def test_a_likelihood_says_what_a_measurement_says():
+    """PiGDM on log p(y | x0) given as a function is the score form of DPS."""
+    model, x, level = data(sd.VP()), drawn(4, 3), level_of(sd.VP(), 0.5)
+    function = LogLikelihood(lambda x0, y: -((y - x0 @ MATRIX.T) ** 2).sum(1) / (2 * NOISE**2), Y)
+    z = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(MEASURED.log_likelihood(model(z, level).x0).sum(), z)
+    made = PiGDM(model, function, scale=0.7)(x, level).score
+    assert_close(made, model(x, level).score + 0.7 * gradient, rtol=1e-10, atol=1e-10)
+    assert_close(function.cost(x), -MEASURED.log_likelihood(x))
+
+
+def test_evidence_of_spread_data_is_that_of_gaussians():
+    """log N(y; A x0, spread A A^T + noise^2 I), but for a constant, and its gradient."""
+    x0 = drawn(5, 3)
+    value, gradient = MEASURED.spread_likelihood(x0, 0.4)
+    law = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), 0.4 * MATRIX @ MATRIX.T + NOISE**2 * torch.eye(2).double()
+    )
+    z = x0.clone().requires_grad_()
+    expected = law.log_prob(Y - z @ MATRIX.T)
+    assert_close(value - value[0], (expected - expected[0]).detach(), rtol=1e-10, atol=1e-10)
+    assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_an_operator_that_is_not_linear_is_linearized_at_x0():
+    def bent(x0):
+        return torch.tanh(x0 @ MATRIX.T)
+
+    x0 = drawn(2, 3)
+    _, gradient = Measurement(bent, NOISE, Y).spread_likelihood(x0, 0.4)
+    for k in range(2):
+        slope = torch.autograd.functional.jacobian(lambda z: bent(z[None])[0], x0[k])
+        whole = 0.4 * slope @ slope.T + NOISE**2 * torch.eye(2).double()
+        expected = slope.T @ torch.linalg.solve(whole, Y[0] - bent(x0[k : k + 1])[0])
+        assert_close(gradient[k], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.2])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_diffpir_solves_its_proximal_problem(process, noise_std):
+    process = PROCESSES[process]
+    model, x, lam = data(process), drawn(4, 3) * process.prior_std, 1.7
+    guided = DiffPIR(model, Measurement(Matrix(MATRIX), noise_std, Y), lam)
+    for t in (0.9, 0.5, 0.05):
+        level = level_of(process, t)
+        made, x0 = guided(x, level), model(x, level).x0
+        assert_close(level.alpha * made.x0 + level.sigma * made.eps, x, rtol=1e-9, atol=1e-9)
+        if not noise_std:
+            assert_close(made.x0 @ MATRIX.T, Y.expand(4, 2), rtol=0, atol=1e-10)
+            continue
+        z = made.x0.clone().requires_grad_()
+        weight = lam * level.alpha**2 / level.sigma**2
+        objective = (Y - z @ MATRIX.T).square().sum() / noise_std**2
+        objective = objective + weight * (z - x0).square().sum()
+        (gradient,) = torch.autograd.grad(objective, z)
+        size = 2 * float(((Y - x0 @ MATRIX.T) @ MATRIX).abs().max()) / noise_std**2
+        assert gradient.abs().max() < 1e-9 * size
+
+
+@pytest.mark.parametrize("name", FIXED_STEP)
+def test_dps_corrects_each_step_by_the_gradient_through_the_model(name):
+    """x_s - scale d|y - A x0_hat(x)| / dx at the x of the step's first call; no call is added."""
+    sampler, model, x = FIXED_STEP[name], Calls(data(sd.VP())), drawn(4, 3)
+    t, s = level_of(sd.VP(), 0.6), level_of(sd.VP(), 0.5)
+
+    def noise(t, s, like):
+        return drawn(*like.shape, seed=int(1000 * s))
+
+    plain, _ = sampler.step(model, x, t, s, noise, None)
+    calls, model.count = model.count, 0
+    made, memory = DPS(sampler, MEASURED, 0.3).step(model, x, t, s, noise, None)
+    assert model.count == calls
+    assert memory is None
+    if name.startswith("churn"):  # whose first call is higher up
+        return
+    z = x.clone().requires_grad_()
+    cost = (Y - model(z, t).x0 @ MATRIX.T).norm(dim=1)
+    (gradient,) = torch.autograd.grad(cost.sum(), z)
+    assert_close(made, plain - 0.3 * gradient, rtol=0, atol=1e-12)
+
+
+def test_corrections_leave_no_graph_behind():
+    made = sd.sample(data(sd.VP()), DPS(sd.Ancestral(), MEASURED), drawn(4, 3), steps=3)
+    assert not made.requires_grad
+    assert not PiGDM(data(sd.VP()), MEASURED)(drawn(4, 3), level_of(sd.VP(), 0.5)).x0.requires_grad
+
+
+def test_rows_take_their_measurements_with_them():
+    model, level, x = data(sd.VP()), level_of(sd.VP(), 0.4), drawn(4, 3)
+    each, index = Measurement(Matrix(MATRIX), NOISE, drawn(4, 2)), torch.tensor([3, 1])
+    for guided in (PiGDM(model, each), DiffPIR(model, each)):
+        part = guided.rows(index)(x[index], level).x0
+        assert_close(part, guided(x, level).x0[index], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: Measurement(Matrix(MATRIX), -0.1, Y), "noise_std"),
+    (lambda: Measurement(Matrix(MATRIX), math.nan, Y), "noise_std"),
+    (lambda: Measurement(Matrix(MATRIX), 0.1, Y * math.nan), "y must be finite"),
+    (lambda: Measurement(3, 0.1, Y), "operator"),
+    (lambda: Measurement(Matrix(MATRIX), 0.1, drawn(1, 3)).cost(drawn(4, 3)), "y must be shaped"),
+    (lambda: Measurement(Matrix(MATRIX), 0.1, drawn(2, 2)).cost(drawn(4, 3)), "y must be shaped"),
+    (lambda: Measurement(Mask(torch.tensor([1.0, 0, 0])), 0.0, drawn(4, 3))
+     .log_likelihood(drawn(4, 3)), "above 0"),
+    (lambda: LogLikelihood(lambda x0, y: x0, Y).log_likelihood(drawn(4, 3)), "shape"),
+    (lambda: PiGDM(data(sd.VP()), MEASURED, math.nan), "scale"),
+    (lambda: PiGDM(data(sd.VP()), MEASURED, variance=0.0), "variance"),
+    (lambda: DiffPIR(data(sd.VP()), MEASURED, 0.0), "lam"),
+    (lambda: DPS(sd.Ancestral(), MEASURED, math.inf), "scale"),
+    (lambda: ThroughNetwork(sd.Ancestral, MEASURED.cost), "sampler"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(call, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        call()
+
+
+def test_a_model_without_derivatives_is_refused():
+    class Stone(Calls):
+        @torch.no_grad()
+        def __call__(self, x, level):
+            return super().__call__(x, level)
+
+    with pytest.raises(ValueError, match="no derivative"):
+        PiGDM(Stone(data(sd.VP())), MEASURED)(drawn(4, 3), level_of(sd.VP(), 0.5))

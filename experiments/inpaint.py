@@ -23,8 +23,8 @@ from sde_diffusion.files import storage
 from sde_diffusion.inverse import corrections, inpainting
 
 ROUTES: dict[str, inpainting.Route] = {
-    "network": corrections.ThroughNetwork,
-    "mean": corrections.ToMean,
+    "network": corrections.BackpropCorrection,
+    "mean": corrections.PosteriorMeanCorrection,
 }
 MOST = 10_000  # images, completions, steps
 SCALES = {"network": 300.0, "mean": 2.0}

@@ -44,7 +44,7 @@ def samplers(calls: int) -> dict[str, sd.samplers.Sampler]:
         "DDIM": sd.Ancestral(eta=0.0),
         "DPM-Solver++(2M)": sd.DPMSolver(2),
         "Adams": sd.Adams.auto(calls),
-        "Adams, Gaussian frame": sd.Adams.auto(calls, frames.Gaussian.pretrained("mnist")),
+        "Adams, Gaussian frame": sd.Adams.auto(calls, frames.GaussianFrame.pretrained("mnist")),
     }
 
 

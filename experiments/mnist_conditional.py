@@ -64,7 +64,7 @@ class Config(run.Flags):
     """(train) images per step [128]"""
     learning_rate: float | None = None
     """(train) its largest value [2e-3]"""
-    context_dropout: float | None = None
+    cond_dropout: float | None = None
     """(train) probability that a step does not see a digit's class [0.2]"""
     dtype: Literal["float32", "bf16"] | None = None
     """(train) the network's arithmetic [float32]"""
@@ -106,13 +106,13 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--low and --high must be 0 <= low < high; got {config.low}, {config.high}"
         )
-    for name, top in (("learning_rate", 1.0), ("context_dropout", 1.0)):
+    for name, top in (("learning_rate", 1.0), ("cond_dropout", 1.0)):
         if getattr(config, name) is not None:
             flag = "--" + name.replace("_", "-")
             validate.number(flag, getattr(config, name), 0, top, strict=name == "learning_rate")
     if config.steps is not None and config.sampler in samplers.TOLERANCES:
         raise ValueError(f"--steps has no effect with --sampler {config.sampler}")
-    training_only = ("train_steps", "batch_size", "learning_rate", "context_dropout", "dtype",
+    training_only = ("train_steps", "batch_size", "learning_rate", "cond_dropout", "dtype",
                      "data_root", *(field.name for field in fields(run.Flags)))  # fmt: skip
     for name in training_only if not config.train else ():
         given = getattr(config, name)
@@ -197,7 +197,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         batch_size=config.batch_size or 128,
         learning_rate=config.learning_rate or 2e-3,
         seed=config.seed,
-        context_dropout=0.2 if config.context_dropout is None else config.context_dropout,
+        cond_dropout=0.2 if config.cond_dropout is None else config.cond_dropout,
         dtype=run.dtype(config.dtype),
     )
     state = training.TrainState(
@@ -219,7 +219,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
 
 def fresh() -> sd.Denoiser:
     """An untrained denoiser."""
-    network = sd.networks.UNet(channels=(32, 64), blocks=2, context=CLASSES)
+    network = sd.networks.UNet(channels=(32, 64), blocks=2, cond=CLASSES)
     return sd.Denoiser(network, sd.VP(), sd.V())
 
 
@@ -227,21 +227,21 @@ def widened(denoiser: sd.Denoiser) -> sd.Denoiser:
     """A U-Net that takes a class: itself, or one that says the same of any class at first."""
     network = denoiser.network
     settings = getattr(network, "config", {})
-    if not isinstance(network, sd.networks.UNet) or settings["context"] not in (0, CLASSES):
+    if not isinstance(network, sd.networks.UNet) or settings["cond"] not in (0, CLASSES):
         raise ValueError(
             f"--checkpoint: to train on classes it must hold a UNet without a context, or with one "
             f"of width {CLASSES}"
         )
-    if settings["context"]:
+    if settings["cond"]:
         return denoiser
-    wider = sd.networks.UNet(**{**settings, "context": CLASSES})
+    wider = sd.networks.UNet(**{**settings, "cond": CLASSES})
     assert wider.context is not None
     with torch.no_grad():
         wider.load_state_dict(network.state_dict(), strict=False)
         wider.context.weight.zero_()
         wider.context.bias.zero_()
     ours = denoiser
-    return sd.Denoiser(wider, ours.process, ours.parameterization, ours.condition)
+    return sd.Denoiser(wider, ours.process, ours.parameterization, ours.noise_input)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     }
     # A fully connected network learns in vain to hand 784 noisy numbers through. Read as a part of
     # eps beside the known part of x, its output meets the same loss: .13 for .61 after 1,200 steps.
-    reading = sd.models.Karras(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
+    reading = sd.models.Preconditioned(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
     chain = sd.Discrete.linear(config.num_steps or 1000)
     denoiser = sd.Denoiser(networks[config.network or "unet"], chain, reading)
     digits = data.mnist(config.data_root)

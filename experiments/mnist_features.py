@@ -67,7 +67,7 @@ def train(config: Config, digits: data.Images) -> features.DigitClassifier:
     steps = config.epochs * -(-len(digits) // config.batch_size)
     for step in tqdm(range(steps)):
         start = step * config.batch_size
-        index = data.order(config.seed, len(digits), start, config.batch_size)
+        index = data.shuffled_indices(config.seed, len(digits), start, config.batch_size)
         numbers = stream(config.seed, Purpose.BATCH, step)
         by = torch.from_numpy(numbers.integers(-SHIFT, SHIFT + 1, (len(index), 2)))
         x = data.dequantize(digits.pixels[index], torch.tensor(0.5))
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
             "accuracy": float((guessed == digits.labels).double().mean()),
         }
         if part == "test":
-            chosen = data.order(config.seed, len(digits), 0, EXAMPLES)
+            chosen = data.shuffled_indices(config.seed, len(digits), 0, EXAMPLES)
             tensors["test.examples"] = metrics.extract(x[chosen], network).half()
         print(f"{part}: {facts[part]['accuracy']:.2%} of {len(digits)} digits")
     out = command.folder(config.out)

@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     command.check_out(config.out)
     digits = data.mnist(config.data_root)
     mean, covariance = data.moments(digits)
-    frame = frames.Gaussian.of(mean, covariance, rank=config.rank, floor=data.DEQUANTIZATION)
+    frame = frames.GaussianFrame.of(mean, covariance, rank=config.rank, floor=data.DEQUANTIZATION)
     explained = float(frame.variances.sum() / covariance.trace())
     out = command.folder(config.out)
     record = {"command": command.command(), "commit": command.commit(), "images": len(digits)}

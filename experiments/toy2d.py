@@ -100,7 +100,7 @@ def train(
     process = command.PROCESSES[config.process]
     if process.prior_std > 1:  # the network must not see levels of 50 or 80, nor be told them by t
         denoiser = sd.Denoiser(
-            network, process, sd.models.Karras(sigma_data=1.0), sd.models.LogRatio()
+            network, process, sd.models.Preconditioned(sigma_data=1.0), sd.models.CNoise()
         )
     else:
         denoiser = sd.Denoiser(network, process, sd.V())

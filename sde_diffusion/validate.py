@@ -1,21 +1,63 @@
-"""The words in which this package refuses: what was given, what is allowed.
+"""Rules for arguments: declared once, on a field or a parameter, and checked where a user comes in.
 
-Every public boundary checks its arguments with these, so that a bad value is named where it comes
-in and not by a stack of tensor code.
+    @dataclass(frozen=True)
+    class Adams(Checked):
+        k: Annotated[int, Integer(1, 5)] = 3
+
+    @arguments
+    def kid(real: Tensor, made: Tensor, subsets: Annotated[int, Integer(2)] = 10) -> Figure: ...
+
+A message reads `<argument> must <rule>; got <value>`. Code inside the package trusts its arguments.
 """
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from types import NoneType
+from typing import (
+    Annotated,
+    Any,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-__all__ = ["batch", "choice", "integer", "kind", "number", "shape"]
+__all__ = [
+    "Batch",
+    "Checked",
+    "Choice",
+    "Count",
+    "Integer",
+    "Kind",
+    "NonNegative",
+    "Number",
+    "Positive",
+    "Rule",
+    "Shape",
+    "Share",
+    "arguments",
+    "batch",
+    "choice",
+    "integer",
+    "kind",
+    "number",
+    "shape",
+]
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+# ---- rules as functions ------------------------------------------------------------------------
 
 
 def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
-    """`value`, if it is an integer in the range; bools and floats are not integers."""
+    """Return `value` if it is an integer in the range; bools and floats are not integers."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     value = int(value)
@@ -29,7 +71,7 @@ def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, strict: bool = False
 ) -> float:
-    """`value`, if it is a finite number in [low, high], or in (low, high] where `strict`."""
+    """Return `value` if it is a finite number in [low, high], or in (low, high] where `strict`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
     value = float(value)
@@ -42,7 +84,7 @@ def number(
 
 
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> Any:
-    """`value`, if it is one of `allowed`."""
+    """Return `value` if it is one of `allowed`."""
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
@@ -50,14 +92,17 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> Any:
 
 
 def kind(name: str, value: T, what: str, *attributes: str) -> T:
-    """`value`, if it has the attributes that make it `what`; structural, as the protocols are."""
-    if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
+    """Return `value` if it has the attributes that make it `what`; structural, as protocols are."""
+    if isinstance(value, type):
+        made = value.__name__
+        raise TypeError(f"{name} must be {what}; got the class {made}; make one: {made}(...)")
+    if not all(hasattr(value, attribute) for attribute in attributes):
         raise TypeError(f"{name} must be {what}; got {value!r:.80}")
     return value
 
 
 def batch(name: str, value: T) -> T:
-    """`value`, if it is a tensor of floats (B, ...)."""
+    """Return `value` if it is a tensor of floats (B, ...)."""
     if not hasattr(value, "is_floating_point"):
         raise TypeError(f"{name} must be a tensor (B, ...); got {value!r:.80}")
     tensor: Any = value
@@ -70,7 +115,132 @@ def batch(name: str, value: T) -> T:
 
 
 def shape(name: str, value: Any) -> tuple[int, ...]:
-    """`value`, if it is a sequence of sizes (B, ...)."""
+    """Return `value` as a tuple if it is a sequence of sizes (B, ...)."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of integers (B, ...); got {value!r}")
     return tuple(integer(f"each entry of {name}", size, 0) for size in value)
+
+
+# ---- rules as values, for annotations ----------------------------------------------------------
+
+
+class Rule(Protocol):
+    """A condition on one argument."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """Raise a TypeError or ValueError that names the argument, unless the value is allowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Integer:
+    """An integer in [at_least, at_most]."""
+
+    at_least: int = 1
+    at_most: int | None = None
+
+    def __call__(self, name: str, value: Any) -> int:
+        return integer(name, value, self.at_least, self.at_most)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in [low, high], or in (low, high] where `strict`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    strict: bool = False
+
+    def __call__(self, name: str, value: Any) -> float:
+        return number(name, value, self.low, self.high, strict=self.strict)
+
+
+class Choice:
+    """One of the values given."""
+
+    def __init__(self, *allowed: Any) -> None:
+        self.allowed = allowed
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return choice(name, value, self.allowed)
+
+
+class Kind:
+    """An object with the attributes that make it `what`."""
+
+    def __init__(self, what: str, *attributes: str) -> None:
+        self.what, self.attributes = what, attributes
+
+    def __call__(self, name: str, value: T) -> T:
+        return kind(name, value, self.what, *self.attributes)
+
+
+class Batch:
+    """A floating-point tensor (B, ...)."""
+
+    def __call__(self, name: str, value: T) -> T:
+        return batch(name, value)
+
+
+class Shape:
+    """A sequence of sizes (B, ...)."""
+
+    def __call__(self, name: str, value: Any) -> tuple[int, ...]:
+        return shape(name, value)
+
+
+Count = Annotated[int, Integer(1)]
+Positive = Annotated[float, Number(0, strict=True)]
+NonNegative = Annotated[float, Number(0)]
+Share = Annotated[float, Number(0, 1)]
+
+
+def rules_of(hint: Any) -> tuple[Rule, ...]:
+    """Return the rules in an annotation; those of `X | None` hold unless the value is None."""
+    if get_origin(hint) is Annotated:
+        return tuple(rule for rule in hint.__metadata__ if callable(rule))
+    parts = get_args(hint)
+    return next((rules_of(part) for part in parts if get_origin(part) is Annotated), ())
+
+
+def optional(hint: Any) -> bool:
+    """True if None is allowed by `X | None`."""
+    return NoneType in get_args(hint)
+
+
+@functools.cache
+def table(owner: Any) -> dict[str, tuple[bool, tuple[Rule, ...]]]:
+    """The rules of a class's fields or of a function's parameters, by name."""
+    hints = get_type_hints(owner, include_extras=True)
+    found = {name: (optional(hint), rules_of(hint)) for name, hint in hints.items()}
+    return {name: entry for name, entry in found.items() if entry[1]}
+
+
+def check(owner: Any, values: Callable[[str], Any]) -> None:
+    """Apply the rules of a class or function to its values by name."""
+    for name, (none_allowed, rules) in table(owner).items():
+        value = values(name)
+        if not (value is None and none_allowed):
+            for rule in rules:
+                rule(name, value)
+
+
+class Checked:
+    """Base of dataclasses whose annotated fields are checked when an instance is made."""
+
+    def __post_init__(self) -> None:
+        check(type(self), functools.partial(getattr, self))
+
+
+def arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the annotated parameters of a public function at each call."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        check(function, bound.arguments.__getitem__)
+        return function(*args, **kwargs)
+
+    return checked

@@ -245,7 +245,7 @@ def output(meaning, alpha, sigma):
             return 0.0, -1 / sigma
         case sd.Velocity():
             return -1.0, 1.0
-        case sd.models.Karras(sigma_data=r):
+        case sd.models.Preconditioned(sigma_data=r):
             root = r * math.sqrt(alpha**2 * r**2 + sigma**2)
             return sigma / root, -alpha * r**2 / root
 

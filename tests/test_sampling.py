@@ -166,7 +166,7 @@ def test_half_precision_batches_keep_their_type(sampler, dtype):
 
 def test_a_network_told_the_log_snr_is_finite_at_the_ends_too():
     model = network(sd.RectifiedFlow())
-    model.condition = sd.models.LogSNR()
+    model.noise_input = sd.models.LogSNR()
     x = sd.RectifiedFlow().prior((2, 3), seeds=[0, 1])
     for sampler in (sd.Adams(3), sd.Heun(), sd.Ancestral(), sd.TorchODE()):
         steps = None if isinstance(sampler, sd.TorchODE) else 5

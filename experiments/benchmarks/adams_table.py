@@ -88,7 +88,7 @@ def sharper(problem: Problem) -> Problem:
 
 def frame_of(problem: Problem) -> Frame:
     mean, covariance = problem.moments
-    return frames.Gaussian.of(mean, covariance)
+    return frames.GaussianFrame.of(mean, covariance)
 
 
 def tried(

@@ -99,7 +99,7 @@ class Case:
 def spectrum(name: str) -> Tensor:
     if name == "power":
         return 10 / torch.arange(1, 785, dtype=torch.float64) ** 1.5
-    frame = frames.Gaussian.pretrained("mnist")
+    frame = frames.GaussianFrame.pretrained("mnist")
     left = len(frame.axes) - len(frame.variances)
     return torch.cat([frame.variances, frame.variances.new_full((left,), frame.rest)])
 

@@ -200,7 +200,7 @@ def unet(
     x, c = normal(shape), torch.full((images,), 0.5)
     source = torch.Generator()
     forwards = Forwards(model.network, x, c, steps)
-    asked = sd.Denoiser(forwards, model.process, model.parameterization, model.condition)
+    asked = sd.Denoiser(forwards, model.process, model.parameterization, model.noise_input)
 
     def loop(sampler: sd.samplers.Sampler) -> Loop:
         return lambda: sd.sample(asked, sampler, x, steps=steps, generator=source.manual_seed(0))

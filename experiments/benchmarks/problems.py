@@ -51,9 +51,9 @@ class Problem:
         return mean, symmetric(covariance)
 
     @property
-    def frame(self) -> frames.Gaussian:
+    def frame(self) -> frames.GaussianFrame:
         """The Gaussian frame of the data's own mean and covariance."""
-        return frames.Gaussian.of(*self.moments)
+        return frames.GaussianFrame.of(*self.moments)
 
     @property
     def start(self) -> Tensor:

@@ -80,7 +80,7 @@ def optimized(
             "a chain's grids stand on its own times; use equivalence.continuous(process)"
         )
     data, weights = blurred(spectra.spectrum(data)[1], process)
-    spectra.check(sampler, data, steps)
+    spectra.check_along(sampler, data, steps)
 
     def residuals(times: Tensor) -> np.ndarray:
         way = weights.sqrt() * spectra.along(sampler, data, times=times).way

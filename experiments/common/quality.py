@@ -140,7 +140,7 @@ def network(word: Word, weights: Path | None) -> torch.nn.Module:
 def judge(word: Word, network: torch.nn.Module, images: data.Images, count: int) -> Judge:
     """The judge of `count` samples by these images, on the device of the network."""
     device = next(network.parameters()).device
-    kept = data.order(0, len(images), 0, check(word, len(images), count))
+    kept = data.shuffled_indices(0, len(images), 0, check(word, len(images), count))
     real = data.dequantize(images.pixels[kept], torch.tensor(0.5)).to(device)
     return Judge.of(NAMES[word], network, real, None if word == "inception" else COMPONENTS)
 

@@ -34,7 +34,7 @@ def sampler(
         frame: in which adams and adaptive-ode integrate; gaussian is that of MNIST.
         rtol, atol: tolerances of a solver with steps of its own [TOLERANCES].
     """
-    chosen = frames.Gaussian.pretrained("mnist") if frame == "gaussian" else frames.Straight()
+    chosen = frames.GaussianFrame.pretrained("mnist") if frame == "gaussian" else frames.Straight()
     usual_rtol, usual_atol = TOLERANCES.get(word, (1.0, 1.0))
     rtol, atol = rtol or usual_rtol, atol or usual_atol
     made: dict[Word, sd.samplers.Sampler] = {

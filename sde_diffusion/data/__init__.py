@@ -9,7 +9,7 @@ from sde_diffusion.data.datasets import (
     dequantize,
     fingerprint,
     moments,
-    order,
+    shuffled_indices,
     to_uint8,
 )
 from sde_diffusion.data.image_files import (
@@ -38,8 +38,8 @@ __all__ = [
     "image_folder",
     "mnist",
     "moments",
-    "order",
     "sample_digits",
+    "shuffled_indices",
     "to_uint8",
     "toy",
 ]

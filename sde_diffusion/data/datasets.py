@@ -15,7 +15,16 @@ from torch import Tensor
 
 from sde_diffusion.noise.sources import Purpose, stream
 
-__all__ = ["Data", "Images", "Points", "dequantize", "fingerprint", "moments", "order", "to_uint8"]
+__all__ = [
+    "Data",
+    "Images",
+    "Points",
+    "dequantize",
+    "fingerprint",
+    "moments",
+    "shuffled_indices",
+    "to_uint8",
+]
 
 DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives to every pixel
 
@@ -130,7 +139,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def order(seed: int, size: int, start: int, count: int) -> Tensor:
+def shuffled_indices(seed: int, size: int, start: int, count: int) -> Tensor:
     """Data indices of the global positions start .. start + count - 1, (count,) int64.
 
     Epoch e is a permutation that depends on (seed, e) alone, so any stretch can be had anywhere.

@@ -52,9 +52,9 @@ class TwoGaussians:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
         """n independent points; see Toy."""
-        u, z = numbers(n, seed)
+        u, z = uniforms_and_normals(n, seed)
         sign = np.where(u[:, :1] < self.weight, 1, -1)
-        return points(sign * self.mean + self.std * z)
+        return as_tensor(sign * self.mean + self.std * z)
 
     def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
         """Log-density at x."""
@@ -87,12 +87,12 @@ class Chequerboard:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
         """n independent points; see Toy."""
-        u, _ = numbers(n, seed)
+        u, _ = uniforms_and_normals(n, seed)
         dark = np.argwhere(np.indices((self.squares, self.squares)).sum(0) % 2 == 0)
         corner = dark[(u[:, 0] * len(dark)).astype(int)]
         clear = 2**-20 / self.side  # of the edges, over which float32 would round
         inside = clear + (1 - 2 * clear) * u[:, 1:]
-        return points(self.side * (corner + inside) - 2)
+        return as_tensor(self.side * (corner + inside) - 2)
 
     def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
         """Log-density at x, -inf on the light squares and off the board."""
@@ -121,10 +121,10 @@ class Moons:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
         """n independent points; see Toy."""
-        u, z = numbers(n, seed)
+        u, z = uniforms_and_normals(n, seed)
         upper = np.stack([np.cos(np.pi * u[:, 1]), np.sin(np.pi * u[:, 1])], axis=1)
         p = np.where(u[:, :1] < 0.5, upper, (1, 0.5) - upper)
-        return points(math.sqrt(2) * (p - (0.5, 0.25)) + self.noise * z)
+        return as_tensor(math.sqrt(2) * (p - (0.5, 0.25)) + self.noise * z)
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ class SwissRoll:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
         """n independent points; see Toy."""
-        u, z = numbers(n, seed)
+        u, z = uniforms_and_normals(n, seed)
         a = 3 * np.pi * (0.5 + u[:, :1])
         p = a * np.concatenate([np.cos(a), np.sin(a)], axis=1)
-        return points((p - (2, 2 / (3 * np.pi))) / 7 + self.noise * z)
+        return as_tensor((p - (2, 2 / (3 * np.pi))) / 7 + self.noise * z)
 
 
 @dataclass(frozen=True)
@@ -171,21 +171,21 @@ class Pinwheel:
 
     def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
         """n independent points; see Toy."""
-        u, z = numbers(n, seed)
+        u, z = uniforms_and_normals(n, seed)
         r, across = 1 + self.radial * z[:, 0], self.tangential * z[:, 1]
         a = 2 * np.pi * np.floor(self.arms * u[:, 0]) / self.arms + self.rate * np.exp(r)
         turned = (r * np.cos(a) - across * np.sin(a), r * np.sin(a) + across * np.cos(a))
-        return points(math.sqrt(2) * np.stack(turned, axis=1))
+        return as_tensor(math.sqrt(2) * np.stack(turned, axis=1))
 
 
-def numbers(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def uniforms_and_normals(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """u (n, 3) and z (n, 2): the beginnings of two endless lists that the seed fixes."""
     validate.integer("n", n)
     u, z = (stream(seed, Purpose.TOY, step) for step in (0, 1))
     return u.random((n, 3)), z.standard_normal((n, 2))
 
 
-def points(x: np.ndarray) -> Tensor:
+def as_tensor(x: np.ndarray) -> Tensor:
     """The sample as a float32 tensor."""
     return torch.from_numpy(x.astype(np.float32))
 

@@ -8,16 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
 from sde_diffusion.files.strict_json import near, plain, spoken
 
-__all__ = ["build", "chosen", "describe", "public", "same"]
+__all__ = ["class_and_arguments", "from_record", "public", "same", "to_record"]
 
 
-def describe(value: Any) -> dict[str, Any]:
+def to_record(value: Any) -> dict[str, Any]:
     """A frozen dataclass as JSON."""
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__} must be a dataclass to be saved")
@@ -25,24 +25,24 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def public(module: Any) -> list[type]:
-    """The public classes of a module that `build` can make."""
+    """The public classes of a module that `from_record` can make."""
     named = [getattr(module, name) for name in module.__all__]
     kinds = [made for made in named if isinstance(made, type) and not inspect.isabstract(made)]
     return [made for made in kinds if is_dataclass(made) or issubclass(made, nn.Module)]
 
 
-def build(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
-    """The inverse of `describe` for these classes; or `given`, if that is what it describes."""
+def from_record(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
+    """The inverse of `to_record` for these classes; or `given`, if that is what it describes."""
     if given is not None:
-        same(kind, description, describe(given))
+        same(kind, description, to_record(given))
         return given
-    made, arguments = chosen(kind, classes, description)
+    made, arguments = class_and_arguments(kind, classes, description)
     value = made(**arguments)
-    same(kind, description, describe(value))
+    same(kind, description, to_record(value))
     return value
 
 
-def chosen(
+def class_and_arguments(
     kind: str, classes: Sequence[type], description: Any, added: Mapping[str, Any] | None = None
 ) -> tuple[type, dict[str, Any]]:
     """The class that a description names, of these, and arguments that its constructor takes.
@@ -68,7 +68,7 @@ def chosen(
     for argument, parameter in takes.items():
         if argument not in arguments:
             raise ValueError(f"{kind} {name} has no {argument!r}: its record is not complete")
-        if not fits(arguments[argument], parameter.annotation):
+        if not matches_type(arguments[argument], parameter.annotation):
             raise ValueError(f"{argument} of {name} must not be {spoken(arguments[argument])}")
     return made, arguments
 
@@ -93,19 +93,23 @@ def text(value: Any) -> str:
     return json.dumps(plain(value), sort_keys=True)
 
 
-def fits(value: Any, hint: Any) -> bool:
+def matches_type(value: Any, hint: Any) -> bool:
     """Is a value from JSON what an annotation says? True is no 1, "1" is no 1, 1.0 is no 1."""
     origin, inside = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return matches_type(value, inside[0])
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inside)
+        return any(matches_type(value, one) for one in inside)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in inside)
     if origin is tuple and Ellipsis not in inside:
         return (
-            isinstance(value, list) and len(value) == len(inside) and all(map(fits, value, inside))
+            isinstance(value, list)
+            and len(value) == len(inside)
+            and all(map(matches_type, value, inside))
         )
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list) and all(fits(one, inside[0]) for one in value)
+        return isinstance(value, list) and all(matches_type(one, inside[0]) for one in value)
     if type(value) is int and not -(2**63) <= value < 2**63:
         return False
     return type(value) in ((int, float) if hint is float else (hint,))

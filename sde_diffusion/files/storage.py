@@ -112,7 +112,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     outlined(data[8 : head_end(data[:8], len(data))], len(data))
     check_numbers(tensors)
     told = plain({"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record})
-    told["record_sha256"] = fingerprint(told)
+    told["record_sha256"] = record_hash(told)
     words = (json.dumps(told, indent=1) + "\n").encode()
     if len(words) > LIMIT:
         raise ValueError(f"a record of {len(words):,} bytes; it may have {LIMIT:,}")
@@ -121,7 +121,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     replace_all({path: data, path.with_suffix(".json"): words})
 
 
-def fingerprint(record: Mapping[str, Any]) -> str:
+def record_hash(record: Mapping[str, Any]) -> str:
     """SHA-256 of a record, however it is laid out as text."""
     rest = {name: value for name, value in record.items() if name != "record_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -265,7 +265,7 @@ def check_record(record: Any) -> None:
         known = "not one there is" if type(given) is not int or given < 1 else "an older one"
         age = "of a newer version" if type(given) is int and given > FORMAT else known
         raise ValueError(f"format {given!r:.40}, {age}; this version reads format {FORMAT}")
-    if record["record_sha256"] != fingerprint(record):
+    if record["record_sha256"] != record_hash(record):
         raise ValueError("damaged (its SHA-256 is not the recorded one)")
 
 

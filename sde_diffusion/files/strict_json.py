@@ -26,7 +26,7 @@ def parsed(data: bytes) -> Any:
         value = json.loads(
             data.decode(),
             object_pairs_hook=distinct,
-            parse_int=integer,
+            parse_int=parse_integer,
             parse_float=finite,
             parse_constant=finite,
         )
@@ -56,7 +56,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def integer(digits: str) -> int:
+def parse_integer(digits: str) -> int:
     if len(digits) > DIGITS:
         raise ValueError(f"an integer of {len(digits):,} digits")
     return int(digits)

@@ -77,7 +77,7 @@ def import_weights(
             raise ValueError(f"its SHA-256 is {found}, not the one given")
         if start == b"PK\x03\x04":
             data = checked_archive(data, known=sha256 is not None)
-        return tensors_of(chosen(unpacked(data), key), size)
+        return tensors_of(entry_of(unpacked(data), key), size)
 
 
 def unpacked(data: bytes) -> Any:
@@ -229,7 +229,7 @@ def check_words(content: bytes) -> None:
             raise ValueError(f"holds {name!r:.80}, which is not loaded: only tensors in dicts are")
 
 
-def chosen(loaded: Any, key: str | None) -> dict[Any, Any]:
+def entry_of(loaded: Any, key: str | None) -> dict[Any, Any]:
     """The dict under `key`, or the whole one."""
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not a dict of tensors")

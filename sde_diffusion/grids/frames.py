@@ -27,7 +27,7 @@ from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Process, Scalar, spacings
 from sde_diffusion.processes.level import coordinates, enter, leave
 
-__all__ = ["Frame", "Gaussian", "Straight", "enter", "grid", "leave", "level_at"]
+__all__ = ["Frame", "GaussianFrame", "Straight", "enter", "grid", "leave", "level_at"]
 
 PARTS = ("mean", "axes", "variances")  # of a Gaussian frame's file
 
@@ -80,7 +80,7 @@ class Straight:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Gaussian:
+class GaussianFrame:
     r"""Where the exact flow of N(m, S) would end: only what no Gaussian explains is integrated.
 
     With  C = alpha^2 S + sigma^2 I,  the covariance of x_t for Gaussian data,
@@ -126,12 +126,12 @@ class Gaussian:
         validate.number("rest", self.rest, 0, strict=True)
 
     def __repr__(self) -> str:
-        return f"Gaussian(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
+        return f"GaussianFrame(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
 
     @staticmethod
     def of(
         mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: float = 0.0
-    ) -> "Gaussian":
+    ) -> "GaussianFrame":
         """The frame of a mean (*shape,) and a covariance (d, d).
 
         Args:
@@ -152,7 +152,7 @@ class Gaussian:
         kept = validate.integer("rank", len(axes) if rank is None else rank, 1, len(axes))
         left = variances[: len(axes) - kept]
         rest = float(left.mean()) if len(left) else 1.0
-        return Gaussian(mean.double(), axes[:, -kept:], variances[-kept:], rest)
+        return GaussianFrame(mean.double(), axes[:, -kept:], variances[-kept:], rest)
 
     def clock(self, level: Level[float]) -> float:
         return math.atan2(level.sigma, level.alpha)
@@ -196,7 +196,7 @@ class Gaussian:
         )
 
     @staticmethod
-    def load(path: str | Path) -> "Gaussian":
+    def load(path: str | Path) -> "GaussianFrame":
         """Read what `save` wrote.
 
         Raises:
@@ -213,16 +213,16 @@ class Gaussian:
         tensors = storage.load(saved)
         with storage.blaming(path):
             mean, axes, variances = (tensors[name].double() for name in PARTS)
-            made = Gaussian(mean, axes, variances, rest)
+            made = GaussianFrame(mean, axes, variances, rest)
             check_orthonormal(made.axes)
         return made
 
     @staticmethod
-    def pretrained(name: str) -> "Gaussian":
+    def pretrained(name: str) -> "GaussianFrame":
         """The frame of a data set that comes with the package: "mnist", 28x28 digits in [-1, 1]."""
         folder = Path(__file__).parents[1] / "weights" / "frames"
         validate.choice("name", name, sorted(path.stem for path in folder.glob("*.safetensors")))
-        return Gaussian.load(folder / f"{name}.safetensors")
+        return GaussianFrame.load(folder / f"{name}.safetensors")
 
     def _flat(self, x: Tensor) -> Tensor:
         """x as (B, d)."""
@@ -251,7 +251,9 @@ class Gaussian:
 
 
 @lru_cache(maxsize=8)
-def on(frame: Gaussian, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def on(
+    frame: GaussianFrame, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (d,), axes and variances of a frame as a batch needs them; copied once, not per step."""
     mean = frame.mean.flatten().to(device, dtype)
     return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)

@@ -2,7 +2,7 @@
 
 from sde_diffusion.inverse import corrections, inpainting, operators
 from sde_diffusion.inverse.inpainting import MaskedMSE, RePaint, Replacement, complete_image
-from sde_diffusion.inverse.measurements import Evidence, LogLikelihood, Measurement
+from sde_diffusion.inverse.measurements import LogLikelihood, Measurement, Observation
 from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
 from sde_diffusion.inverse.smc import SMC
 
@@ -10,10 +10,10 @@ __all__ = [
     "DPS",
     "SMC",
     "DiffPIR",
-    "Evidence",
     "LogLikelihood",
     "MaskedMSE",
     "Measurement",
+    "Observation",
     "PiGDM",
     "RePaint",
     "Replacement",

@@ -21,17 +21,17 @@ from sde_diffusion.models.derivatives import leaf, ordinary, recorded
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, ascent
+from sde_diffusion.processes import Level, Process, forward_kernel
 from sde_diffusion.samplers.sampler import Memory, Sampler
 
 __all__ = [
+    "BackpropCorrection",
     "Corrected",
     "Descent",
     "Differentiable",
-    "ThroughNetwork",
-    "ToMean",
-    "Traced",
-    "Watched",
+    "PosteriorMeanCorrection",
+    "RecordingModel",
+    "TracingModel",
 ]
 
 
@@ -81,7 +81,7 @@ class Descent(Corrected):
 
 
 @dataclass(frozen=True, eq=False)
-class ThroughNetwork(Descent):
+class BackpropCorrection(Descent):
     r"""After each step of a sampler from t to s,  x_s - scale d/dx_t cost(x0_hat(x_t)).
 
     The derivative goes through the network, back-propagated from the call that the step makes at
@@ -92,7 +92,7 @@ class ThroughNetwork(Descent):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        watched = Traced(model)
+        watched = TracingModel(model)
         x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
         with recorded():
             cost = self.cost(watched.first.x0)
@@ -101,7 +101,7 @@ class ThroughNetwork(Descent):
 
 
 @dataclass(frozen=True, eq=False)
-class ToMean(Descent):
+class PosteriorMeanCorrection(Descent):
     r"""After each step of a sampler from t to s,  x_s - scale d/dmean cost(x0_hat).
 
     The mean of q(x_s | x_t, x0) is  c_0 x0 + c_t x_t  (Ho et al. 2020, eq. 7). With x_t held fixed
@@ -115,16 +115,16 @@ class ToMean(Descent):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        watched = Watched(model)
+        watched = RecordingModel(model)
         x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
         with recorded():
             x0 = leaf(watched.first.x0)
             (gradient,) = torch.autograd.grad(self.cost(x0).sum(), x0)
-        c_0 = s.alpha * (ascent(s, t)[1] / t.sigma) ** 2
+        c_0 = s.alpha * (forward_kernel(s, t)[1] / t.sigma) ** 2
         return x_s.sub(gradient, alpha=self.scale / c_0), None
 
 
-class Watched:
+class RecordingModel:
     """A model that remembers its first answer."""
 
     def __init__(self, model: Model) -> None:
@@ -156,7 +156,7 @@ class Watched:
         return self.model.rows(index)
 
 
-class Traced(Watched):
+class TracingModel(RecordingModel):
     """A model that remembers its first answer and the way from x to it."""
 
     def ask(self, x: Tensor, level: Level) -> "Differentiable":

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.inverse.corrections import Corrected, ThroughNetwork, ToMean
-from sde_diffusion.inverse.operators import binary, fits
+from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
+from sde_diffusion.inverse.operators import binary, check_broadcast
 from sde_diffusion.models.guidance import Clipped
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, ascent
+from sde_diffusion.processes import Level, forward_kernel
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.samplers.sampler import Memory, Sampler
@@ -90,7 +90,7 @@ class RePaint(Replacement):
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         times = torch.linspace(t.t, s.t, self.jump + 1, dtype=torch.float64)
         levels = [t, *model.process.levels(times[1:-1]), s]
-        a, b = ascent(s, t)
+        a, b = forward_kernel(s, t)
         for k in range(self.rounds):
             if k:
                 x = (x * a).add_(noise(t.t, s.t, x), alpha=b)
@@ -118,7 +118,7 @@ class MaskedMSE:
         return coordinates(off).square().mean(1)
 
 
-Route = type[ThroughNetwork] | type[ToMean]
+Route = type[BackpropCorrection] | type[PosteriorMeanCorrection]
 
 
 def complete_image(
@@ -127,7 +127,7 @@ def complete_image(
     ymask: Tensor,
     scale: float,
     *,
-    route: Route = ThroughNetwork,
+    route: Route = BackpropCorrection,
     clip: bool = False,
     sampler: Sampler | None = None,
     steps: int | None = None,
@@ -147,7 +147,8 @@ def complete_image(
         ymask: 1 where y is known, 0 where not; broadcasts against y.
         scale: s of the rule. It grows with the number of pixels, and serves one route: for 28x28
             digits in 250 steps about 300 through the network and 2 to the mean.
-        route: `ThroughNetwork`, or `ToMean`, which does not differentiate the network.
+        route: `BackpropCorrection`, or `PosteriorMeanCorrection`, which does not differentiate
+            the network.
         clip: hold x0_hat to [-1, 1], in the rule and in the step.
         sampler: what steps; the ancestral chain by default.
         steps: on the sampler's own grid; 250 where neither these nor times are given.
@@ -158,7 +159,7 @@ def complete_image(
     validate.kind("model", model, "a model", "process", "__call__")
     known("y", y, "ymask", ymask)
     cost = MaskedMSE(y, ymask)
-    validate.choice("route", route, (ThroughNetwork, ToMean))
+    validate.choice("route", route, (BackpropCorrection, PosteriorMeanCorrection))
     rule = route(sampler or Ancestral(), cost, scale)
     x = model.process.prior(
         y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device
@@ -172,7 +173,7 @@ def known(y_name: str, y: Tensor, mask_name: str, mask: Tensor) -> None:
     """Refuse a mask that is not one of y, and a y that is not finite where it is known."""
     validate.batch(y_name, y)
     binary(mask_name, mask)
-    fits(mask, y, mask_name, y_name)
+    check_broadcast(mask, y, mask_name, y_name)
     mask = mask.to(y.device)
     each = coordinates((mask == 1).expand(y.shape))
     for rows, says in ((~each.any(1), "nothing"), (each.all(1), "everything")):

@@ -13,10 +13,10 @@ from sde_diffusion.models.derivatives import leaf, ordinary, recorded
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates, per_sample
 
-__all__ = ["Evidence", "LogLikelihood", "Measurement"]
+__all__ = ["LogLikelihood", "Measurement", "Observation"]
 
 
-class Evidence(Protocol):
+class Observation(Protocol):
     """What a measurement says of x0."""
 
     def cost(self, x0: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Evidence(Protocol):
         """log p(y) for x0' ~ N(x0, spread I), up to a constant, (B,), and its gradient at x0."""
         ...
 
-    def rows(self, index: Tensor) -> "Evidence": ...
+    def rows(self, index: Tensor) -> "Observation": ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +66,8 @@ class Measurement:
             raise ValueError(
                 f"y must be shaped like operator(x0), {tuple(seen.shape)}; got {tuple(y.shape)}"
             )
-        heard = getattr(self.operator, "heard", None)
-        return y - seen if heard is None else heard(y - seen)
+        part = getattr(self.operator, "observed_part", None)
+        return y - seen if part is None else part(y - seen)
 
     def cost(self, x0: Tensor) -> Tensor:
         """|r|, in units of y."""

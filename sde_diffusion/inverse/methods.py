@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.inverse.corrections import Differentiable, ThroughNetwork
-from sde_diffusion.inverse.measurements import Evidence, Measurement
+from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
+from sde_diffusion.inverse.measurements import Measurement, Observation
 from sde_diffusion.models.guidance import turned
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.parameterizations import X0
@@ -49,7 +49,7 @@ class PiGDM:
     """
 
     model: Model
-    evidence: Evidence
+    evidence: Observation
     scale: float = 1.0
     variance: float = 1.0
 
@@ -118,14 +118,14 @@ class DiffPIR:
         return replace(self, model=self.model.rows(index), measurement=self.measurement.rows(index))
 
 
-def DPS(sampler: Sampler, measurement: Measurement, scale: float = 1.0) -> ThroughNetwork:
+def DPS(sampler: Sampler, measurement: Measurement, scale: float = 1.0) -> BackpropCorrection:
     r"""Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): x_s - scale d/dx_t |r|.
 
     The gradient of the norm: that of its square, which their algorithm takes with a step size
     zeta / |r|, is 2 |r| times this one, so scale = 2 zeta.
     """
     validate.kind("measurement", measurement, "a Measurement", "cost")
-    return ThroughNetwork(sampler, measurement.cost, scale)
+    return BackpropCorrection(sampler, measurement.cost, scale)
 
 
 def posterior_variance(level: Level, variance: float) -> Scalar:

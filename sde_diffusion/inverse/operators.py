@@ -2,7 +2,7 @@
 
 Any other differentiable function of a batch does as well. One that holds something of each sample
 has rows(index, ndim), itself for these samples of a batch of this rank; one that says nothing of a
-part of y has heard(y), y with 0 there.
+part of y has observed_part(y), y with 0 there.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sde_diffusion import validate
 from sde_diffusion.models.derivatives import ordinary
 
-__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "fits"]
+__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "check_broadcast"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class Mask:
         binary("mask", self.mask)
 
     def __call__(self, x0: Tensor) -> Tensor:
-        fits(self.mask, x0, "mask", "the images")
+        check_broadcast(self.mask, x0, "mask", "the images")
         return ordinary(self.mask.to(x0)) * x0
 
-    def heard(self, y: Tensor) -> Tensor:
+    def observed_part(self, y: Tensor) -> Tensor:
         return self(y)
 
     def rows(self, index: Tensor, ndim: int) -> "Mask":
@@ -143,7 +143,7 @@ def binary(name: str, mask: Any) -> Tensor:
     return mask
 
 
-def fits(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> None:
+def check_broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> None:
     """Refuse a mask that does not broadcast against the images."""
     try:
         whole = torch.broadcast_shapes(mask.shape, images.shape) == images.shape

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import Differentiable
-from sde_diffusion.inverse.measurements import Evidence
+from sde_diffusion.inverse.measurements import Observation
 from sde_diffusion.inverse.methods import posterior_variance
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, ascent
+from sde_diffusion.processes import Level, Process, forward_kernel
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.samplers.sampler import Memory
@@ -66,7 +66,7 @@ class SMC:
             falls below this share of P.
     """
 
-    evidence: Evidence
+    evidence: Observation
     particles: int
     variance: float = 1.0
     kernel_variance: float | None = None
@@ -107,7 +107,7 @@ class SMC:
         gradient = asked.back(pull)
 
         # The chain's kernel, N(mean, std^2 I): DDPM's with the variance of x0 given x.
-        b = ascent(s, t)[1]
+        b = forward_kernel(s, t)[1]
         v = (b * s.sigma / t.sigma) ** 2
         mean = asked.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_x0 = s.alpha * (b / t.sigma) ** 2

@@ -44,7 +44,7 @@ class UniformTimes:
         validate.number("t_max", self.t_max, self.t_min, 1, strict=True)
 
     def __call__(self, quantile: Tensor) -> Tensor:
-        return self.t_min + (self.t_max - self.t_min) * checked(quantile)
+        return self.t_min + (self.t_max - self.t_min) * checked_quantile(quantile)
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class DiscreteTimes:
         validate.integer("num_steps", self.num_steps)
 
     def __call__(self, quantile: Tensor) -> Tensor:
-        return (checked(quantile) * self.num_steps).ceil().clamp(1, self.num_steps) / self.num_steps
+        return (checked_quantile(quantile) * self.num_steps).ceil().clamp(
+            1, self.num_steps
+        ) / self.num_steps
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class LikelihoodTimes:
 
     def __call__(self, quantile: Tensor) -> Tensor:
         first = self.process.log_snr(self.t_min)
-        return self.process.time(first - self.total * checked(quantile))
+        return self.process.time(first - self.total * checked_quantile(quantile))
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class NormalLogSNR:
         return 0.5 * math.erfc((lowest - self.mean) / (self.std * math.sqrt(2)))
 
     def __call__(self, quantile: Tensor) -> Tensor:
-        share = checked(quantile) * self._above
+        share = checked_quantile(quantile) * self._above
         return self.process.time(self.mean - self.std * torch.special.ndtri(share))
 
 
@@ -143,7 +145,7 @@ def stratified(offset: float, positions: Tensor, batch_size: int) -> Tensor:
     return (positions.to(torch.float64) + offset) / batch_size
 
 
-def checked(quantile: Tensor) -> Tensor:
+def checked_quantile(quantile: Tensor) -> Tensor:
     """The quantile, if it is a tensor of shares in [0, 1]; a GPU is not asked, it would stall."""
     validate.kind("quantile", quantile, "a tensor", "is_floating_point", "device")
     allowed = (quantile >= 0) & (quantile <= 1)

@@ -72,7 +72,7 @@ def wasserstein(real: Tensor, made: Tensor) -> Figure:
     of the cheapest transport where the ground cost is the squared Euclidean distance. Time grows as
     the cube of N and memory as its square: up to about 5,000 points.
     """
-    x, y = points(real, made)
+    x, y = as_points(real, made)
     ot = required("ot")
     cost = gaps(x, y).square().numpy()
     value, log = ot.emd2([], [], cost, numItermax=10**9, log=True)
@@ -87,7 +87,7 @@ def sliced_wasserstein(real: Tensor, made: Tensor, projections: int = 500, seed:
     SW_2 = (E_theta W_2(theta . x, theta . y)^2)^(1/2) over directions theta uniform on the sphere,
     here `projections` of them, a function of (seed, d) alone. For a shift by c it is |c| / sqrt(d).
     """
-    x, y = points(real, made)
+    x, y = as_points(real, made)
     validate.integer("projections", projections)
     generator = torch.Generator().manual_seed(validate.integer("seed", seed, at_least=0))
     directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
@@ -108,7 +108,7 @@ def mmd(real: Tensor, made: Tensor, bandwidth: float | None = None) -> Figure:
     Args:
         bandwidth: h; None takes the median distance between two real points.
     """
-    x, y = points(real, made)
+    x, y = as_points(real, made)
     xx, yy, xy = gaps(x, x), gaps(y, y), gaps(x, y)
     if bandwidth is None:
         h = float(off_diagonal(xx).median())
@@ -133,7 +133,7 @@ def energy_distance(real: Tensor, made: Tensor) -> Figure:
     2 E|X - Y| - E|X - X'| - E|Y - Y'|, which is 0 only where the laws are equal. It has no
     parameter, and is below 0 as often as above where they are.
     """
-    x, y = points(real, made)
+    x, y = as_points(real, made)
     within = off_diagonal(gaps(x, x)).mean() + off_diagonal(gaps(y, y)).mean()
     return Figure(float(2 * gaps(x, y).mean() - within), (len(x), len(y)))
 
@@ -149,7 +149,7 @@ def off_diagonal(square: Tensor) -> Tensor:
     return square.flatten()[1:].reshape(size - 1, size + 1)[:, :-1]
 
 
-def points(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+def as_points(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
     """Both clouds as float64 (N, d), or a ValueError that says what is wrong with them."""
     clouds: list[Tensor] = []
     for name, given in (("real", real), ("made", made)):

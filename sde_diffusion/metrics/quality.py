@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import order
+from sde_diffusion.data.datasets import shuffled_indices
 from sde_diffusion.files.npz import read_npz, write_npz
 from sde_diffusion.files.storage import BadFile
 from sde_diffusion.metrics.distances import (
@@ -94,7 +94,7 @@ class Statistics:
             ValueError: if N < d: the covariance of so few samples is singular, and distances to it
                 say more of N than of the samples.
         """
-        x = checked("features", features)
+        x = checked_features("features", features)
         if len(x) < x.shape[1]:
             raise ValueError(
                 f"{len(x)} samples are fewer than the {x.shape[1]} features: draw more"
@@ -211,7 +211,7 @@ def kid(real: Tensor, made: Tensor, subsets: int = 10, seed: int = 0) -> Figure:
     standard error is that of a mean. The size of a subset is min(N, M) // subsets, and does not
     bias the figure; it is the KID on Inception's features.
     """
-    x, y = checked("real", real), checked("made", made)
+    x, y = checked_features("real", real), checked_features("made", made)
     alike(x, y)
     validate.integer("subsets", subsets, at_least=2)
     size = min(len(x), len(y)) // subsets
@@ -222,7 +222,7 @@ def kid(real: Tensor, made: Tensor, subsets: int = 10, seed: int = 0) -> Figure:
         )
     poly_mmd = required("torchmetrics.image.kid").poly_mmd
     parts = [
-        part[order(seed + k, len(part), 0, subsets * size)].split(size)
+        part[shuffled_indices(seed + k, len(part), 0, subsets * size)].split(size)
         for k, part in enumerate((x, y))
     ]
     found = torch.stack([poly_mmd(a, b) for a, b in zip(*parts, strict=True)])
@@ -243,7 +243,7 @@ def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> PrecisionRecall:
     A sample could be of a set if it lies in one of its balls: around each member, as wide as the
     distance to its k-th neighbour in the set. Both depend on the sizes: give as many of each kind.
     """
-    x, y = checked("real", real), checked("made", made)
+    x, y = checked_features("real", real), checked_features("made", made)
     alike(x, y)
     validate.integer("k", k)
     if min(len(x), len(y)) <= k:
@@ -262,7 +262,7 @@ class Principal:
     basis: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (checked("features", features) - self.mean) @ self.basis
+        return (checked_features("features", features) - self.mean) @ self.basis
 
 
 def principal(real: Tensor, components: int = 64) -> Principal:
@@ -271,7 +271,7 @@ def principal(real: Tensor, components: int = 64) -> Principal:
     What few samples allow where features are many: a Frechet distance on k components needs k
     samples, not d. Fit it on real images alone, and name it with its features and components.
     """
-    x = checked("real", real)
+    x = checked_features("real", real)
     validate.integer("components", components, at_most=x.shape[1])
     if len(x) <= components:
         raise ValueError(f"{len(x)} samples have fewer than {components} principal components")
@@ -284,7 +284,7 @@ def halves(real: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Two disjoint halves of the rows of `real`, in an order that depends on the seed alone."""
     if len(real) < 2:
         raise ValueError(f"real must hold two samples or more; got {len(real)}")
-    first, second = real[order(seed, len(real), 0, len(real))].tensor_split(2)
+    first, second = real[shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
     return first, second
 
 
@@ -345,7 +345,7 @@ def gathered(values: Tensor, positions: Tensor, accelerator: Gatherer | None = N
     return values[places]
 
 
-def checked(name: str, features: Tensor) -> Tensor:
+def checked_features(name: str, features: Tensor) -> Tensor:
     """Features as float64 (N, d), N > 1, on the CPU: not every device has float64."""
     validate.batch(name, features)
     if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:

@@ -10,29 +10,35 @@ from sde_diffusion.models.guidance import (
     get_context_mask,
 )
 from sde_diffusion.models.model import Model
-from sde_diffusion.models.noise_inputs import Condition, Index, LogRatio, LogSNR, Time
-from sde_diffusion.models.parameterizations import X0, Eps, Karras, Score, V, Velocity
+from sde_diffusion.models.noise_inputs import (
+    CNoise,
+    ContinuousTime,
+    LogSNR,
+    NoiseInput,
+    TimestepIndex,
+)
+from sde_diffusion.models.parameterizations import X0, Eps, Preconditioned, Score, V, Velocity
 from sde_diffusion.models.prediction import Parameterization, Prediction, truth
 
 __all__ = [
     "X0",
     "Adopted",
+    "CNoise",
     "ClassifierFree",
     "ClassifierGuided",
     "Clipped",
-    "Condition",
+    "ContinuousTime",
     "Denoiser",
     "Eps",
-    "Index",
-    "Karras",
-    "LogRatio",
     "LogSNR",
     "Matched",
     "Model",
+    "NoiseInput",
     "Parameterization",
+    "Preconditioned",
     "Prediction",
     "Score",
-    "Time",
+    "TimestepIndex",
     "V",
     "Velocity",
     "adopt",

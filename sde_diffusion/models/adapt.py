@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.models.model import Model
-from sde_diffusion.models.noise_inputs import Index
+from sde_diffusion.models.noise_inputs import TimestepIndex
 from sde_diffusion.models.parameterizations import Eps
-from sde_diffusion.models.prediction import Parameterization, Prediction, Row, read
+from sde_diffusion.models.prediction import Parameterization, Prediction, Row, from_network
 from sde_diffusion.processes import Discrete, Level, Process, double
 from sde_diffusion.processes.level import enter, leave
 
@@ -55,7 +55,7 @@ class Adopted:
     counts_from: int
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        step = double(Index(self.process.num_steps, self.counts_from)(level))
+        step = double(TimestepIndex(self.process.num_steps, self.counts_from)(level))
         near = 1e-6 if isinstance(level.t, float) else 1e-3  # float32 times have fewer digits
         if bool((step < self.counts_from - near).any()):
             raise ValueError(
@@ -67,7 +67,7 @@ class Adopted:
         step = whole if bool(((step - whole).abs() <= near).all()) else step.to(torch.float32)
         out = self.network(x, step.reshape(-1).expand(len(x)).to(x.device))
         out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-        return read(x, out, level, self.parameterization)
+        return from_network(x, out, level, self.parameterization)
 
     def rows(self, index: Tensor) -> "Adopted":
         return self

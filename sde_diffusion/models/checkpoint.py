@@ -12,7 +12,7 @@ from sde_diffusion.files import describe
 from sde_diffusion.files.describe import public
 from sde_diffusion.files.strict_json import near
 
-PARTS = ("network", "process", "parameterization", "condition")  # of a description
+PARTS = ("network", "process", "parameterization", "noise_input")  # of a description
 
 
 LONGEST = 10_000  # letters that describe a network
@@ -43,7 +43,7 @@ def checked_parts(record: dict[str, Any]) -> dict[str, Any]:
 
 def maker(description: Any) -> Callable[[], nn.Module]:
     """What makes the network that a record describes, one of this package."""
-    kind, arguments = describe.chosen("network", public(networks), description, ADDED)
+    kind, arguments = describe.class_and_arguments("network", public(networks), description, ADDED)
     if len(repr(arguments)) > LONGEST:
         raise ValueError(f"its network is described in more than {LONGEST:,} letters")
 

@@ -18,25 +18,31 @@ from sde_diffusion.models.checkpoint import (
     maker,
     sketched,
 )
-from sde_diffusion.models.noise_inputs import Condition, Index, LogRatio, LogSNR, Time
+from sde_diffusion.models.noise_inputs import (
+    CNoise,
+    ContinuousTime,
+    LogSNR,
+    NoiseInput,
+    TimestepIndex,
+)
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
 
 __all__ = ["Denoiser", "pretrained"]
 
-CONDITIONS: list[type] = [Time, LogSNR, LogRatio, Index]
+NOISE_INPUTS: list[type] = [ContinuousTime, LogSNR, CNoise, TimestepIndex]
 
 
 class Denoiser(nn.Module):
-    """A network with what is needed to read it: process, parameterization, condition.
+    """A network with what is needed to read it: process, parameterization, noise input.
 
     Args:
         network: called as network(x, c) or network(x, c, cond), x (B, ...), c (B,); it answers with
             a tensor shaped like x, or with twice the channels (see `prediction.read`).
         process: the process it is trained on.
         parameterization: the meaning of its output.
-        condition: how it is told the noise level.
+        noise_input: the number that tells it the noise level.
     """
 
     def __init__(
@@ -44,13 +50,13 @@ class Denoiser(nn.Module):
         network: nn.Module,
         process: Process,
         parameterization: Parameterization | None = None,
-        condition: Condition | None = None,
+        noise_input: NoiseInput | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.process = process
         self.parameterization = parameterization or Eps()
-        self.condition = condition or Time()
+        self.noise_input = noise_input or ContinuousTime()
 
     def forward(self, x: Tensor, level: Level, cond: Tensor | None = None) -> Prediction:
         """The prediction for x (B, ...) at `level`; cond (B, width) for conditional networks.
@@ -59,7 +65,7 @@ class Denoiser(nn.Module):
         """
         validate.batch("x", x)
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-        c = self.condition(level)
+        c = self.noise_input(level)
         if isinstance(c, Tensor):
             c = c.reshape(-1).expand(len(x)).to(dtype)
         else:
@@ -69,7 +75,7 @@ class Denoiser(nn.Module):
         if cond is not None and len(cond) != len(x):
             raise ValueError(f"cond must hold one context per sample, {len(x)}; got {len(cond)}")
         inputs = (seen, c) if cond is None else (seen, c, cond.to(dtype))
-        return prediction.read(x, self.network(*inputs), level, self.parameterization)
+        return prediction.from_network(x, self.network(*inputs), level, self.parameterization)
 
     def rows(self, index: Tensor) -> "Denoiser":
         return self
@@ -87,9 +93,9 @@ class Denoiser(nn.Module):
             raise ValueError("denoiser: a name that the record keeps for itself")
         parts = {
             "network": described(self.network),
-            "process": describe.describe(self.process),
-            "parameterization": describe.describe(self.parameterization),
-            "condition": describe.describe(self.condition),
+            "process": describe.to_record(self.process),
+            "parameterization": describe.to_record(self.parameterization),
+            "noise_input": describe.to_record(self.noise_input),
         }
         storage.write(path, self.network.state_dict(), {"denoiser": parts, **record})
 
@@ -100,7 +106,7 @@ class Denoiser(nn.Module):
         *,
         process: Process | None = None,
         parameterization: Parameterization | None = None,
-        condition: Condition | None = None,
+        noise_input: NoiseInput | None = None,
     ) -> "Denoiser":
         """Read what `save` wrote, in eval mode. Never runs code from the file.
 
@@ -110,7 +116,7 @@ class Denoiser(nn.Module):
         Args:
             path: the .safetensors file; its JSON stands beside it.
             network: the network to fill, needed if it is not one of this package's.
-            process, parameterization, condition: likewise; they must be what was saved.
+            process, parameterization, noise_input: likewise; they must be what was saved.
         Raises:
             storage.BadFile: naming the file and the reason, if anything is missing or damaged; a
                 network that was given is then as it was.
@@ -121,22 +127,24 @@ class Denoiser(nn.Module):
             validate.kind("process", process, "a process such as VP()", "log_alpha", "variance")
         if parameterization is not None:
             validate.kind("parameterization", parameterization, "one such as Eps()", "x0", "target")
-        if condition is not None:
-            validate.kind("condition", condition, "one such as Time()", "__call__")
+        if noise_input is not None:
+            validate.kind("noise_input", noise_input, "one such as ContinuousTime()", "__call__")
         path = Path(path)
         saved = storage.examine(path)
         with storage.blaming_record(path):
             parts = checked_parts(saved.record)
             made = Denoiser(
                 nn.Identity(),
-                describe.build("process", public(processes), parts["process"], process),
-                describe.build(
+                describe.from_record("process", public(processes), parts["process"], process),
+                describe.from_record(
                     "parameterization",
                     public(parameterizations),
                     parts["parameterization"],
                     parameterization,
                 ),
-                describe.build("condition", CONDITIONS, parts["condition"], condition),
+                describe.from_record(
+                    "noise_input", NOISE_INPUTS, parts["noise_input"], noise_input
+                ),
             )
             check_sound(made)
             if network is None:
@@ -165,7 +173,7 @@ def check_sound(denoiser: Denoiser) -> None:
             end,
             process.prior_std,
             meaning.input_scale(level),
-            denoiser.condition(level),
+            denoiser.noise_input(level),
             *rows,
         ]
         sound = all(map(math.isfinite, told)) and level.alpha > 0 and level.sigma > 0

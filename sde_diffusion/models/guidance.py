@@ -42,7 +42,7 @@ def get_context_mask(batch: int, p: float, generator: torch.Generator | None = N
     """Which contexts a training step keeps, (batch, 1) float32: 0 drops, with probability p.
 
     Multiply the contexts (batch, width) by it: a dropped one is the zero vector, the null context.
-    `training.Recipe(context_dropout=p)` does so with masks that a resumed run draws again.
+    `training.Recipe(cond_dropout=p)` does so with masks that a resumed run draws again.
     """
     validate.integer("batch", batch, 0)
     validate.number("p", p, 0, 1)
@@ -115,9 +115,9 @@ class ClassifierFree:
         if not isinstance(w, Tensor) and (w == 0 or w == 1):
             return self.model(x, level, cond if w else null)
         twice = torch.cat([x, x])
-        both = self.model(twice, doubled(level), torch.cat([null, cond]))
-        first = x if both.first is twice else between(both.first, w)
-        second = between(both.second, w)
+        both = self.model(twice, repeated(level), torch.cat([null, cond]))
+        first = x if both.first is twice else interpolate(both.first, w)
+        second = interpolate(both.second, w)
         extra = None if both.extra is None else both.extra.chunk(2)[1]
         return Prediction(first, second, level, both.meaning, extra)
 
@@ -256,13 +256,13 @@ def turned(
     return truth(found.x0 + shift, found.eps - level.sigma * score, level)
 
 
-def between(pair: Tensor, w: Any) -> Tensor:
+def interpolate(pair: Tensor, w: Any) -> Tensor:
     """first + w (second - first) of two batches in one; each of them to the bit at w = 0 and 1."""
     first, second = pair.chunk(2)
     return torch.lerp(first, second, w)
 
 
-def doubled(level: Level) -> Level:
+def repeated(level: Level) -> Level:
     """The level of a batch that comes twice."""
     return Level(*(torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level))
 

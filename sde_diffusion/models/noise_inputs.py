@@ -8,17 +8,17 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.processes import Level, Scalar
 
-__all__ = ["Condition", "Index", "LogRatio", "LogSNR", "Time"]
+__all__ = ["CNoise", "ContinuousTime", "LogSNR", "NoiseInput", "TimestepIndex"]
 
 
-class Condition(Protocol):
+class NoiseInput(Protocol):
     """How a network is told the noise level."""
 
     def __call__(self, level: Level) -> Scalar: ...
 
 
 @dataclass(frozen=True)
-class Time:
+class ContinuousTime:
     """t in [0, 1]: finite at both ends. On a Discrete process it is i/N."""
 
     def __call__(self, level: Level) -> Scalar:
@@ -37,7 +37,7 @@ class LogSNR:
 
 
 @dataclass(frozen=True)
-class LogRatio:
+class CNoise:
     """c_noise = log(sigma / alpha) / 4 of Karras et al. 2022, Table 1: -1/8 of LogSNR."""
 
     def __call__(self, level: Level) -> Scalar:
@@ -45,7 +45,7 @@ class LogRatio:
 
 
 @dataclass(frozen=True)
-class Index:
+class TimestepIndex:
     """t N - 1 + counts_from: the step of a chain as its network counts it, a real number.
 
     Args:

@@ -12,7 +12,7 @@ from sde_diffusion import validate
 from sde_diffusion.models.prediction import Parameterization, Prediction, Row, nonzero
 from sde_diffusion.processes import Level, Scalar
 
-__all__ = ["X0", "Eps", "Karras", "Score", "V", "Velocity"]
+__all__ = ["X0", "Eps", "Preconditioned", "Score", "V", "Velocity"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Velocity(Parameterization):
 
 
 @dataclass(frozen=True)
-class Karras(Parameterization):
+class Preconditioned(Parameterization):
     r"""The preconditioning of Karras et al. 2022, eq. 7 and Table 1, for any process.
 
     With s = sigma_data and power = alpha^2 s^2 + sigma^2, the variance of x:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sde_diffusion.processes import Level, Scalar
 
-__all__ = ["Parameterization", "Prediction", "read", "truth"]
+__all__ = ["Parameterization", "Prediction", "from_network", "truth"]
 
 Row = tuple[Scalar, Scalar]  # (a, b) stands for  a first + b second
 
@@ -129,7 +129,7 @@ def truth(x0: Tensor, eps: Tensor, level: Level) -> Prediction:
     return Prediction(x0, eps, level, Pair())
 
 
-def read(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Prediction:
+def from_network(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Prediction:
     """The prediction of a network that answered `out` for x (B, C, ...).
 
     Args:

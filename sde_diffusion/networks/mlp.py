@@ -21,7 +21,7 @@ class MLP(nn.Module):
         width: width of each hidden layer.
         depth: number of hidden layers.
         fourier: number of Fourier features of the condition, 0 to feed the number itself.
-        context: width of the context vector, 0 for none.
+        cond: width of the cond vector, 0 for none.
         dropout: share of the hidden numbers that a training step leaves out.
     """
 
@@ -31,7 +31,7 @@ class MLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         fourier: int = 0,
-        context: int = 0,
+        cond: int = 0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class MLP(nn.Module):
             validate.integer("the sides of shape", side)
         validate.integer("width", width)
         validate.integer("depth", depth)
-        validate.integer("context", context, 0)
+        validate.integer("cond", cond, 0)
         if validate.integer("fourier", fourier, 0) % 2 or fourier == 2:
             raise ValueError(f"fourier must be 0, or even and at least 4; got {fourier}")
         self.config = {
@@ -47,13 +47,13 @@ class MLP(nn.Module):
             "width": width,
             "depth": depth,
             "fourier": fourier,
-            "context": context,
+            "cond": cond,
             "dropout": dropout,
         }
-        self.shape, self.context = tuple(shape), context
+        self.shape, self.cond = tuple(shape), cond
         self.embed = Fourier(fourier, max_frequency=50.0) if fourier else None
         layers: list[nn.Module] = []
-        wide = prod(shape) + (fourier or 1) + context
+        wide = prod(shape) + (fourier or 1) + cond
         for _ in range(depth):
             layers += [nn.Linear(wide, width), nn.SiLU()]
             layers += [Dropout(dropout)] if dropout else []
@@ -64,18 +64,18 @@ class MLP(nn.Module):
         self,
         x: Float[Tensor, " batch *shape"],
         c: Float[Tensor, " batch"],
-        context: Float[Tensor, "batch context"] | None = None,
+        cond: Float[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, " batch *shape"]:
-        """x: noisy data; c: noise condition; context: condition vectors."""
+        """x: noisy data; c: noise condition; cond: condition vectors."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
-        given = 0 if context is None else context.shape[-1]
-        if given != self.context:
-            raise ValueError(f"this network takes a context of width {self.context}; got {given}")
+        given = 0 if cond is None else cond.shape[-1]
+        if given != self.cond:
+            raise ValueError(f"this network takes a cond of width {self.cond}; got {given}")
         parts = [
             x.reshape(len(x), prod(self.shape)),
             self.embed(c) if self.embed is not None else c[:, None],
         ]
-        if context is not None:
-            parts.append(context)
+        if cond is not None:
+            parts.append(cond)
         return self.layers(torch.cat(parts, dim=1)).reshape(x.shape)

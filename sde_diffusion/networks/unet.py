@@ -1,4 +1,4 @@
-"""A small U-Net for images, conditioned on the noise level and, if asked, on a context vector.
+"""A small U-Net for images, conditioned on the noise level and, if asked, on a cond vector.
 
 The first layer folds patch x patch pixels into channels, so that on 28x28 digits nearly all of the
 work happens at 14x14 and 7x7: about four times cheaper than a U-Net that starts at full resolution.
@@ -29,7 +29,7 @@ class UNet(nn.Module):
         attention: indices into `channels` of the resolutions that attend.
         patch: side of the square of pixels folded into channels before the first convolution.
         embedding: width of the vector that carries the condition into each block.
-        context: width of the context vector, 0 for none.
+        cond: width of the cond vector, 0 for none.
         heads: attention heads; must divide the widths that attend.
         dropout: share of the numbers before each block's last convolution that a training step
             leaves out.
@@ -46,7 +46,7 @@ class UNet(nn.Module):
         attention: Sequence[int] = (1,),
         patch: int = 2,
         embedding: int = 128,
-        context: int = 0,
+        cond: int = 0,
         heads: int = 4,
         dropout: float = 0.0,
     ) -> None:
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         validate.integer("in_channels", in_channels)
         validate.integer("blocks", blocks)
         validate.integer("patch", patch)
-        validate.integer("context", context, 0)
+        validate.integer("cond", cond, 0)
         validate.integer("heads", heads)
         if validate.integer("embedding", embedding, 4) % 2:
             raise ValueError(f"embedding must be even; got {embedding}")
@@ -73,7 +73,7 @@ class UNet(nn.Module):
             "attention": list(attention),
             "patch": patch,
             "embedding": embedding,
-            "context": context,
+            "cond": cond,
             "heads": heads,
             "dropout": dropout,
         }
@@ -85,7 +85,7 @@ class UNet(nn.Module):
         self.patch = patch
         self.stride = patch * 2 ** (len(channels) - 1)
         self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())
-        self.context = nn.Linear(context, embedding) if context else None
+        self.context = nn.Linear(cond, embedding) if cond else None
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
 
         def block(width_in: int, width_out: int, level: int) -> nn.ModuleList:
@@ -129,22 +129,22 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "batch channels height width"],
         c: Float[Tensor, " batch"],
-        context: Float[Tensor, "batch context"] | None = None,
+        cond: Float[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        """x: noisy images; c: noise condition in [0, 1]; context: condition vectors."""
+        """x: noisy images; c: noise condition in [0, 1]; cond: condition vectors."""
         if x.shape[1] != self.config["in_channels"]:
             raise ValueError(
                 f"this network takes images of {self.config['in_channels']} channels; "
                 f"got {x.shape[1]}"
             )
-        given = 0 if context is None else context.shape[-1]
-        if given != self.config["context"]:
+        given = 0 if cond is None else cond.shape[-1]
+        if given != self.config["cond"]:
             raise ValueError(
-                f"this network takes a context of width {self.config['context']}; got {given}"
+                f"this network takes a cond of width {self.config['cond']}; got {given}"
             )
         e = self.noise(c)
-        if self.context is not None and context is not None:
-            e = e + self.context(context)
+        if self.context is not None and cond is not None:
+            e = e + self.context(cond)
         e = F.silu(e)
 
         height, width = x.shape[-2:]

@@ -56,13 +56,13 @@ def span(high: Any, low: Any) -> Any:
 
     kappa = (1 - u)^2 / power, so the difference of two is this product.
     """
-    return (high - low) * cross(high, low) / (power(high) * power(low))
+    return (high - low) * cross(high, low) / (total_power(high) * total_power(low))
 
 
 def share(high: Any, low: Any, whole_high: Any, whole_low: Any) -> Any:
     """span(high, low) / span(whole_high, whole_low), factor by factor: spans may underflow."""
     gaps = (high - low) / (whole_high - whole_low)
-    powers = power(whole_high) / power(high) * power(whole_low) / power(low)
+    powers = total_power(whole_high) / total_power(high) * total_power(whole_low) / total_power(low)
     return gaps * cross(high, low) / cross(whole_high, whole_low) * powers
 
 
@@ -70,7 +70,7 @@ def cross(high: Any, low: Any) -> Any:
     return (1 - low) * high + (1 - high) * low
 
 
-def power(u: Any) -> Any:
+def total_power(u: Any) -> Any:
     return (1 - u) ** 2 + u**2
 
 

@@ -8,7 +8,7 @@ from sde_diffusion.processes.discrete import (
     discretize,
     kernel_variances,
 )
-from sde_diffusion.processes.level import Level, Scalar, ascent, double
+from sde_diffusion.processes.level import Level, Scalar, double, forward_kernel
 from sde_diffusion.processes.process import Process, VariancePreserving
 
 __all__ = [
@@ -26,10 +26,10 @@ __all__ = [
     "Scalar",
     "SubVP",
     "VariancePreserving",
-    "ascent",
     "continuous",
     "discretize",
     "double",
+    "forward_kernel",
     "kernel_variances",
 ]
 

@@ -9,7 +9,16 @@ from typing import Generic, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
-__all__ = ["Level", "Scalar", "ascent", "coordinates", "double", "enter", "leave", "per_sample"]
+__all__ = [
+    "Level",
+    "Scalar",
+    "coordinates",
+    "double",
+    "enter",
+    "forward_kernel",
+    "leave",
+    "per_sample",
+]
 
 Scalar = float | Tensor
 
@@ -43,7 +52,7 @@ class Level(NamedTuple, Generic[S]):
         return self.sigma / (self.alpha + self.sigma)
 
 
-def ascent(s: Level[float], t: Level[float]) -> tuple[float, float]:
+def forward_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
     """a and b of the forward kernel from level s up to t,  x_t = a x_s + b z."""
     if not s.sigma or not t.alpha:
         return t.alpha / s.alpha if s.alpha else 0.0, t.sigma

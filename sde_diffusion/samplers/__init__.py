@@ -9,7 +9,7 @@ from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
 from sde_diffusion.samplers.exponential import DPMSolver, SDEDPMSolver, VelocityMultistep
 from sde_diffusion.samplers.external import AdaptiveTorchSDE, ScipyODE, TorchODE, TorchSDE
 from sde_diffusion.samplers.heun import Heun
-from sde_diffusion.samplers.sampler import Memory, Report, Sampler, SolverError
+from sde_diffusion.samplers.sampler import Memory, Sampler, SampleReport, SolverError
 
 __all__ = [
     "CATALOGUE",
@@ -24,8 +24,8 @@ __all__ = [
     "Heun",
     "Langevin",
     "Memory",
-    "Report",
     "SDEDPMSolver",
+    "SampleReport",
     "Sampler",
     "ScipyODE",
     "SolverError",

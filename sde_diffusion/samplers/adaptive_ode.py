@@ -30,7 +30,7 @@ from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process, Scalar, double
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers.sampler import Memory, Report, SolverError
+from sde_diffusion.samplers.sampler import Memory, SampleReport, SolverError
 
 __all__ = ["AdaptiveODE"]
 
@@ -98,7 +98,7 @@ class AdaptiveODE:
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Report]:  # fmt: skip
+    ) -> tuple[Tensor, SampleReport]:  # fmt: skip
         """From t to s in as many steps as each sample takes; the memory is a Report.
 
         Its error is the sum of the estimates.
@@ -110,8 +110,8 @@ class AdaptiveODE:
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         whole = self.frame.clock(t) - self.frame.clock(s)
         if whole <= finest(state) or not x.numel():  # one level, or there is no sample
-            return self.frame.leave(self.frame.enter(state, t), s).to(x), Report.unmoved(x)
-        walk = Walk(self, model, state, t, s)
+            return self.frame.leave(self.frame.enter(state, t), s).to(x), SampleReport.unmoved(x)
+        walk = ODEWalk(self, model, state, t, s)
         while len(walk.front.samples):
             walk.advance()
         return self.frame.leave(walk.out, s).to(x), walk.report
@@ -152,7 +152,7 @@ class Front(NamedTuple):
         return Front._make([*parts, tuple(slope[index] for slope in slopes)])
 
 
-class Walk:
+class ODEWalk:
     """A batch x on its way from level t to level s.
 
     Attributes:
@@ -167,7 +167,7 @@ class Walk:
         self.name = f"AdaptiveODE(rtol={solver.rtol:g}, atol={solver.atol:g})"
         self.end = solver.frame.clock(s)
         z, slope = solver.frame.enter(x, t), solver.frame.slope(model(x, t))
-        self.out, self.report, self.calls = torch.empty_like(z), Report.unmoved(z), 1
+        self.out, self.report, self.calls = torch.empty_like(z), SampleReport.unmoved(z), 1
         size, slots = norm(slope), solver.k + 1
         u = torch.full_like(size, solver.frame.clock(t))
         self.refuse(~(size + self.tolerance(z)).isfinite(), slope, u)

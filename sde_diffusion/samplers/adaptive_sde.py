@@ -45,7 +45,7 @@ from sde_diffusion.noise.counter import mixed_, normals
 from sde_diffusion.noise.sources import Generated, Noise
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates, enter, leave
-from sde_diffusion.samplers.sampler import Memory, Report, SolverError
+from sde_diffusion.samplers.sampler import Memory, SampleReport, SolverError
 
 __all__ = ["AdaptiveSDE"]
 
@@ -105,7 +105,7 @@ class AdaptiveSDE:
         s: Level[float],
         noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Report]:
+    ) -> tuple[Tensor, SampleReport]:
         """From t to s in as many steps as each sample takes; the memory is a Report.
 
         Its error is the root of the sum of the squared estimates, in y.
@@ -116,19 +116,19 @@ class AdaptiveSDE:
                 not finite.
             ValueError: for injected noise, which cannot be refined.
         """
-        keys = path_keys(noise, x)
+        keys = keys_of(noise, x)
         if memory is not None:
             keys = mixed_(keys + int(t.u * 2**53))
         if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
-            return leave(enter(x, t), s), Report.unmoved(x)
+            return leave(enter(x, t), s), SampleReport.unmoved(x)
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision shows no error
-        walk = Walk(self, model, state, t, s, keys)
+        walk = SDEWalk(self, model, state, t, s, keys)
         while len(walk.rows):
             walk.advance()
         return (walk.made * scale(s)).to(x.dtype), walk.report
 
 
-def path_keys(noise: Noise, x: Tensor) -> Tensor:
+def keys_of(noise: Noise, x: Tensor) -> Tensor:
     """The keys of the samples' paths, (B,)."""
     if isinstance(noise, Brownian):
         return noise.keys.to(x.device)
@@ -147,7 +147,7 @@ def scale(level: Level) -> Any:
     return (level.alpha**2 + level.sigma**2) / level.alpha
 
 
-class Walk:
+class SDEWalk:
     """The samples of a batch on their way from level t to level s.
 
     Attributes:
@@ -173,7 +173,7 @@ class Walk:
         keys: Tensor,
     ) -> None:
         self.solver, self.whole, self.model, self.end, self.keys = solver, model, model, s.u, keys
-        self.made, self.report, self.calls = torch.empty_like(x), Report.unmoved(x), 0
+        self.made, self.report, self.calls = torch.empty_like(x), SampleReport.unmoved(x), 0
         self.rows = torch.arange(len(x), device=x.device)
         self.u = torch.full((len(x),), t.u, dtype=torch.float64, device=x.device)
         self.y = x * (t.alpha / (t.alpha**2 + t.sigma**2))

@@ -15,7 +15,7 @@ from sde_diffusion import validate
 from sde_diffusion.grids import frames
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, ascent
+from sde_diffusion.processes import Level, Process, forward_kernel
 from sde_diffusion.samplers.sampler import Memory, Sampler
 
 __all__ = ["Churn", "Langevin"]
@@ -150,7 +150,7 @@ class Churn:
         above = frames.level_at(model.process, up * t.sigma / (t.alpha + up * t.sigma))
         if above.log_snr >= t.log_snr:  # the process ends here
             return self.sampler.step(model, x, t, s, noise, memory)
-        a, b = ascent(t, above)
+        a, b = forward_kernel(t, above)
         higher = (x * a).add_(noise(above.t, t.t, x), alpha=b * self.s_noise)
         return self.sampler.step(model, higher, above, s, noise, None)
 

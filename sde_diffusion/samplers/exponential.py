@@ -214,7 +214,7 @@ class VelocityMultistep:
         noise: Noise,
         memory: Held | None,
     ) -> tuple[Tensor, Held]:
-        x0, gap = model(x, t).x0, between(t, s)
+        x0, gap = model(x, t).x0, log_snr_gap(t, s)
         if memory is not None:
             delta, power = x0 - memory.x0, (1 + self.eta**2) / 2
             e, f = fall(memory.gap, power), fall(gap, power)
@@ -229,14 +229,14 @@ def held(
     """Equation (1) times alpha_s, in a form without 1 / alpha_t: x0 stays as it is from t to s."""
     if s.sigma == 0:
         return x0 * s.alpha
-    gap = between(t, s)
+    gap = log_snr_gap(t, s)
     kept = s.sigma / t.sigma * (1 - fall(gap, eta**2))
     made = (x * kept).add_(x0, alpha=s.alpha * fall(gap, 1 + eta**2))
     std = s.sigma * math.sqrt(fall(gap, 2 * eta**2))
     return made.add_(noise(t.t, s.t, x), alpha=std) if std else made
 
 
-def between(t: Level[float], s: Level[float]) -> float:
+def log_snr_gap(t: Level[float], s: Level[float]) -> float:
     """s.log_snr - t.log_snr = -2 log q; 0 where both are infinite, which is one level."""
     return 0.0 if t.log_snr == s.log_snr else s.log_snr - t.log_snr
 

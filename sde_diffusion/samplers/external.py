@@ -19,16 +19,16 @@ from sde_diffusion.processes.level import enter, leave
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, reverse_drift
 from sde_diffusion.samplers.sampler import Memory, SolverError
 
-__all__ = ["AdaptiveTorchSDE", "Report", "ScipyODE", "TorchODE", "TorchSDE"]
+__all__ = ["AdaptiveTorchSDE", "CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
 
 
-class Report(NamedTuple):
+class CallCount(NamedTuple):
     """What a solver that picks its own steps leaves in the memory."""
 
     calls: int
 
 
-class OwnSteps(ABC):
+class AdaptiveSolver(ABC):
     """What the solvers that pick their own steps have in common."""
 
     # An embedded error estimate can vanish by chance where there are few, large steps (measured: an
@@ -63,11 +63,11 @@ class OwnSteps(ABC):
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Report]:  # fmt: skip
+    ) -> tuple[Tensor, CallCount]:  # fmt: skip
         """From t to s in as many steps as it takes; the memory is a Report."""
         slope = Slope(self, model, t)
         if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
-            return leave(enter(x, t), s), Report(0)
+            return leave(enter(x, t), s), CallCount(0)
         y = enter(x.to(torch.promote_types(x.dtype, torch.float32)), t)
         if s.u > 0:
             y = self._integrate(slope, y, t.u, s.u)
@@ -78,7 +78,7 @@ class OwnSteps(ABC):
             end = min(0.1 * min(self.rtol, self.atol) ** 0.5, t.u / 2)
             y = self._integrate(slope, y, t.u, end)
             y = y - end * slope(end, y)
-        return leave(y, s).to(x), Report(slope.calls)
+        return leave(y, s).to(x), CallCount(slope.calls)
 
     @abstractmethod
     def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
@@ -86,7 +86,7 @@ class OwnSteps(ABC):
 
 
 @dataclass(frozen=True)
-class TorchODE(OwnSteps):
+class TorchODE(AdaptiveSolver):
     """Any method of torchdiffeq. One error norm and one step size serve the whole batch.
 
     Args:
@@ -125,7 +125,7 @@ class TorchODE(OwnSteps):
 
 
 @dataclass(frozen=True)
-class ScipyODE(OwnSteps):
+class ScipyODE(AdaptiveSolver):
     """Any method of scipy.integrate.solve_ivp, in float64: an oracle, slow on purpose.
 
     Args:
@@ -160,7 +160,7 @@ class ScipyODE(OwnSteps):
 class Slope:
     """dy/du as a function of (u, y), counting its calls."""
 
-    def __init__(self, solver: OwnSteps, model: Model, start: Level[float]) -> None:
+    def __init__(self, solver: AdaptiveSolver, model: Model, start: Level[float]) -> None:
         self.solver, self.model, self.level, self.calls = solver, model, start, 0
 
     @property

@@ -12,7 +12,7 @@ from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
 
-__all__ = ["Memory", "Report", "Sampler", "SolverError"]
+__all__ = ["Memory", "SampleReport", "Sampler", "SolverError"]
 
 Memory = Any  # what a sampler carries from step to step: None before the first
 
@@ -49,7 +49,7 @@ class Sampler(Protocol):
         ...
 
 
-class Report(NamedTuple):
+class SampleReport(NamedTuple):
     """What became of each sample of a solver that gives each its own steps, all (B,).
 
     Attributes:
@@ -65,7 +65,7 @@ class Report(NamedTuple):
     finished: Tensor
 
     @staticmethod
-    def unmoved(x: Tensor) -> "Report":
+    def unmoved(x: Tensor) -> "SampleReport":
         """That of a batch which need not move."""
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return Report(none, none.clone(), none.double(), none == 0)
+        return SampleReport(none, none.clone(), none.double(), none == 0)

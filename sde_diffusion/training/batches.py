@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import Data, order
+from sde_diffusion.data.datasets import Data, shuffled_indices
 from sde_diffusion.losses.times import TimeDistribution, stratified
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.counter import normals, row_keys, uniforms
@@ -65,7 +65,7 @@ def draw(
     if positions != everything[positions.start : positions.stop] or not positions:
         raise ValueError(f"positions must be a stretch of {everything}; got {positions}")
     start = step * recipe.batch_size
-    index = order(recipe.seed, len(data), start + positions.start, len(positions))
+    index = shuffled_indices(recipe.seed, len(data), start + positions.start, len(positions))
     noise, dequantization, dropped = words(recipe.seed, Purpose.BATCH, step, 3)
     like = torch.empty((len(positions), *data.shape), device=device)
     eps = normals(row_keys(noise, positions, device), like)
@@ -74,8 +74,8 @@ def draw(
     offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
     x0, cond = data.batch(index, uniform)
-    if cond is not None and recipe.context_dropout:
-        kept = uniforms(row_keys(dropped, positions, cond.device), (1,)) >= recipe.context_dropout
+    if cond is not None and recipe.cond_dropout:
+        kept = uniforms(row_keys(dropped, positions, cond.device), (1,)) >= recipe.cond_dropout
         cond = cond * kept
     return Batch(x0, t, eps, cond, positions.start)
 

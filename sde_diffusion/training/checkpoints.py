@@ -23,7 +23,7 @@ from sde_diffusion.training.state import TrainState
 __all__ = ["Otherwise", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
 
 PREFIX = "checkpoint-"
-ADDED = {"context_dropout": 0.0}  # settings that older checkpoints do not have, as they were
+ADDED = {"cond_dropout": 0.0}  # settings that older checkpoints do not have, as they were
 SLOTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, for each parameter
 
 
@@ -104,9 +104,9 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
         copy.deepcopy(state.averaged.network),
         process=state.denoiser.process,
         parameterization=state.denoiser.parameterization,
-        condition=state.denoiser.condition,
+        noise_input=state.denoiser.noise_input,
     )
-    check(path, tensors, state, moved=step > skipped)
+    check_tensors(path, tensors, state, moved=step > skipped)
     with torch.no_grad():
         for name, value in weights(state).items():
             value.copy_(like_ours(tensors[f"network.{name}"], value))
@@ -136,7 +136,9 @@ def progress(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str, An
     return step, skipped, settings
 
 
-def check(path: Path, tensors: dict[str, Tensor], state: TrainState, *, moved: bool) -> None:
+def check_tensors(
+    path: Path, tensors: dict[str, Tensor], state: TrainState, *, moved: bool
+) -> None:
     """Refuse tensors that are not, by name and shape, those of this state."""
     expected = {f"network.{name}": tuple(value.shape) for name, value in weights(state).items()}
     for number, parameter in enumerate(state.weights if moved else ()):

@@ -76,7 +76,7 @@ class Recipe:
         clip: largest norm of the gradient; inf clips nothing.
         ema: the average of the weights, EMA(0.9995) by default.
         seed: of data order, times, noise and dropout.
-        context_dropout: share of the conditions that a step replaces by the zero vector, so that
+        cond_dropout: share of the conditions that a step replaces by the zero vector, so that
             the network learns the unconditional law too; see guidance.ClassifierFree.
         dtype: the network's arithmetic, "float32" or "bf16"; the weights stay as they are.
     """
@@ -90,7 +90,7 @@ class Recipe:
     clip: float = 1.0
     ema: Average = EMA()
     seed: int = 0
-    context_dropout: float = 0.0
+    cond_dropout: float = 0.0
     dtype: Literal["float32", "bf16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Recipe:
         validate.integer("batch_size", self.batch_size)
         validate.integer("warmup", self.warmup, 0)
         validate.integer("seed", self.seed, 0)
-        validate.number("context_dropout", self.context_dropout, 0, 1)
+        validate.number("cond_dropout", self.cond_dropout, 0, 1)
         validate.number("learning_rate", self.learning_rate, 0, strict=True)
         validate.number("weight_decay", self.weight_decay, 0)
         if isinstance(self.clip, bool) or not self.clip > 0:

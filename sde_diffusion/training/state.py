@@ -100,7 +100,7 @@ class TrainState:
         self.network = network  # wrapped or sharded, its parameters stay this module's
         self._wrapped, self.optimizer = self.engine.prepare(network, optimizer)
         self._trained = Denoiser(
-            self._wrapped, denoiser.process, denoiser.parameterization, denoiser.condition
+            self._wrapped, denoiser.process, denoiser.parameterization, denoiser.noise_input
         )
         # Of weights that are sharded, each process averages its own shards.
         self.shadow, self._sharded = shadow, any(hasattr(p, "full_tensor") for p in self.weights)
@@ -128,7 +128,7 @@ class TrainState:
             for whole, shard in zip(self.shadow.parameters(), self.average, strict=True):
                 whole.copy_(full(shard))
         ours = self.denoiser
-        return Denoiser(self.shadow, ours.process, ours.parameterization, ours.condition).eval()
+        return Denoiser(self.shadow, ours.process, ours.parameterization, ours.noise_input).eval()
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), with the masks of this step."""

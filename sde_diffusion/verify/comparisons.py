@@ -12,7 +12,7 @@ from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, thinned
-from sde_diffusion.verify.laws import placed
+from sde_diffusion.verify.laws import on_process_of
 from sde_diffusion.verify.probe import NotAffine, Trial
 
 __all__ = ["Identities", "identities"]
@@ -103,7 +103,7 @@ def identities(
     validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
     validate.number("tolerance", tolerance, 0)
     own = getattr(first, "process", None) or getattr(second, "process", None)
-    data = placed(data, None, process or own)
+    data = on_process_of(data, None, process or own)
     shape = probe.sizes(data, shape)
     runs: list[probe.Run] = []
     for sampler in (first, second):
@@ -121,7 +121,7 @@ def identities(
         pairs = [(a.x, b.x) for a, b in together] + pairs
         at = [a.level.t for a, _ in together] + at
     return Identities(
-        probe.describe(first), probe.describe(second), tuple(at),
+        probe.one_line(first), probe.one_line(second), tuple(at),
         tuple(apart(a, b) for a, b in pairs), calls, tolerance,
     )  # fmt: skip
 

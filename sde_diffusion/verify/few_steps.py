@@ -136,15 +136,15 @@ def steps_for(
     """
     tol = validate.number("tol", tol, 0, strict=True)
     most = validate.integer("most", most)
-    some, there, steps = placed(sampler, data, process, 1)
+    some, there, steps = sampler_and_data(sampler, data, process, 1)
     between = None if narrowest is None else banded(there, narrowest)
-    spectra.check(some, there, steps)
+    spectra.check_along(some, there, steps)
     if there.process.first_time > 0:
         most = min(most, round(1 / there.process.first_time))  # a chain has no more
     tried: dict[int, float] = {}
 
     def meets(n: int) -> bool:
-        some, there, steps = placed(sampler, data, process, n)
+        some, there, steps = sampler_and_data(sampler, data, process, n)
         found = spectra.along(some, there, steps)
         tried[n] = float(found.errors.norm())
         if between is not None:
@@ -153,7 +153,7 @@ def steps_for(
         return tried[n] <= tol
 
     low, high = 0, most  # the largest number tried that fails; one that meets tol, or `most`
-    for n in doubled(most):
+    for n in powers_of_two(most):
         if not meets(n):
             low, high = n, most
         elif high < n:
@@ -166,8 +166,8 @@ def steps_for(
             high = middle
         else:
             low = middle
-    some, there, steps = placed(sampler, data, process, high)
-    found = spectra.check(some, there, steps)
+    some, there, steps = sampler_and_data(sampler, data, process, high)
+    found = spectra.check_along(some, there, steps)
     departure = float(found.departures.norm())
     if between is not None:
         departure = worst(found.departures, spectra.along(some, between, steps).departures)
@@ -189,7 +189,7 @@ def worst(own: Tensor, between: Tensor) -> float:
     return float(torch.cat([own, between]).max()) * len(own) ** 0.5
 
 
-def doubled(most: int) -> Iterator[int]:
+def powers_of_two(most: int) -> Iterator[int]:
     """1, 2, 4, ... and `most`."""
     n = 1
     while n < most:
@@ -198,7 +198,7 @@ def doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def placed(
+def sampler_and_data(
     sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
 ) -> tuple[Sampler, Gaussian, int | None]:
     """The sampler for n steps, the data on its process, and what `steps` it is to be given."""

@@ -5,7 +5,7 @@ import textwrap
 import torch
 from torch import Tensor
 
-__all__ = ["ending", "gaussian_kl", "gaussian_w2", "matrix_root", "numbers", "thinned"]
+__all__ = ["ending", "gaussian_kl", "gaussian_w2", "listed_numbers", "matrix_root", "thinned"]
 
 
 def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
@@ -43,7 +43,7 @@ def matrix_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def numbers(values: Tensor) -> str:
+def listed_numbers(values: Tensor) -> str:
     """A few numbers in one line; of many, the first four."""
     shown = " ".join(f"{value:.8g}" for value in values.flatten()[:4].tolist())
     return shown if values.numel() <= 4 else f"{shown} ... ({values.numel()} in all)"

@@ -17,7 +17,7 @@ from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import Law, measured, placed
+from sde_diffusion.verify.laws import Law, measured, on_process_of
 
 __all__ = [
     "Family",
@@ -53,16 +53,16 @@ def ladder(
         count: int | None = n
         if not hasattr(sampler, "step"):
             some, count = made_from(sampler, n), None
-        there = placed(data, some, process)
+        there = on_process_of(data, some, process)
         if not laws:
-            probe.check(some, there, shape, count)
+            probe.check_affine(some, there, shape, count)
         laws.append(measured(some, there, shape, count))
     return some, laws
 
 
 def of_family(some: Any) -> str:
     """The name of a sampler at any number of steps."""
-    return getattr(some, "name", "") or probe.describe(some)
+    return getattr(some, "name", "") or probe.one_line(some)
 
 
 def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:

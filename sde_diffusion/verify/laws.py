@@ -21,11 +21,11 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import checked_times
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, numbers, thinned
+from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, listed_numbers, thinned
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
 from sde_diffusion.verify.probe import Asked
 
-__all__ = ["Draw", "Law", "Step", "law", "measured", "placed"]
+__all__ = ["Draw", "Law", "Step", "law", "measured", "on_process_of"]
 
 MOST = 10**8  # numbers that a law may take, 0.8 GB
 
@@ -182,21 +182,21 @@ class Law:
         return f"affine, each sample for itself; {told}"
 
     def __str__(self) -> str:
-        calls, used = len(self.steps) - 1, [draw for draw in self.draws if draw.added > 0]
+        calls, used = len(self.steps) - 1, [draw_of for draw_of in self.draws if draw_of.added > 0]
         rows = [f"law of {self.sampler}: {calls} calls, {len(used)} draws"]
         variances = self.covariance.diagonal()
-        rows.append(f"  mean {numbers(self.mean)}   variance {numbers(variances)}")
+        rows.append(f"  mean {listed_numbers(self.mean)}   variance {listed_numbers(variances)}")
         if self.data is not None:
             rows.append(f"  W2 to the data {self.w2():.3e}   KL {self.kl():.3e} nats")
             rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
         rows.append(f"  {'t':>10}{'departure':>12}{'draw adds':>12}{'share':>8}{'gain':>12}")
-        by_call = {draw.t: draw for draw in used}
+        by_call = {draw_of.t: draw_of for draw_of in used}
         for index in thinned(len(self.steps), 12):
             step = self.steps[index]
             row = f"  {step.t:10.4g}{step.departure:12.2e}"
-            draw = by_call.get(step.t) if index < calls else None
-            if draw is not None:
-                row += f"{draw.added:12.3e}{draw.share:8.3f}{draw.gain:12.3e}"
+            draw_of = by_call.get(step.t) if index < calls else None
+            if draw_of is not None:
+                row += f"{draw_of.added:12.3e}{draw_of.share:8.3f}{draw_of.gain:12.3e}"
             rows.append(row)
         if used and used[-1].t == self.steps[-2].t:
             rows.append(f"  the last step adds noise to the samples, std {used[-1].added:.3e}")
@@ -245,9 +245,9 @@ def law(
     Raises:
         NotAffine: naming the sampler and where it shows, see `probe.check`.
     """
-    data = placed(data, sampler, process)
+    data = on_process_of(data, sampler, process)
     shape = probe.sizes(data, shape)
-    probe.check(sampler, data, shape, steps, times)
+    probe.check_affine(sampler, data, shape, steps, times)
     return measured(sampler, data, shape, steps, times)
 
 
@@ -276,20 +276,20 @@ def measured(
     prior = torch.zeros(d).double(), data.process.prior_std**2 * torch.eye(d).double()
     mean, covariance = end.law(*prior)
     return Law(
-        probe.describe(sampler),
+        probe.one_line(sampler),
         mean,
         covariance,
         end.start,
         end.noises,
         tuple(step(asked, data, begin, d) for asked in walk),
-        tuple(draw(walk, made.draws, index, d) for index in range(draws)),
+        tuple(draw_of(walk, made.draws, index, d) for index in range(draws)),
         marginal(data, last, d),
-        ratio(made.asked[-1].level) if last.sigma == 0 else 0.0,
+        noise_ratio(made.asked[-1].level) if last.sigma == 0 else 0.0,
         made.remark,
     )
 
 
-def ratio(level: Level[float]) -> float:
+def noise_ratio(level: Level[float]) -> float:
     """sigma / alpha."""
     return level.sigma / level.alpha if level.alpha else math.inf
 
@@ -313,7 +313,7 @@ class Parts(NamedTuple):
         return self.offset + self.start @ mean, spread + noise
 
 
-def placed(data: Any, sampler: Any, process: Process | None) -> Model:
+def on_process_of(data: Any, sampler: Any, process: Process | None) -> Model:
     """The data on the process asked for, or on the sampler's own if it has one, or on their own."""
     if process is not None:
         validate.kind("process", process, "a Process", "log_alpha", "variance")
@@ -353,7 +353,7 @@ def step(asked: Asked, data: Model, begin: tuple[Tensor, Tensor] | None, d: int)
     return Step(asked.level.t, *parts.law(*start), parts.start, exact, asked.level.log_snr)
 
 
-def draw(walk: list[Asked], draws: list[int], index: int, d: int) -> Draw:
+def draw_of(walk: list[Asked], draws: list[int], index: int, d: int) -> Draw:
     before, began = draws[index], draws[index - 1] if index else 0
     gains = [
         float(Parts.of(walk[at].x, d).noises[index].square().sum() / d) ** 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.verify.gaussians import ending, gaussian_w2, matrix_root, numbers
+from sde_diffusion.verify.gaussians import ending, gaussian_w2, listed_numbers, matrix_root
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
@@ -96,10 +96,12 @@ class Limit:
 
     def __str__(self) -> str:
         rates = slopes(self.sizes, self.distances)
-        found = f"limit: mean {numbers(self.mean)}, variance {numbers(self.covariance.diagonal())}"
-        wanted = f"data:  mean {numbers(self.data[0])}, variance {numbers(self.data[1].diagonal())}"
+        found, wanted = (
+            f"mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
+            for mean, covariance in ((self.mean, self.covariance), self.data)
+        )
         return table(f"limit of {self.sampler}", "steps", self.sizes, self.distances, rates, [
-            f"  {found}", f"  {wanted}", *ending(
+            f"  limit: {found}", f"  data:  {wanted}", *ending(
                 self.verdict,
                 "how good any finite number of steps is, nor a limit of a rate that these sizes "
                 "do not show yet",

@@ -26,7 +26,7 @@ from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import checked_times, sample
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
-from sde_diffusion.verify.laws import placed
+from sde_diffusion.verify.laws import on_process_of
 from sde_diffusion.verify.probe import NotAffine
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
@@ -99,10 +99,10 @@ def endpoint(
     """
     model, x, ends = begun(sampler, data, process, times, steps, samples)
 
-    asked = Counted(model)
+    asked = CountingModel(model)
     made = sample(asked, sampler, x, steps=steps, times=times, noise=none)
     off = coordinates(made - flow(model, x, *ends))
-    return Endpoint(probe.describe(sampler), asked.calls, off.square().mean(1).sqrt())
+    return Endpoint(probe.one_line(sampler), asked.calls, off.square().mean(1).sqrt())
 
 
 def none(t: float, s: float, like: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def distribution(
     law = Known.of(model, samples)
     measures = {"W2" if made.shape[1] == 1 else "sliced W2": law.w2, "MMD": law.mmd}
     return Distribution(
-        probe.describe(sampler), samples,
+        probe.one_line(sampler), samples,
         {name: measure(made) for name, measure in measures.items()},
         {name: torch.tensor([measure(e) for e in exact]) for name, measure in measures.items()},
     )  # fmt: skip
@@ -291,11 +291,11 @@ def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Te
     text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:
         text += b"|" if part is None else part.contiguous().numpy().tobytes()
-    return followed(Problem(hashlib.sha256(text).hexdigest(), data, x, t, s)).clone()
+    return followed(FlowProblem(hashlib.sha256(text).hexdigest(), data, x, t, s)).clone()
 
 
 @dataclass(frozen=True)
-class Problem:
+class FlowProblem:
     """A flow to compute, equal to another of the same content."""
 
     content: str
@@ -306,13 +306,13 @@ class Problem:
 
 
 @lru_cache(maxsize=32)
-def followed(problem: Problem) -> Tensor:
+def followed(problem: FlowProblem) -> Tensor:
     solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
     return sample(problem.data, solver, problem.x, times=[problem.t, problem.s])
 
 
 @dataclass
-class Counted:
+class CountingModel:
     """A model that counts how often it is asked."""
 
     model: Model
@@ -326,7 +326,7 @@ class Counted:
         self.calls += 1
         return self.model(x, level)
 
-    def rows(self, index: Tensor) -> "Counted":
+    def rows(self, index: Tensor) -> "CountingModel":
         return self
 
 
@@ -339,7 +339,7 @@ def begun(
     validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
     validate.integer("samples", samples, 2)
     validate.integer("seed", seed, 0)
-    model = placed(data, sampler, process)
+    model = on_process_of(data, sampler, process)
     grid = checked_times(model.process, sampler, steps, times)
     seeds = range(seed * samples, (seed + 1) * samples)
     shape = (samples, *probe.sizes(model, None))

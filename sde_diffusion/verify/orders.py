@@ -27,7 +27,7 @@ from sde_diffusion.verify.ladders import (
     slopes,
     table,
 )
-from sde_diffusion.verify.laws import Law, measured, placed
+from sde_diffusion.verify.laws import Law, measured, on_process_of
 
 __all__ = ["LocalOrder", "Order", "fitted", "local_order", "order", "uneven"]
 
@@ -292,9 +292,9 @@ def local_order(
             times: Tensor | None = grid
             if not hasattr(sampler, "step"):
                 some, times = made_from(sampler, grid), None
-            there = placed(data, some, process)
+            there = on_process_of(data, some, process)
             if not laws:
-                probe.check(some, there, shape, times=times)
+                probe.check_affine(some, there, shape, times=times)
             laws.append(measured(some, there, shape, times=times))
             last.append(added(laws[-1], *grid[-3:-1].tolist()))
         whole[ratio] = tuple(each.departure for each in laws)

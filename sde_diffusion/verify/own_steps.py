@@ -94,7 +94,7 @@ def tolerances(
         model, x, (t, s) = begun(at, data, process, None, None, samples)
         exact = model.flow(x, t, s) if hasattr(model, "flow") else flow(model, x, t, s)
         found.append(float((sample(model, at, x, noise=none) - exact).abs().max()))
-    return Tolerances(probe.describe(solver), tuple(values), tuple(found))
+    return Tolerances(probe.one_line(solver), tuple(values), tuple(found))
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,4 +166,4 @@ def bias(
     made = coordinates(sample(model, sampler, x, steps=steps, generator=source))
     means = [made.mean(0), mean, (variance / samples).sqrt()]
     variances = [made.var(0), variance, variance * math.sqrt(2 / (samples - 1))]
-    return Bias(probe.describe(sampler), samples, torch.stack(means, 1), torch.stack(variances, 1))
+    return Bias(probe.one_line(sampler), samples, torch.stack(means, 1), torch.stack(variances, 1))

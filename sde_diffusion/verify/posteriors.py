@@ -17,7 +17,7 @@ from sde_diffusion.models.exact import GaussianMixture
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.verify.gaussians import ending
-from sde_diffusion.verify.mixtures import FLOORS, Counted, Known
+from sde_diffusion.verify.mixtures import FLOORS, CountingModel, Known
 
 __all__ = ["Inverse", "Problem", "inverse"]
 
@@ -143,7 +143,7 @@ def inverse(
     validate.kind("method", method, "a function of (model, measurement, x, generator)", "__call__")
     validate.kind("problem", problem, "a Problem", "posterior", "measurement")
     validate.integer("samples", samples, 2)
-    asked, d = Counted(problem.data), problem.data.shape[0]
+    asked, d = CountingModel(problem.data), problem.data.shape[0]
     starts = range(seed * samples, (seed + 1) * samples)
     x = asked.process.prior((samples, d), seeds=starts, dtype=torch.float64)
     made = method(asked, problem.measurement, x, torch.Generator().manual_seed(seed))

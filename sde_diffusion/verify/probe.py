@@ -22,7 +22,17 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import trajectory
 
-__all__ = ["Asked", "Basis", "Inputs", "NotAffine", "Probe", "Trial", "check", "run", "sizes"]
+__all__ = [
+    "Asked",
+    "Basis",
+    "Inputs",
+    "NotAffine",
+    "Probe",
+    "Trial",
+    "check_affine",
+    "run",
+    "sizes",
+]
 
 C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine
 LARGE = 100.0  # size of the second trial input; thresholds of the field lie well below
@@ -206,7 +216,7 @@ def run(
     return Run(probe.asked, probe.draws, coordinates(last.x), remark)
 
 
-def check(
+def check_affine(
     sampler: Sampler,
     data: Model,
     shape: tuple[int, ...],
@@ -288,6 +298,6 @@ def place(made: Run, index: int) -> str:
     return f"in call {index + 1} of {len(made.asked)}, at t={made.asked[index].level.t:.4g}"
 
 
-def describe(sampler: Any) -> str:
+def one_line(sampler: Any) -> str:
     """A sampler in one line."""
     return " ".join(str(sampler).split())

@@ -22,10 +22,10 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import checked_times, trajectory
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import MOST, placed
+from sde_diffusion.verify.laws import MOST, on_process_of
 from sde_diffusion.verify.probe import Inputs, NotAffine, Probe
 
-__all__ = ["Along", "along", "band", "centred", "check", "on_process", "spectrum"]
+__all__ = ["Along", "along", "band", "centred", "check_along", "on_process", "spectrum"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +74,10 @@ class Mixed(Inputs):
         return 1
 
     def start(self, d: int) -> Tensor:
-        return rotated(self.amounts(0, d), self.axes)[None]
+        return in_coordinates(self.amounts(0, d), self.axes)[None]
 
     def draw(self, index: int, d: int) -> Tensor:
-        return rotated(self.amounts(1 + index, d), self.axes)[None]
+        return in_coordinates(self.amounts(1 + index, d), self.axes)[None]
 
     def answer(self, index: int, d: int) -> None:
         return None
@@ -87,7 +87,7 @@ class Mixed(Inputs):
 
 
 @dataclass
-class Counted(Probe):
+class CountingProbe(Probe):
     """A probe that keeps no batch: of d coordinates and many draws they would be too many."""
 
     calls: int = 0
@@ -149,18 +149,18 @@ def along(
 ) -> Along:
     """The exact law along each eigenvector, from one run and one more if noise is drawn.
 
-    Not checked to be that: see `check`.
+    Not checked to be that: see `check_along`.
     """
     mean, variances, axes = spectrum(data)
     direction = torch.ones_like(mean) if axes is None else axes.sum(1)
     shape = probe.sizes(data, None)
     grid = checked_times(data.process, sampler, steps, times)
     levels = data.process.levels(grid)
-    exact = [marginal(mean, variances, level) for level in levels]
+    exact = [marginal_along(mean, variances, level) for level in levels]
     last, (_, target) = levels[-1], exact[-1]
 
-    def run(draws: int) -> tuple[Counted, list[Tensor], Tensor]:
-        made, way = Counted(data, Impulses(direction, draws)), []
+    def run(draws: int) -> tuple[CountingProbe, list[Tensor], Tensor]:
+        made, way = CountingProbe(data, Impulses(direction, draws)), []
         start = end = made.inputs.start(len(mean)).reshape(2 + draws, *shape)
         path = trajectory(made, sampler, start, times=grid, noise=made.noise)
         for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
@@ -189,7 +189,7 @@ def along(
     )  # fmt: skip
 
 
-def check(
+def check_along(
     sampler: Sampler,
     data: Gaussian,
     steps: int | None = None,
@@ -202,7 +202,7 @@ def check(
             each eigenvector for itself.
     """
     shape, axes = probe.sizes(data, None), spectrum(data)[2]
-    probe.check(sampler, data, shape, steps, times)
+    probe.check_affine(sampler, data, shape, steps, times)
     found = along(sampler, data, steps, times)
     inputs, d = Mixed(axes), len(found.offset)
     made = probe.run(sampler, data, inputs, shape, steps, times).end[0]
@@ -230,7 +230,7 @@ def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | Non
     """
     if not isinstance(data, Tensor):
         validate.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
-        return placed(data, sampler, process)  # type: ignore[return-value]
+        return on_process_of(data, sampler, process)  # type: ignore[return-value]
     return centred(data, process or getattr(sampler, "process", None) or VP())
 
 
@@ -259,11 +259,11 @@ def spectrum(data: Gaussian) -> tuple[Tensor, Tensor, Tensor | None]:
     return data.mean @ data.axes[0], variances, data.axes[0]
 
 
-def rotated(amounts: Tensor, axes: Tensor | None) -> Tensor:
+def in_coordinates(amounts: Tensor, axes: Tensor | None) -> Tensor:
     """(d,) along the eigenvectors, as coordinates."""
     return amounts if axes is None else axes @ amounts
 
 
-def marginal(mean: Tensor, variances: Tensor, level: Level[float]) -> tuple[Tensor, Tensor]:
+def marginal_along(mean: Tensor, variances: Tensor, level: Level[float]) -> tuple[Tensor, Tensor]:
     """Mean and variance of x_t along the eigenvectors."""
     return level.alpha * mean, level.alpha**2 * variances + level.sigma**2

@@ -21,7 +21,7 @@ PARAMETERIZATIONS = {
     "v": sd.V(),
     "score": sd.Score(),
     "velocity": sd.Velocity(),
-    "karras": sd.models.Karras(0.8),
+    "karras": sd.models.Preconditioned(0.8),
 }
 
 MEAN = 0.7

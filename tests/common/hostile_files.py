@@ -71,7 +71,7 @@ def chain(folder):
 def frame(folder):
     path = folder / "x.safetensors"
     mean, root = torch.tensor([0.1, 0.2, 0.3]), torch.diag(torch.tensor([1.0, 0.5, 0.2]))
-    frames.Gaussian.of(mean, root, rank=2).save(path)
+    frames.GaussianFrame.of(mean, root, rank=2).save(path)
     return path
 
 
@@ -92,7 +92,7 @@ def rehashed(path, record, data=None):
     rest = {k: v for k, v in record.items() if k != "record_sha256"}
     rest = {**rest, "sha256": hashlib.sha256(data).hexdigest()}
     if "format" in record:
-        rest["record_sha256"] = storage.fingerprint(rest)
+        rest["record_sha256"] = storage.record_hash(rest)
     path.with_suffix(".json").write_text(json.dumps(rest))
     return path
 

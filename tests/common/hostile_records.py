@@ -46,7 +46,7 @@ for _name, _text in {
     "half": lambda whole: whole[: len(whole) // 2],
     "a name twice": lambda whole: whole.replace(b'"format": 2', b'"format": 2, "format": 2'),
     "a part twice": lambda whole: whole.replace(
-        b'"condition"', b'"process": {"class": "VE"}, "condition"'
+        b'"noise_input"', b'"process": {"class": "VE"}, "noise_input"'
     ),
     "another number": lambda whole: whole.replace(b"20.0", b"21.0"),
     "another command": lambda whole: whole.replace(b"as typed", b"as typod"),
@@ -65,13 +65,13 @@ for _name, _change in {
     "denoiser a string": with_(denoiser="\x1b[31m"),
     "denoisre": lambda record: record.update(denoisre=record.pop("denoiser")),
     "a part more": lambda record: record["denoiser"].update(code={"class": "os.system"}),
-    "a part less": lambda record: record["denoiser"].pop("condition") and None,
+    "a part less": lambda record: record["denoiser"].pop("noise_input") and None,
     "a part misspelt": lambda record: record["denoiser"].update(
         proces=record["denoiser"].pop("process")
     ),
     "a part a list": lambda record: record["denoiser"].update(process=["VP"]),
     "a part a string": lambda record: record["denoiser"].update(network="MLP"),
-    "a part null": lambda record: record["denoiser"].update(condition=None),
+    "a part null": lambda record: record["denoiser"].update(noise_input=None),
 }.items():  # fmt: skip
     record_case(f"record: {_name}", _change)
 
@@ -80,7 +80,7 @@ for _name, _change in {
 def _(folder):
     path = sound(folder)
     record = record_of(path) | {"sha256": None}
-    record["record_sha256"] = storage.fingerprint(record)
+    record["record_sha256"] = storage.record_hash(record)
     path.with_suffix(".json").write_text(json.dumps(record))
     return path
 
@@ -91,7 +91,7 @@ CLASSES = ["Denoiser", "os", "os.system", "system", "__import__", "__class__", "
            "Process", "VariancePreserving", "LinearRate", "Level", "Prediction", "Parameterization",
            "Pair", "nn", "torch.nn.Linear", "Fourier", "Dropout", "mlp", "MLP ", "MlP", "\x1b[2J",
            "a\nb", "\ud800", 7, None, True, ["VP"], {}, "x" * 100_000]  # fmt: skip
-for _part in ("network", "process", "parameterization", "condition"):
+for _part in ("network", "process", "parameterization", "noise_input"):
     for _class in CLASSES:
         if _part == "network" or _class not in ("mlp", "MLP ", "MlP", "Fourier"):
             part_case(f"class {_class!r:.20}", _part, **{"class": _class})
@@ -113,13 +113,13 @@ NETWORK = {
     "shape [2.0]": {"shape": [2.0]}, "shape {}": {"shape": {"2": 2}}, "shape []": {"shape": []},
     "shape of 10^5 sides": {"shape": [2] * 100_000},
     "shape of long sides": {"shape": [2**62] * 400},
-    "fourier 10^9": {"fourier": HUGE}, "context 10^9": {"context": HUGE},
-    "context -1": {"context": -1}, "dropout 2": {"dropout": 2.0}, "dropout -1": {"dropout": -1.0},
+    "fourier 10^9": {"fourier": HUGE}, "cond 10^9": {"cond": HUGE},
+    "cond -1": {"cond": -1}, "dropout 2": {"dropout": 2.0}, "dropout -1": {"dropout": -1.0},
     "wdith": {"width": ..., "wdith": 8}, "no width": {"width": ...}, "no shape": {"shape": ...},
-    "no arguments": {"width": ..., "shape": ..., "depth": ..., "fourier": ..., "context": ...},
+    "no arguments": {"width": ..., "shape": ..., "depth": ..., "fourier": ..., "cond": ...},
     "only a class": {"class": "UNet", "width": ..., "shape": ..., "depth": ..., "fourier": ...},
     "Fourier of 10^9": {"class": "Fourier", "width": HUGE, "max_frequency": 50.0, "shape": ...,
-                        "depth": ..., "fourier": ..., "context": ..., "dropout": ...},
+                        "depth": ..., "fourier": ..., "cond": ..., "dropout": ...},
 }  # fmt: skip
 for _name, _changed in NETWORK.items():
     part_case(_name, "network", **_changed)
@@ -159,11 +159,12 @@ for _name, _changed in {
     "rate 0": {"class": "OU", "rate": 0.0}, "s -1": {"class": "Cosine", "s": -1.0},
 }.items():  # fmt: skip
     part_case(_name, "process", beta_min=..., beta_max=..., **_changed)
-part_case("sigma_data 1e308", "parameterization", **{"class": "Karras"}, sigma_data=1e308)
-part_case("sigma_data 0", "parameterization", **{"class": "Karras"}, sigma_data=0.0)
-part_case("num_steps 10^30", "condition", **{"class": "Index"}, num_steps=MANY, counts_from=0)
-part_case("num_steps 10.0", "condition", **{"class": "Index"}, num_steps=10.0, counts_from=0)
-part_case("counts_from true", "condition", **{"class": "Index"}, num_steps=10, counts_from=True)
+INDEX = {"class": "TimestepIndex"}
+part_case("sigma_data 1e308", "parameterization", **{"class": "Preconditioned"}, sigma_data=1e308)
+part_case("sigma_data 0", "parameterization", **{"class": "Preconditioned"}, sigma_data=0.0)
+part_case("num_steps 10^30", "noise_input", **INDEX, num_steps=MANY, counts_from=0)
+part_case("num_steps 10.0", "noise_input", **INDEX, num_steps=10.0, counts_from=0)
+part_case("counts_from true", "noise_input", **INDEX, num_steps=10, counts_from=True)
 
 
 # ---- tensors ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sde_diffusion.models.denoiser import Denoiser
 
 ROOM = 256 * 2**20  # bytes of address space
 KINDS = {"denoiser": DENOISERS, "frame": FRAMES, "foreign": FOREIGN}
-LOADERS = {"denoiser": Denoiser.load, "frame": frames.Gaussian.load, "foreign": import_weights}
+LOADERS = {"denoiser": Denoiser.load, "frame": frames.GaussianFrame.load, "foreign": import_weights}
 SOUND = {"denoiser": [sound, unet, chain], "frame": [frame], "foreign": [foreign]}
 
 

@@ -217,7 +217,7 @@ def batches(draw, shape=None, dtypes=FLOATS, layouts=tuple(LAYOUTS)) -> Tensor:
 # ---- models and samplers ---------------------------------------------------------------------
 
 PARAMETERIZATIONS = powers(-1, 1).map(
-    lambda r: (sd.Eps(), sd.X0(), sd.V(), sd.Score(), sd.Velocity(), sd.models.Karras(r))
+    lambda r: (sd.Eps(), sd.X0(), sd.V(), sd.Score(), sd.Velocity(), sd.models.Preconditioned(r))
 )
 
 
@@ -333,7 +333,7 @@ def jobs(draw, x: Tensor, samplers: st.SearchStrategy) -> Job:
     half, sampler = x.dtype not in FULL, draw(samplers)
     slow_drift = powers(-1, 0).map(sd.OU)
     process = draw(slow_drift if half and steps_in_t(sampler) else evenly(*CALM_PROCESSES.values()))
-    meanings = [sd.V(), sd.Velocity(), sd.models.Karras()]
+    meanings = [sd.V(), sd.Velocity(), sd.models.Preconditioned()]
     if not half:
         meanings.append(sd.X0())
     if process.prior_std == 1 and float(process.alpha(1.0)) > 1e-3:

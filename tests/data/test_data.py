@@ -12,7 +12,7 @@ import torch
 import torchvision  # noqa: F401  first, as its import leaves a folder among the temporary files
 
 from sde_diffusion import data
-from sde_diffusion.data.datasets import Images, Points, dequantize, order, to_uint8
+from sde_diffusion.data.datasets import Images, Points, dequantize, shuffled_indices, to_uint8
 from sde_diffusion.data.image_files import DataNotFound
 from sde_diffusion.metrics.features import MnistFeatures
 
@@ -238,32 +238,32 @@ def test_what_lies_outside_becomes_the_nearest_pixel():
 
 @pytest.mark.parametrize("size", [1, 2, 97])
 def test_every_epoch_is_a_permutation(size):
-    epochs = order(0, size, 0, 4 * size).reshape(4, size)
+    epochs = shuffled_indices(0, size, 0, 4 * size).reshape(4, size)
     assert epochs.dtype == torch.int64
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(4, size))
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
-    shuffles = [*order(0, 97, 0, 4 * 97).reshape(4, 97), order(1, 97, 0, 97)]
+    shuffles = [*shuffled_indices(0, 97, 0, 4 * 97).reshape(4, 97), shuffled_indices(1, 97, 0, 97)]
     assert len(torch.stack(shuffles).unique(dim=0)) == 5
 
 
 def test_any_stretch_of_the_order_is_the_slice_of_the_whole():
-    whole = order(3, 10, 0, 60)
+    whole = shuffled_indices(3, 10, 0, 60)
     for start in range(25):
         for count in range(35):
-            assert torch.equal(order(3, 10, start, count), whole[start : start + count])
+            assert torch.equal(shuffled_indices(3, 10, start, count), whole[start : start + count])
 
 
 def test_the_order_is_uniform():
     """Each of 5 items comes first in 1/5 of 2,000 epochs: a binomial's 4.5 standard errors."""
-    first = order(0, 5, 0, 10_000).reshape(2000, 5)[:, 0]
+    first = shuffled_indices(0, 5, 0, 10_000).reshape(2000, 5)[:, 0]
     assert ((first.bincount(minlength=5) - 400).abs() < 4.5 * (2000 * 0.2 * 0.8) ** 0.5).all()
 
 
 def test_an_order_of_nothing_is_refused():
     with pytest.raises(ValueError, match="size"):
-        order(0, 0, 0, 1)
+        shuffled_indices(0, 0, 0, 1)
 
 
 def test_points_are_used_as_they_are():

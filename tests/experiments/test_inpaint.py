@@ -12,8 +12,8 @@ from sde_diffusion.inverse import corrections, inpainting
 from sde_diffusion.metrics import features
 
 TINY = ("--steps", 2, "--num-images", 2, "--completions", 2)
-STEPS = {corrections.ThroughNetwork: 50, corrections.ToMean: 100}
-SCALES = {corrections.ThroughNetwork: 300.0, corrections.ToMean: 2.0}
+STEPS = {corrections.BackpropCorrection: 50, corrections.PosteriorMeanCorrection: 100}
+SCALES = {corrections.BackpropCorrection: 300.0, corrections.PosteriorMeanCorrection: 2.0}
 
 
 @pytest.fixture(name="digits", scope="module")

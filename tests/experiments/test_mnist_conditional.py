@@ -81,9 +81,9 @@ def test_training_leaves_weights_that_take_a_class(trained):
             "grid.png", "samples.safetensors", "config.json",
             "checkpoint-00000003"} <= left  # fmt: skip
     record = json.loads((trained / "mnist_conditional.json").read_text())
-    assert record["context_dropout"] == 0.2
+    assert record["cond_dropout"] == 0.2
     denoiser = sd.Denoiser.load(trained / "mnist_conditional.safetensors")
-    assert denoiser.network.config["context"] == 10
+    assert denoiser.network.config["cond"] == 10
     assert len(training.history(trained)) == 3
 
 
@@ -130,8 +130,8 @@ def test_an_unconditional_network_is_widened_without_changing_what_it_says():
         (("--sampler", "ode", "--steps", 5), "--steps has no effect"),
         (("--train-steps", 5), "--train-steps has no effect without --train"),
         (("--resume",), "--resume has no effect without --train"),
-        (("--context-dropout", 0.1), "--context-dropout has no effect"),
-        (("--train", "--context-dropout", 1.5), "--context-dropout must lie in"),
+        (("--cond-dropout", 0.1), "--cond-dropout has no effect"),
+        (("--train", "--cond-dropout", 1.5), "--cond-dropout must lie in"),
         (("--train", "--learning-rate", 0), "--learning-rate must"),
         (("--train", "--data-root", "nowhere"), "MNIST not found"),
         (("--checkpoint", "absent.safetensors"), "absent"),

@@ -59,7 +59,7 @@ def test_it_leaves_weights_a_curve_samples_and_what_explains_them(trained):
         image.load()
     denoiser = sd.Denoiser.load(trained / "mnist_ddpm.safetensors")
     assert denoiser.process == sd.Discrete.linear(12)
-    assert denoiser.parameterization == sd.models.Karras(0.5)
+    assert denoiser.parameterization == sd.models.Preconditioned(0.5)
 
 
 def test_its_loss_is_the_one_of_the_discrete_face(trained, root):
@@ -67,7 +67,7 @@ def test_its_loss_is_the_one_of_the_discrete_face(trained, root):
     torch.manual_seed(0)
     networks = [sd.networks.UNet(channels=(32, 64), blocks=1), sd.networks.PlainUNet(),
                 sd.networks.MLP(shape=(1, 28, 28), width=1024, depth=4, fourier=64)]  # fmt: skip
-    ddpm = sd.DDPM(sd.Denoiser(networks[2], sd.Discrete.linear(12), sd.models.Karras(0.5)))
+    ddpm = sd.DDPM(sd.Denoiser(networks[2], sd.Discrete.linear(12), sd.models.Preconditioned(0.5)))
     recipe = training.Recipe(steps=3, batch_size=500)
     digits = mnist(root)
     batch = training.draw(digits, recipe, sd.losses.DiscreteTimes(12), 0)

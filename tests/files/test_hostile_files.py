@@ -108,9 +108,9 @@ FLIPPED = {
 def content(loaded):
     """All that a load gives, to be compared."""
     if isinstance(loaded, Denoiser):
-        parts = (loaded.process, loaded.parameterization, loaded.condition)
+        parts = (loaded.process, loaded.parameterization, loaded.noise_input)
         return [type(loaded.network), loaded.network.config, *parts], loaded.network.state_dict()
-    if isinstance(loaded, frames.Gaussian):
+    if isinstance(loaded, frames.GaussianFrame):
         return [loaded.rest], {name: getattr(loaded, name) for name in frames.PARTS}
     return [], loaded
 

@@ -13,8 +13,8 @@ from sde_diffusion.files import storage
 from sde_diffusion.files.storage import BadFile
 from sde_diffusion.files.strict_json import plain
 from sde_diffusion.models.denoiser import Denoiser
-from sde_diffusion.models.noise_inputs import Index, LogRatio, LogSNR, Time
-from sde_diffusion.models.parameterizations import X0, Eps, Karras, Score, V, Velocity
+from sde_diffusion.models.noise_inputs import CNoise, ContinuousTime, LogSNR, TimestepIndex
+from sde_diffusion.models.parameterizations import X0, Eps, Preconditioned, Score, V, Velocity
 from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.processes import (
     EDM,
@@ -29,14 +29,14 @@ from sde_diffusion.processes import (
 )
 
 NETWORKS = {
-    "unet": lambda: UNet(channels=(8, 16), blocks=1, embedding=8, heads=2, context=0),
+    "unet": lambda: UNet(channels=(8, 16), blocks=1, embedding=8, heads=2, cond=0),
     "mlp": lambda: MLP((1, 4, 4), width=8, fourier=4),
 }
 PROCESSES = [VP(0.2, 15.0), RectifiedFlow(), Discrete.linear(10), Interpolated((0.1, 0.25)),
              SubVP(0.2, 15.0), VE(0.1, 9.0), OU(2.0), Cosine(0.01), EDM(70.0),
              Discrete.cosine(5).zero_terminal_snr()]  # fmt: skip
-PARAMETERIZATIONS = [Eps(), X0(), V(), Score(), Velocity(), Karras(0.7)]
-CONDITIONS = [Time(), LogSNR(), LogRatio(), Index(10)]
+PARAMETERIZATIONS = [Eps(), X0(), V(), Score(), Velocity(), Preconditioned(0.7)]
+NOISE_INPUTS = [ContinuousTime(), LogSNR(), CNoise(), TimestepIndex(10)]
 
 
 def small(**changed):
@@ -83,18 +83,20 @@ def refusal(path, named=None):
 def combinations():
     """Every network with every process, the other two dealt round."""
     for i, (network, process) in enumerate(product(NETWORKS, PROCESSES)):
-        yield network, process, PARAMETERIZATIONS[i % 6], CONDITIONS[(i // 6 + i) % 4]
+        yield network, process, PARAMETERIZATIONS[i % 6], NOISE_INPUTS[(i // 6 + i) % 4]
 
 
 @pytest.mark.parametrize(
-    ("network", "process", "parameterization", "condition"), list(combinations())
+    ("network", "process", "parameterization", "noise_input"), list(combinations())
 )
-def test_a_denoiser_comes_back_bit_for_bit(tmp_path, network, process, parameterization, condition):
+def test_a_denoiser_comes_back_bit_for_bit(
+    tmp_path, network, process, parameterization, noise_input
+):
     denoiser = small(
         network=NETWORKS[network](),
         process=process,
         parameterization=parameterization,
-        condition=condition,
+        noise_input=noise_input,
     )
     for parameter in denoiser.network.parameters():
         torch.nn.init.normal_(parameter)  # the U-Net's zeros would hide a loss
@@ -104,7 +106,7 @@ def test_a_denoiser_comes_back_bit_for_bit(tmp_path, network, process, parameter
     assert_same_weights(loaded, denoiser)
     assert loaded.process == process
     assert loaded.parameterization == parameterization
-    assert loaded.condition == condition
+    assert loaded.noise_input == noise_input
     assert not loaded.training
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     level = process.level(torch.tensor(0.5), x)
@@ -192,7 +194,7 @@ def tampered(path, part, **changed):
     storage.write(path, tensors, {**facts(record), "denoiser": description})
 
 
-PARTS = ["network", "process", "parameterization", "condition"]
+PARTS = ["network", "process", "parameterization", "noise_input"]
 OUTSIDE = ["os.system", "system", "__import__", "Process", "Level", "Prediction", "Pair", "truth"]
 OUTSIDE += ["Denoiser", "Model", "nn", "torch.nn.Linear", "Parameterization", "", 7, ["VP"], {}]
 
@@ -209,7 +211,7 @@ def test_a_class_outside_the_table_is_refused(saved, part, name):
     [
         (p, o)
         for p in PARTS
-        for q, o in zip(PARTS, ["MLP", "VP", "V", "Time"], strict=True)
+        for q, o in zip(PARTS, ["MLP", "VP", "V", "ContinuousTime"], strict=True)
         if p != q
     ],
 )
@@ -220,9 +222,9 @@ def test_a_class_of_another_table_is_refused(saved, part, other):
 
 def test_no_part_of_a_description_can_be_a_whole_denoiser(saved):
     """Denoiser stands in the same module as the conditions, and can be called."""
-    tampered(saved, "condition", **{"class": "Denoiser"}, network=None, process="x")
+    tampered(saved, "noise_input", **{"class": "Denoiser"}, network=None, process="x")
     refusal(saved, saved.with_suffix(".json"))
-    tampered(saved, "condition", **{"class": "Denoiser"}, network="x", process="x")
+    tampered(saved, "noise_input", **{"class": "Denoiser"}, network="x", process="x")
     refusal(saved, saved.with_suffix(".json"))
 
 
@@ -267,7 +269,7 @@ def test_a_wrong_argument_or_shape_is_refused(saved, part, changed):
 
 def test_a_unet_that_cannot_be_is_refused(saved):
     tensors, record = storage.read(saved)
-    for wrong in ({"heads": 0}, {"patch": 0}, {"blocks": -1}, {"channels": "ab"}, {"context": -1}):
+    for wrong in ({"heads": 0}, {"patch": 0}, {"blocks": -1}, {"channels": "ab"}, {"cond": -1}):
         network = {"class": "UNet", "channels": [8], "attention": [0], **wrong}
         described = {**record["denoiser"], "network": network}
         storage.write(saved, tensors, {**facts(record), "denoiser": described})
@@ -368,8 +370,8 @@ def test_a_message_is_one_printable_line_and_bounded():
 
 @pytest.mark.parametrize("part", [p for p in PARTS if p != "network"])
 def test_what_is_handed_in_must_be_what_was_saved(saved, part):
-    right = {"process": VP(), "parameterization": V(), "condition": Time()}
-    wrong = {"process": VP(0.2), "parameterization": Eps(), "condition": LogSNR()}
+    right = {"process": VP(), "parameterization": V(), "noise_input": ContinuousTime()}
+    wrong = {"process": VP(0.2), "parameterization": Eps(), "noise_input": LogSNR()}
     Denoiser.load(saved, **right)
     with pytest.raises(BadFile, match=f"the {part} was saved as another: .* -> "):
         Denoiser.load(saved, **{part: wrong[part]})

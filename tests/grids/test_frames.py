@@ -18,12 +18,12 @@ from sde_diffusion.grids import frames
 MEAN = torch.tensor([0.7, -0.4, 0.2], dtype=torch.float64)
 ROOT = torch.tensor([[0.6, 0.2, 0.0], [0.2, 0.5, -0.3], [0.0, -0.3, 0.4]], dtype=torch.float64)
 COVARIANCE = ROOT @ ROOT.T
-GAUSSIAN = frames.Gaussian.of(MEAN, COVARIANCE)
+GAUSSIAN = frames.GaussianFrame.of(MEAN, COVARIANCE)
 FRAMES = {
     "straight": frames.Straight(),
     "gaussian": GAUSSIAN,
-    "low-rank": frames.Gaussian.of(MEAN, COVARIANCE, rank=1),
-    "isotropic": frames.Gaussian(torch.zeros(()), torch.eye(3)[:, :1], torch.ones(1), 1.0),
+    "low-rank": frames.GaussianFrame.of(MEAN, COVARIANCE, rank=1),
+    "isotropic": frames.GaussianFrame(torch.zeros(()), torch.eye(3)[:, :1], torch.ones(1), 1.0),
 }
 EACH = pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
 ON_EACH = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
@@ -126,8 +126,8 @@ def test_low_rank_plus_isotropic_is_full_rank_where_the_spectrum_is():
     spectrum = torch.tensor([0.1, 0.1, 0.1, 0.7, 2.0], dtype=torch.float64)
     axes = torch.linalg.qr(normal(5, 5)).Q
     mean = normal(5)
-    full = frames.Gaussian.of(mean, axes * spectrum @ axes.T)
-    low = frames.Gaussian.of(mean, axes * spectrum @ axes.T, rank=2)
+    full = frames.GaussianFrame.of(mean, axes * spectrum @ axes.T)
+    low = frames.GaussianFrame.of(mean, axes * spectrum @ axes.T, rank=2)
     assert low.axes.shape == (5, 2)
     assert low.rest == pytest.approx(0.1, rel=1e-12)
     x, at = normal(4, 5), level(sd.VP(), 0.4)
@@ -151,10 +151,10 @@ def test_small_eigenvalues_are_raised_to_the_floor():
     """Constant pixels: without a floor their direction could not be left again."""
     singular = torch.diag(torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64))
     floor = data.DEQUANTIZATION
-    frame = frames.Gaussian.of(torch.zeros(3, dtype=torch.float64), singular, floor=floor)
+    frame = frames.GaussianFrame.of(torch.zeros(3, dtype=torch.float64), singular, floor=floor)
     assert frame.variances.tolist() == pytest.approx([floor, 0.25, 1.0], rel=1e-12)
     with pytest.raises(ValueError, match="give a floor"):
-        frames.Gaussian.of(torch.zeros(3, dtype=torch.float64), singular)
+        frames.GaussianFrame.of(torch.zeros(3, dtype=torch.float64), singular)
 
 
 @EACH
@@ -193,7 +193,7 @@ def test_any_covariance_has_a_frame_that_explains_its_gaussian(d, seed, t):
     covariance = root @ root.T + 0.01 * torch.eye(d, dtype=torch.float64)
     mean = torch.randn(d, generator=generator, dtype=torch.float64)
     x = torch.randn(3, d, generator=generator, dtype=torch.float64)
-    frame, at = frames.Gaussian.of(mean, covariance), level(sd.RectifiedFlow(), t)
+    frame, at = frames.GaussianFrame.of(mean, covariance), level(sd.RectifiedFlow(), t)
     assert_close(frame.leave(frame.enter(x, at), at), x, rtol=1e-9, atol=1e-9)
     slope = frame.slope(model(sd.RectifiedFlow(), covariance, mean)(x, at))
     assert float(slope.abs().max()) <= 1e-8
@@ -202,22 +202,24 @@ def test_any_covariance_has_a_frame_that_explains_its_gaussian(d, seed, t):
 # ---- bad input and files ----------------------------------------------------------------------
 
 REFUSALS = {
-    "axes and variances must be": lambda: frames.Gaussian(MEAN, torch.eye(3), torch.ones(2), 1.0),
-    "does not fit axes of 3": lambda: frames.Gaussian(
+    "axes and variances must be": lambda: frames.GaussianFrame(
+        MEAN, torch.eye(3), torch.ones(2), 1.0
+    ),
+    "does not fit axes of 3": lambda: frames.GaussianFrame(
         torch.zeros(2), torch.eye(3), torch.ones(3), 1.0
     ),
-    "variances must be positive": lambda: frames.Gaussian(
+    "variances must be positive": lambda: frames.GaussianFrame(
         MEAN, torch.eye(3), torch.tensor([1.0, 0.0, 1.0]), 1.0
     ),
-    "mean must be finite": lambda: frames.Gaussian(
+    "mean must be finite": lambda: frames.GaussianFrame(
         torch.full((3,), math.nan), torch.eye(3), torch.ones(3), 1.0
     ),
-    "rest must lie": lambda: frames.Gaussian(MEAN, torch.eye(3), torch.ones(3), 0.0),
-    "covariance must be": lambda: frames.Gaussian.of(MEAN, torch.eye(2)),
-    "rank must be at most 3": lambda: frames.Gaussian.of(MEAN, COVARIANCE, rank=4),
-    "floor must lie": lambda: frames.Gaussian.of(MEAN, COVARIANCE, floor=-1.0),
+    "rest must lie": lambda: frames.GaussianFrame(MEAN, torch.eye(3), torch.ones(3), 0.0),
+    "covariance must be": lambda: frames.GaussianFrame.of(MEAN, torch.eye(2)),
+    "rank must be at most 3": lambda: frames.GaussianFrame.of(MEAN, COVARIANCE, rank=4),
+    "floor must lie": lambda: frames.GaussianFrame.of(MEAN, COVARIANCE, floor=-1.0),
     "path must end in": lambda: GAUSSIAN.save("frame.pt"),
-    "name must be one of mnist": lambda: frames.Gaussian.pretrained("cats"),
+    "name must be one of mnist": lambda: frames.GaussianFrame.pretrained("cats"),
 }
 
 
@@ -236,21 +238,21 @@ def test_a_saved_frame_is_the_same_to_float32_and_damage_is_noticed(tmp_path):
     path = tmp_path / "frame.safetensors"
     low = FRAMES["low-rank"]
     low.save(path, source="a test")
-    again = frames.Gaussian.load(path)
+    again = frames.GaussianFrame.load(path)
     assert again.rest == low.rest
     for name in ("mean", "axes", "variances"):
         assert_close(getattr(again, name), getattr(low, name), rtol=1e-7, atol=1e-7)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(storage.BadFile, match="SHA-256"):
-        frames.Gaussian.load(path)
+        frames.GaussianFrame.load(path)
     storage.write(path, {"mean": MEAN}, {"rest": 1.0})
     with pytest.raises(storage.BadFile, match="not a frame"):
-        frames.Gaussian.load(path)
+        frames.GaussianFrame.load(path)
 
 
 def test_the_packaged_frame_is_that_of_28x28_digits():
-    frame = frames.Gaussian.pretrained("mnist")
+    frame = frames.GaussianFrame.pretrained("mnist")
     assert frame.mean.shape == (1, 28, 28)
     assert float(frame.variances.min()) >= data.DEQUANTIZATION
     identity = frame.axes.T @ frame.axes

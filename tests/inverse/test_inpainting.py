@@ -9,9 +9,9 @@ from cases import FIXED_STEP, OWN_STEPS, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.inverse.corrections import ThroughNetwork, ToMean
+from sde_diffusion.inverse.corrections import BackpropCorrection, PosteriorMeanCorrection
 from sde_diffusion.inverse.inpainting import MaskedMSE, RePaint, Replacement, complete_image
-from sde_diffusion.processes import ascent
+from sde_diffusion.processes import forward_kernel
 
 
 def drawn(*shape, seed=0):
@@ -99,7 +99,7 @@ def test_repaint_goes_back_up_by_the_forward_kernel(process):
     assert_close(asked.x[1], a * x_s + b * drawn(4, 5, seed=2), rtol=1e-9, atol=1e-12)
     for t, s in ((0.9, 0.3), (0.5, 0.49), (0.2, 0.0), (process.t_max, 0.5)):
         high, low = level_of(process, t), level_of(process, s)
-        a, b = ascent(low, high)
+        a, b = forward_kernel(low, high)
         assert_close(a * low.alpha, high.alpha, rtol=1e-12, atol=1e-300)
         assert_close(a**2 * low.sigma**2 + b**2, high.sigma**2, rtol=1e-9, atol=0)
 
@@ -172,7 +172,7 @@ def test_to_mean_is_the_gradient_with_respect_to_the_mean(chain):
     for i in (50, 20, 2, 1):
         t, s = (level_of(chain, k / 50) for k in (i, i - 1))
         plain, _ = sd.Ancestral().step(model, x, t, s, lambda *a: drawn(4, 5, seed=1), None)
-        made, _ = ToMean(sd.Ancestral(), cost, 0.7).step(
+        made, _ = PosteriorMeanCorrection(sd.Ancestral(), cost, 0.7).step(
             model, x, t, s, lambda *a: drawn(4, 5, seed=1), None
         )
         one, zero = torch.ones(1, 5).double(), torch.zeros(1, 5).double()
@@ -185,7 +185,7 @@ def test_to_mean_is_the_gradient_with_respect_to_the_mean(chain):
 
 
 @pytest.mark.parametrize("name", FIXED_STEP)
-@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+@pytest.mark.parametrize("route", [BackpropCorrection, PosteriorMeanCorrection])
 def test_completion_takes_any_sampler_at_its_own_number_of_calls(route, name):
     class Counted:
         process, count, model = sd.VP(), 0, data()
@@ -205,7 +205,7 @@ def test_completion_takes_any_sampler_at_its_own_number_of_calls(route, name):
 
 
 @pytest.mark.parametrize("name", OWN_STEPS)
-@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+@pytest.mark.parametrize("route", [BackpropCorrection, PosteriorMeanCorrection])
 def test_a_sampler_with_steps_of_its_own_is_corrected_at_the_times_given(route, name):
     sampler, times = OWN_STEPS[name], torch.linspace(1, 0, 5)
 
@@ -221,9 +221,9 @@ def test_a_sampler_with_steps_of_its_own_is_corrected_at_the_times_given(route, 
         complete_image(data(), Y, MASK, 0.1, sampler=sampler)
 
 
-@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+@pytest.mark.parametrize("route", [BackpropCorrection, PosteriorMeanCorrection])
 def test_completion_agrees_with_what_is_known_and_does_not_know_its_batch(route):
-    known, scale = MASK == 1, {ThroughNetwork: 3.0, ToMean: 0.1}[route]
+    known, scale = MASK == 1, {BackpropCorrection: 3.0, PosteriorMeanCorrection: 0.1}[route]
     made = complete_image(data(), Y, MASK, scale, route=route, steps=100, seeds=range(4))
     free = complete_image(data(), Y, MASK, 0.0, route=route, steps=100, seeds=range(4))
     off, before = ((m - Y)[:, known].norm() for m in (made, free))
@@ -232,7 +232,7 @@ def test_completion_agrees_with_what_is_known_and_does_not_know_its_batch(route)
     assert_close(made[2:3], alone, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("route", [ThroughNetwork, ToMean])
+@pytest.mark.parametrize("route", [BackpropCorrection, PosteriorMeanCorrection])
 def test_clipping_holds_the_x0_of_rule_and_step(route):
     """One step written out: x_s and the gradient are those of the clamped x0."""
     model, x, scale = data(), drawn(4, 5, seed=3) * 2, 0.4
@@ -247,7 +247,7 @@ def test_clipping_holds_the_x0_of_rule_and_step(route):
     assert (x0.abs() < 1).any()
     eps = (x - t.alpha * x0) / t.sigma
     expected = s.alpha * x0 + s.sigma * eps  # DDIM
-    if route is ThroughNetwork:
+    if route is BackpropCorrection:
         expected = expected - scale * torch.autograd.grad(cost, point)[0]
     else:
         kernel = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
@@ -279,7 +279,7 @@ def test_to_mean_asks_no_derivative_of_the_network():
             return self.model(x, level)
 
     made = (
-        complete_image(model, Y, MASK, 0.1, route=ToMean, steps=5, seeds=range(4))
+        complete_image(model, Y, MASK, 0.1, route=PosteriorMeanCorrection, steps=5, seeds=range(4))
         for model in (Stone(), data())
     )
     assert torch.equal(*made)

@@ -8,7 +8,7 @@ from cases import FIXED_STEP, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.inverse.corrections import ThroughNetwork, ToMean
+from sde_diffusion.inverse.corrections import BackpropCorrection, PosteriorMeanCorrection
 from sde_diffusion.inverse.measurements import LogLikelihood, Measurement
 from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
 from sde_diffusion.inverse.operators import Mask, Matrix
@@ -115,7 +115,7 @@ def test_derivatives_are_found_in_inference_mode_too(method):
         "DiffPIR": (DiffPIR(model, MEASURED), chain),
         "DPS": (model, DPS(chain, MEASURED, 0.1)),
         "SMC": (model, sd.inverse.SMC(MEASURED, 4)),
-        "to mean": (model, ToMean(chain, cost, 0.1)),
+        "to mean": (model, PosteriorMeanCorrection(chain, cost, 0.1)),
         "by classifier": (sd.models.ClassifierGuided(model, log_prob, drawn(4, 3)), chain),
     }[method]
 
@@ -271,7 +271,7 @@ def test_rows_take_their_measurements_with_them():
     (lambda: PiGDM(data(sd.VP()), MEASURED, variance=0.0), "variance"),
     (lambda: DiffPIR(data(sd.VP()), MEASURED, 0.0), "lam"),
     (lambda: DPS(sd.Ancestral(), MEASURED, math.inf), "scale"),
-    (lambda: ThroughNetwork(sd.Ancestral, MEASURED.cost), "sampler"),
+    (lambda: BackpropCorrection(sd.Ancestral, MEASURED.cost), "sampler"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(call, says):
     with pytest.raises((ValueError, TypeError), match=says):

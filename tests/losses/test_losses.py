@@ -173,7 +173,7 @@ def test_named_weights_are_the_published_ones_for_any_network(name, parameteriza
 
 
 def test_the_edm_weight_is_one_on_the_output_of_its_own_network():
-    (x0, eps), model = problem(), denoiser(sd.models.Karras(0.5))
+    (x0, eps), model = problem(), denoiser(sd.models.Preconditioned(0.5))
     weighted = sd.denoising_loss(model, x0, T, eps, weight=sd.losses.EDMWeight(0.5))
     assert_close(weighted, sd.denoising_loss(model, x0, T, eps), rtol=1e-10, atol=0)
 
@@ -274,8 +274,8 @@ def test_weights_at_the_ends_are_finite_or_refused_by_name():
         (lambda: sd.losses.DiscreteTimes(5)(torch.tensor([math.nan])), "quantile must lie"),
         (lambda: sd.losses.stratified(0.5, torch.arange(2), 0), "batch_size"),
         (lambda: sd.losses.stratified(2.0, torch.arange(2), 2), "offset"),
-        (lambda: sd.models.Index(0), "num_steps"),
-        (lambda: sd.models.Index(10, counts_from=2), "counts_from"),
+        (lambda: sd.models.TimestepIndex(0), "num_steps"),
+        (lambda: sd.models.TimestepIndex(10, counts_from=2), "counts_from"),
     ],
 )
 def test_values_out_of_range_are_named(make, named):

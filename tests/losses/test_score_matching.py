@@ -27,7 +27,7 @@ SCHEDULES = {
     "ve": (1.0, 1e-4 * (5000.0 ** (2 * T) - 1)),
     "rectified-flow": (1 - T, T**2),
 }
-OUTPUTS = {"vp": sd.Eps(), "ve": sd.models.Karras(0.8), "rectified-flow": sd.Velocity()}
+OUTPUTS = {"vp": sd.Eps(), "ve": sd.models.Preconditioned(0.8), "rectified-flow": sd.Velocity()}
 every_process = pytest.mark.parametrize("name", SCHEDULES)
 
 

@@ -29,10 +29,10 @@ def level_of(process, t):
     return process.levels(torch.tensor([t], dtype=torch.float64))[0]
 
 
-def network(context=4, dtype=torch.float32):
+def network(cond=4, dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = sd.networks.UNet(channels=(8,), blocks=1, attention=(), embedding=8, context=context)
+        made = sd.networks.UNet(channels=(8,), blocks=1, attention=(), embedding=8, cond=cond)
         for parameter in made.requires_grad_(False).parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     return sd.Denoiser(made.to(dtype), sd.VP(), sd.V()).eval()
@@ -342,7 +342,7 @@ def test_sizes_that_do_not_fit_the_batch_are_refused(cond, scale, says):
 
 def test_a_context_of_another_width_is_refused():
     model, x = network(), drawn(2, 1, 8, 8)
-    with pytest.raises(ValueError, match="context of width 4; got 3"):
+    with pytest.raises(ValueError, match="cond of width 4; got 3"):
         ClassifierFree(model, torch.zeros(3))(x, level_of(sd.VP(), 0.5))
 
 

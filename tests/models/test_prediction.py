@@ -82,7 +82,7 @@ def test_eps_and_score_refuse_to_say_x0_where_there_is_no_signal():
         made = sd.models.Prediction(torch.ones(2, 1), torch.ones(2, 1), batch, parameterization)
         with pytest.raises(ValueError, match="alpha = 0"):
             _ = made.x0
-    for parameterization in (sd.V(), sd.X0(), sd.Velocity(), sd.models.Karras()):
+    for parameterization in (sd.V(), sd.X0(), sd.Velocity(), sd.models.Preconditioned()):
         assert ends(sd.RectifiedFlow(), 1.0, parameterization).x0.isfinite().all()
         assert ends(sd.RectifiedFlow(), 1.0, parameterization).eps.isfinite().all()
 
@@ -115,8 +115,8 @@ def test_karras_preconditioning_is_table_1_of_the_paper():
         sigma = level.sigma
         skip = data**2 / (sigma**2 + data**2)
         out = sigma * data / (sigma**2 + data**2) ** 0.5
-        assert sd.models.Karras(data).x0(level) == pytest.approx((skip, out), rel=1e-14)
-        scale = sd.models.Karras(data).input_scale(level)
+        assert sd.models.Preconditioned(data).x0(level) == pytest.approx((skip, out), rel=1e-14)
+        scale = sd.models.Preconditioned(data).input_scale(level)
         assert scale == pytest.approx((sigma**2 + data**2) ** -0.5, rel=1e-14)
 
 
@@ -125,7 +125,7 @@ def test_karras_input_and_target_have_unit_variance_at_every_level(process):
     """For data of standard deviation s: Var(c_in x), and Var(F) = E[(x0 - c_skip x)^2] / c_out^2,
     from the coefficients of (x0, eps), which are independent."""
     data = 0.7
-    karras = sd.models.Karras(data)
+    karras = sd.models.Preconditioned(data)
     for level in process.levels(torch.tensor([1e-4, 0.2, 0.7, 1.0], dtype=torch.float64)):
         scale = karras.input_scale(level)
         assert (scale * level.alpha * data) ** 2 + (scale * level.sigma) ** 2 == pytest.approx(1)
@@ -137,7 +137,7 @@ def test_karras_input_and_target_have_unit_variance_at_every_level(process):
 
 def test_karras_of_unit_data_on_a_variance_preserving_process_is_minus_v():
     right, _ = made_from_truth(sd.VP(), sd.Eps(), 0.4, torch.float64)
-    assert_close(sd.models.Karras(1.0).target(right), -right.v, rtol=1e-12, atol=1e-14)
+    assert_close(sd.models.Preconditioned(1.0).target(right), -right.v, rtol=1e-12, atol=1e-14)
 
 
 def test_a_network_sees_its_input_scaled():
@@ -147,7 +147,7 @@ def test_a_network_sees_its_input_scaled():
             return torch.zeros_like(x)
 
     network = Seen()
-    model = sd.Denoiser(network, sd.EDM(), sd.models.Karras(0.5), sd.models.LogRatio())
+    model = sd.Denoiser(network, sd.EDM(), sd.models.Preconditioned(0.5), sd.models.CNoise())
     level = sd.EDM().levels(torch.tensor([0.1], dtype=torch.float64))[0]
     x = torch.full((3, 2), 9.0, dtype=torch.float64)
     made = model(x, level)
@@ -189,9 +189,9 @@ def test_a_network_that_answers_with_another_shape_is_refused_by_name(shape):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: sd.models.Karras(0.0),
-        lambda: sd.models.Karras(-1),
-        lambda: sd.models.Karras(float("nan")),
+        lambda: sd.models.Preconditioned(0.0),
+        lambda: sd.models.Preconditioned(-1),
+        lambda: sd.models.Preconditioned(float("nan")),
     ],
 )
 def test_data_without_spread_are_refused(make):

@@ -69,9 +69,9 @@ def test_padding_repeats_the_border_and_the_output_is_cropped():
 
 
 CONDITIONAL = {
-    "unet": (UNet(**SMALL, context=5), UNet(**SMALL), (1, 8, 8)),
-    "mlp": (MLP(context=5), MLP(), (2,)),
-    "mlp with features": (MLP(fourier=8, context=5), MLP(fourier=8), (2,)),
+    "unet": (UNet(**SMALL, cond=5), UNet(**SMALL), (1, 8, 8)),
+    "mlp": (MLP(cond=5), MLP(), (2,)),
+    "mlp with features": (MLP(fourier=8, cond=5), MLP(fourier=8), (2,)),
 }
 
 
@@ -102,12 +102,12 @@ def test_the_output_depends_on_every_input(name):
 def test_a_context_is_required_refused_or_of_another_width_by_name(name):
     conditional, unconditional, shape = CONDITIONAL[name]
     x, c = batch(*shape, dtype=next(conditional.parameters()).dtype)
-    with pytest.raises(ValueError, match="takes a context of width 5; got"):
+    with pytest.raises(ValueError, match="takes a cond of width 5; got"):
         conditional(x, c)
-    with pytest.raises(ValueError, match="takes a context of width 5; got"):
+    with pytest.raises(ValueError, match="takes a cond of width 5; got"):
         conditional(x, c, x.new_zeros(3, 4))
     x, c = batch(*shape, dtype=torch.float32)
-    with pytest.raises(ValueError, match="takes a context of width 0; got"):
+    with pytest.raises(ValueError, match="takes a cond of width 0; got"):
         unconditional(x, c, x.new_zeros(3, 5))
 
 
@@ -124,8 +124,8 @@ def test_samples_of_another_shape_are_refused():
     ("network", "shape", "steps"),
     [
         # zero at first: the last layer, then the ends of the blocks; each takes one step to leave 0
-        (UNet(**SMALL, context=5, attention=(0, 1)), (1, 8, 8), 2),
-        (MLP(fourier=8, context=5), (2,), 0),
+        (UNet(**SMALL, cond=5, attention=(0, 1)), (1, 8, 8), 2),
+        (MLP(fourier=8, cond=5), (2,), 0),
     ],
     ids=["unet", "mlp"],
 )
@@ -211,7 +211,7 @@ def test_fourier_features_tell_neighbouring_steps_apart():
         (UNet, "attention", (-1,)),
         (UNet, "patch", 0),
         (UNet, "embedding", 7),
-        (UNet, "context", -1),
+        (UNet, "cond", -1),
         (UNet, "heads", 0),
         (UNet, "heads", 5),
         (MLP, "shape", (2, 0)),
@@ -220,7 +220,7 @@ def test_fourier_features_tell_neighbouring_steps_apart():
         (MLP, "depth", 0),
         (MLP, "fourier", 3),
         (MLP, "fourier", -2),
-        (MLP, "context", -1),
+        (MLP, "cond", -1),
         (Fourier, "width", 5),
         (Fourier, "width", 2),
         (Fourier, "max_frequency", 0.0),
@@ -235,7 +235,7 @@ def test_a_bad_argument_is_refused_by_name(made, argument, value):
 
 @pytest.mark.parametrize(
     ("made", "config"),
-    [(UNet, {**SMALL, "context": 3}), (MLP, {"shape": (2, 3), "width": 8, "fourier": 6})],
+    [(UNet, {**SMALL, "cond": 3}), (MLP, {"shape": (2, 3), "width": 8, "fourier": 6})],
 )
 def test_the_config_of_a_network_makes_it_again(made, config):
     first = made(**config)

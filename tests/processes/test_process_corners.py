@@ -257,7 +257,7 @@ def test_what_is_left_out_is_what_the_papers_have():
     assert sd.SubVP() == sd.SubVP(0.1, 20.0)
     assert sd.VE() == sd.VE(0.01, 50.0)  # the same, for CIFAR-10
     assert sd.EDM() == sd.EDM(80.0)  # Karras et al. 2022, Table 1
-    assert sd.models.Karras() == sd.models.Karras(0.5)
+    assert sd.models.Preconditioned() == sd.models.Preconditioned(0.5)
     assert sd.losses.EDMWeight() == sd.losses.EDMWeight(0.5)
     assert sd.Cosine() == sd.Cosine(0.008)  # Nichol & Dhariwal 2021, sec. 3.2
     assert sd.Discrete.cosine(10) == sd.Discrete.cosine(10, 0.008, 0.999)
@@ -344,7 +344,7 @@ def test_each_argument_is_refused_by_its_own_name(make, named):
         lambda small: sd.Discrete.sigmoid(2, span=small),
         lambda small: sd.Discrete.cosine(2, max_beta=small),
         lambda small: sd.Discrete.constant(2, alpha=small),
-        lambda small: sd.models.Karras(small),
+        lambda small: sd.models.Preconditioned(small),
         lambda small: sd.losses.EDMWeight(small),
         lambda small: sd.losses.MinSNR(small),
         lambda small: sd.losses.Huber(small),

@@ -15,8 +15,8 @@ from sde_diffusion.samplers.adams import History, adams_weights
 
 MEAN = torch.tensor([0.7, -0.4], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.9, 0.3], [0.3, 0.4]], dtype=torch.float64)
-OWN = frames.Gaussian.of(MEAN, COVARIANCE)
-OTHER = frames.Gaussian.of(-MEAN, torch.diag(torch.tensor([0.3, 2.0], dtype=torch.float64)))
+OWN = frames.GaussianFrame.of(MEAN, COVARIANCE)
+OTHER = frames.GaussianFrame.of(-MEAN, torch.diag(torch.tensor([0.3, 2.0], dtype=torch.float64)))
 FRAMES = {"straight": frames.Straight(), "gaussian": OWN, "another gaussian": OTHER}
 MODES = sd.exact.GaussianMixture(
     sd.VP(),
@@ -53,7 +53,7 @@ def test_in_every_frame_it_tends_to_the_same_flow_at_the_declared_order(frame, k
 @pytest.mark.parametrize("name", ["sub-vp", "edm", "rectified-flow"])
 def test_its_certificate_holds_in_a_gaussian_frame_that_is_not_the_datas(name):
     own = torch.ones(1, 1, dtype=torch.float64)
-    frame = frames.Gaussian(torch.zeros(1, dtype=torch.float64), own, 2 * own[0], 1.0)
+    frame = frames.GaussianFrame(torch.zeros(1, dtype=torch.float64), own, 2 * own[0], 1.0)
     data = sd.exact.Gaussian(PROCESSES[name], torch.tensor([0.7], dtype=torch.float64), 0.25)
     made = verify.certificate(sd.Adams(3, frame=frame), data, sizes=(16, 32, 64, 128))
     assert made.holds, made.verdict

@@ -19,7 +19,7 @@ MODES = sd.exact.GaussianMixture(sd.VP(), [0.4, 0.35, 0.25], MEANS, [0.05, 0.05,
 MEAN = torch.tensor([0.1, -0.1], dtype=torch.float64)
 FRAMES = {
     "straight": frames.Straight(),
-    "gaussian": frames.Gaussian.of(MEAN, torch.diag(torch.tensor([1.2, 0.8]).double())),
+    "gaussian": frames.GaussianFrame.of(MEAN, torch.diag(torch.tensor([1.2, 0.8]).double())),
 }
 
 

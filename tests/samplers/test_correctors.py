@@ -163,11 +163,11 @@ def test_each_move_of_a_seeded_path_draws_anew():
             return self.inner.grid(process, steps)
 
         def step(self, model, x, t, s, noise, memory):
-            def heard(t, s, like):
+            def listened(t, s, like):
                 drawn.append(noise(t, s, like))
                 return drawn[-1]
 
-            return self.inner.step(model, x, t, s, heard, memory)
+            return self.inner.step(model, x, t, s, listened, memory)
 
     x = sd.VP().prior((n, 1), seeds=range(n))
     sd.sample(

@@ -28,15 +28,15 @@ def test_x0_without_noise_leaves_no_noise_even_where_it_contradicts_the_batch():
     levels = process.levels(torch.zeros(1))[0], process.level(torch.zeros(3), x)
     for level in levels:
         assert torch.equal(
-            sd.models.prediction.read(x, 2 * x, level, sd.X0()).eps, torch.zeros(3, 2)
+            sd.models.prediction.from_network(x, 2 * x, level, sd.X0()).eps, torch.zeros(3, 2)
         )
 
 
 def test_what_does_not_enter_a_quantity_cannot_spoil_it():
     (level,) = sd.VP().levels(torch.tensor([0.5]))
     good, bad = torch.ones(3, 2), torch.full((3, 2), math.nan)
-    assert torch.equal(sd.models.prediction.read(bad, good, level, sd.X0()).x0, good)
-    assert torch.equal(sd.models.prediction.read(bad, good, level, sd.Eps()).eps, good)
+    assert torch.equal(sd.models.prediction.from_network(bad, good, level, sd.X0()).x0, good)
+    assert torch.equal(sd.models.prediction.from_network(bad, good, level, sd.Eps()).eps, good)
     assert torch.equal(truth(good, bad, level).x0, good)
     assert torch.equal(truth(bad, good, level).eps, good)
 
@@ -51,7 +51,7 @@ def test_the_truth_is_no_networks_output():
 def test_a_model_of_eps_says_eps_where_it_cannot_say_x0():
     (noise,) = sd.RectifiedFlow().levels(torch.ones(1))
     x = torch.ones(3, 2)
-    assert torch.equal(sd.models.prediction.read(x, 2 * x, noise, sd.Eps()).eps, 2 * x)
+    assert torch.equal(sd.models.prediction.from_network(x, 2 * x, noise, sd.Eps()).eps, 2 * x)
 
 
 def test_a_model_of_x0_says_what_its_network_put_out_at_any_level():
@@ -59,7 +59,7 @@ def test_a_model_of_x0_says_what_its_network_put_out_at_any_level():
     x = torch.ones(3, 2)
     level = sd.VP().level(1e-79, x)
     assert 0 < float(level.sigma) < 1e-39
-    assert torch.equal(sd.models.prediction.read(x, 2 * x, level, sd.X0()).x0, 2 * x)
+    assert torch.equal(sd.models.prediction.from_network(x, 2 * x, level, sd.X0()).x0, 2 * x)
 
 
 # ---- samplers ----------------------------------------------------------------------------------

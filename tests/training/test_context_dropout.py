@@ -15,11 +15,11 @@ from sde_diffusion.training import EMA, Recipe, draw, restore, save
 
 CLASSES = 3
 LABELLED = Images(PIXELS.to(torch.uint8), torch.arange(40) % CLASSES, classes=CLASSES)
-RECIPE = Recipe(steps=12, batch_size=16, warmup=3, ema=EMA(0.9), context_dropout=0.3)
+RECIPE = Recipe(steps=12, batch_size=16, warmup=3, ema=EMA(0.9), cond_dropout=0.3)
 
 
 def by_class():
-    return UNet(channels=(8, 16), blocks=1, embedding=8, heads=2, context=CLASSES)
+    return UNet(channels=(8, 16), blocks=1, embedding=8, heads=2, cond=CLASSES)
 
 
 def trained(steps, recipe=RECIPE):
@@ -43,7 +43,7 @@ def test_who_is_told_nothing_depends_on_step_and_position_alone(cuts):
 def test_the_share_is_the_recipes_and_what_is_dropped_is_the_zero_vector():
     recipe = dataclasses.replace(RECIPE, batch_size=4096)
     batch, full = (
-        draw(LABELLED, dataclasses.replace(recipe, context_dropout=p), TIMES, 5) for p in (0.3, 0.0)
+        draw(LABELLED, dataclasses.replace(recipe, cond_dropout=p), TIMES, 5) for p in (0.3, 0.0)
     )
     dropped = ~batch.cond.any(1)
     assert torch.equal(batch.cond[~dropped], full.cond[~dropped])
@@ -58,7 +58,7 @@ def test_the_share_is_the_recipes_and_what_is_dropped_is_the_zero_vector():
 
 @pytest.mark.parametrize(("p", "told"), [(0.0, 16), (1.0, 0)])
 def test_at_the_ends_all_or_none_are_told(p, told):
-    batch = draw(LABELLED, dataclasses.replace(RECIPE, context_dropout=p), TIMES, 0)
+    batch = draw(LABELLED, dataclasses.replace(RECIPE, cond_dropout=p), TIMES, 0)
     assert int(batch.cond.any(1).sum()) == told
 
 
@@ -71,22 +71,22 @@ def test_a_resumed_run_drops_what_the_uninterrupted_one_does(tmp_path):
     assert_same_bits(content(resumed), content(trained(6)))
 
 
-def test_a_checkpoint_from_before_there_was_context_dropout_is_one_without(tmp_path):
-    plain = dataclasses.replace(RECIPE, context_dropout=0.0)
+def test_a_checkpoint_from_before_there_was_cond_dropout_is_one_without(tmp_path):
+    plain = dataclasses.replace(RECIPE, cond_dropout=0.0)
     checkpoint = save(trained(2, plain), tmp_path)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
-    assert record["settings"].pop("context_dropout") == 0.0
+    assert record["settings"].pop("cond_dropout") == 0.0
     storage.write(path, tensors, {k: v for k, v in record.items() if k not in storage.OURS})
-    assert "context_dropout" not in storage.read(path)[1]["settings"]
+    assert "cond_dropout" not in storage.read(path)[1]["settings"]
     resumed = fresh(by_class, plain, seed=99)
     restore(resumed, checkpoint)
     assert_same_bits(content(resumed), content(trained(2, plain)))
-    with pytest.raises(ValueError, match=r"context_dropout 0.0 -> 0.3"):
+    with pytest.raises(ValueError, match=r"cond_dropout 0.0 -> 0.3"):
         restore(fresh(by_class, RECIPE), checkpoint)
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan, "much"])
 def test_a_share_that_is_none_is_refused(p):
-    with pytest.raises((TypeError, ValueError), match="context_dropout"):
-        Recipe(context_dropout=p)
+    with pytest.raises((TypeError, ValueError), match="cond_dropout"):
+        Recipe(cond_dropout=p)

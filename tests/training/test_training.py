@@ -23,7 +23,7 @@ from training_runs import (
     unet_dropout,
 )
 
-from sde_diffusion.data.datasets import Images, Points, dequantize, order
+from sde_diffusion.data.datasets import Images, Points, dequantize, shuffled_indices
 from sde_diffusion.losses.times import DiscreteTimes
 from sde_diffusion.networks import Dropout
 from sde_diffusion.training import Recipe, draw, restore, save, train
@@ -57,7 +57,7 @@ def test_a_batch_is_the_concatenation_of_its_pieces(data, cuts):
 
 def test_batches_follow_the_order_of_the_data():
     seen = torch.cat([draw(POINTS, RECIPE, TIMES, step).x0 for step in range(5)])
-    assert torch.equal(seen, POINTS.x[order(RECIPE.seed, 50, 0, 80)])
+    assert torch.equal(seen, POINTS.x[shuffled_indices(RECIPE.seed, 50, 0, 80)])
     assert len(seen[:50].unique(dim=0)) == 50  # every datum once in the first epoch
 
 
@@ -332,7 +332,7 @@ def test_a_gradient_need_not_be_clipped():
 def test_dequantization_is_part_of_the_draw():
     """The images of a batch are the data's pixels, each with a uniform of its own."""
     batch = draw(IMAGES, RECIPE, TIMES, 0)
-    pixels = IMAGES.pixels[order(RECIPE.seed, 40, 0, 16)]
+    pixels = IMAGES.pixels[shuffled_indices(RECIPE.seed, 40, 0, 16)]
     low, high = dequantize(pixels, torch.zeros(())), dequantize(pixels, torch.ones(()))
     assert ((low <= batch.x0) & (batch.x0 <= high)).all()
     assert len(batch.x0.unique()) > 16 * 36 * 0.99

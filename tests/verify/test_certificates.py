@@ -147,7 +147,7 @@ def test_the_script_writes_a_table_figures_a_picture_and_its_flags(tmp_path):
     table = (out / "certificates.md").read_text()
     header, rule, line, *_ = table.splitlines()
     assert header.count("|") == rule.count("|") == line.count("|")
-    assert line.startswith("| adams3 | vp | exact law | 3 |")
+    assert line.startswith("| adams | vp | exact law | 3 |")
     assert line.endswith("| yes |")
     assert table in done.stdout
     assert "1 of 1 hold" in done.stdout

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.parameterizations import Karras
+from sde_diffusion.models.parameterizations import Preconditioned
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
 from sde_diffusion.verify.peers.foreign import SINGLE, Ask, Foreign
@@ -144,7 +144,7 @@ class Diffusers(Foreign):
     def _out(self, said: Prediction, alpha: float, sigma: float) -> Tensor:
         """What the network puts out."""
         if self._is_edm:
-            out = Karras(self.scheduler.config.sigma_data).target(said)
+            out = Preconditioned(self.scheduler.config.sigma_data).target(said)
             turned = self.scheduler.config.prediction_type == "v_prediction"  # c_out < 0 there
             return -out if turned else out
         if self._chain is None:

@@ -99,7 +99,7 @@ class Ask:
     injected: Injected
 
     def __call__(self, x: Tensor, alpha: float, sigma: float) -> Prediction:
-        there = placed(alpha, sigma)
+        there = peer_level(alpha, sigma)
         own = frames.level_at(self.model.process, there.u)
         if abs(own.u - there.u) > 1e-3 * (1 - there.u):
             raise ValueError(
@@ -112,12 +112,12 @@ class Ask:
         return self.model(own_x, own)
 
 
-def placed(alpha: float, sigma: float) -> Level[float]:
+def peer_level(alpha: float, sigma: float) -> Level[float]:
     """A level of a peer."""
     return Level(math.nan, alpha, sigma, math.nan, math.nan, math.nan)
 
 
-class Report(NamedTuple):
+class Remark(NamedTuple):
     """What an adapter leaves in the memory."""
 
     remark: str
@@ -151,14 +151,14 @@ class Foreign(ABC):
         """The times at which the peer starts and ends."""
         if steps is not None:
             raise ValueError(f"{self} has its number of steps already; leave out steps")
-        times = [frames.level_at(process, placed(*end).u).t for end in self.ends()]
+        times = [frames.level_at(process, peer_level(*end).u).t for end in self.ends()]
         return torch.tensor(times, dtype=torch.float64)
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        first, last = (placed(*end) for end in self.ends())
+        first, last = (peer_level(*end) for end in self.ends())
         if abs(t.u - first.u) > 1e-3 * (1 - first.u) + 1e-9 or abs(s.u - last.u) > 1e-6:
             raise ValueError(f"{self} runs on levels of its own; leave out times")
         begin = leave(enter(x, t), first)
@@ -170,7 +170,7 @@ class Foreign(ABC):
             except Exception as error:  # the peer's own code: whatever it is, in one line
                 said = " ".join(str(error).split())
                 raise ValueError(f"{self} failed: {type(error).__name__}: {said:.200}") from error
-        return leave(enter(end.to(x), last), s), Report(remark)
+        return leave(enter(end.to(x), last), s), Remark(remark)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from sde_diffusion.samplers import (
     TorchODE,
     VelocityMultistep,
 )
-from sde_diffusion.sampling import sample, trajectory
+from sde_diffusion.sampling import prior, sample, trajectory
 
 if TYPE_CHECKING:
     from sde_diffusion import data, files, metrics, plots, training, verify
@@ -93,6 +93,7 @@ __all__ = [
     "noise",
     "plots",
     "pretrained",
+    "prior",
     "processes",
     "sample",
     "samplers",

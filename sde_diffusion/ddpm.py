@@ -212,7 +212,7 @@ class DDPM:
         """x_(i-1), ..., x_0 from x = x_i, one after the other."""
         steps = range(validate.integer("i", i, 1, self.num_steps), 0, -1)
         times = [k / self.num_steps for k in (*steps, 0)]
-        path = partial(Brownian, log_snr=self.process.log_snr, times=times)
+        path = partial(Brownian, clock=self.process.u, times=times)
         source = chosen_noise(x, generator, seeds, noise, path)
         return self._p_chain(x, steps, variance, clamp, source)
 

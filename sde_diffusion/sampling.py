@@ -1,34 +1,47 @@
-"""Sampling: the loop, written once.
+"""Sampling: process, model, sampler and grid put together; the loop, written once.
 
 Convention: a sampler moves a batch from time t to an earlier time s < t. x is (B, ...) of any rank
 from 1 and any floating dtype, which the samples keep.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import Model
+from sde_diffusion.grids import Grid
+from sde_diffusion.grids.grid import within
+from sde_diffusion.models.model import (
+    IS_MODEL,
+    Bound,
+    Cond,
+    HeldBelow,
+    Model,
+    trained_range,
+)
 from sde_diffusion.noise.brownian import Brownian
-from sde_diffusion.noise.sources import Generated, Noise, Seeded
-from sde_diffusion.processes import Process
-from sde_diffusion.samplers.sampler import Memory, Sampler
+from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
+from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
+from sde_diffusion.validate import Batch
 
-__all__ = ["Sample", "sample", "trajectory"]
+__all__ = ["Sample", "prior", "sample", "trajectory"]
+
+SLACK = 1e-6  # relative: log-SNR of a time that was computed in another precision
 
 
 class Sample(NamedTuple):
-    """Where a trajectory stands after a step.
+    """State of a trajectory after a step.
 
     Attributes:
         x: the batch.
         t: its time.
-        memory: what the sampler carries on; a solver with steps of its own leaves a report here.
+        memory: what the sampler carries on; an adaptive solver leaves its report here.
     """
 
     x: Tensor
@@ -36,36 +49,78 @@ class Sample(NamedTuple):
     memory: Memory
 
 
-def trajectory(
+def prior(
     model: Model,
-    sampler: Sampler,
-    x: Tensor,
+    shape: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A batch of noise (B, ...) from which `sample` starts.
+
+    N(0, prior_std^2 I) of the process; where the model was trained from a lower level on,
+    N(0, (alpha^2 + sigma^2) I) there, the law of data of unit variance.
+
+    Args:
+        model: the model to sample from.
+        shape: (B, ...).
+        generator: source of the draw; fresh entropy if neither it nor `seeds` is given.
+        seeds: one per sample; independent of the path that the same seeds drive in `sample`.
+        dtype, device: of the batch.
+    """
+    process, begin = IS_MODEL("model", model).process, start_time(model)
+    std = process.prior_std
+    if begin < 1:
+        (level,) = process.levels(torch.tensor([begin], dtype=torch.float64))
+        std = math.hypot(level.alpha, level.sigma)
+    return std * start(shape, generator, seeds, dtype, device)
+
+
+@validate.arguments
+def trajectory(
+    model: Annotated[Model, IS_MODEL],
+    sampler: Annotated[Sampler, IS_SAMPLER],
+    x: Annotated[Tensor, Batch()],
     *,
     steps: int | None = None,
+    grid: Grid | None = None,
     times: Tensor | Sequence[float] | None = None,
+    cond: Cond | None = None,
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
     noise: Noise | None = None,
 ) -> Iterator[Sample]:
-    """The states of a batch on its way from noise to data, one per step.
+    """Iterate over the states of a batch on its way from noise to data, one per step.
 
     Args:
-        model: what is sampled from.
-        sampler: how.
-        x: the batch at the first time (B, ...), usually `model.process.prior(shape)`; unchanged.
-        steps: number of steps on the sampler's own grid.
-        times: any decreasing grid in [0, 1] instead, (n + 1,).
+        model: the model to sample from.
+        sampler: the rule for a step.
+        x: the batch at the first time (B, ...), usually `prior(model, shape)`; unchanged.
+        steps: number of steps; left out for an adaptive sampler, which chooses its own.
+        grid: through which levels; the sampler's own grid by default.
+        times: any decreasing times in [0, 1] instead of steps and grid, (n + 1,).
+        cond: condition of a conditional model, a tensor or a mapping; first axis B or 1.
         generator: source of all noise.
-        seeds: one per sample instead: each follows a Brownian path of its own (brownian.py), a
-            function of its seed alone, the same in any batch and on any number of steps.
+        seeds: one per sample instead: each follows a Brownian path of its own (noise/brownian.py),
+            a function of its seed alone, the same in any batch and on any number of steps.
         noise: an injected source noise(t, s, like) instead.
     Raises:
-        ValueError: naming the argument, if the grid or the batch makes no sense.
+        ValueError, TypeError: naming the argument.
     """
-    levels = model.process.levels(checked_times(model.process, sampler, steps, times))
-    path = partial(Brownian, log_snr=model.process.log_snr, times=[level.t for level in levels])
-    source = chosen_noise(x, generator, seeds, noise, path)
-    memory = None
+    model, path = prepared(model, sampler, steps, grid, times, cond)
+    levels = model.process.levels(path)
+    driven = partial(Brownian, clock=model.process.u, times=[level.t for level in levels])
+    source = chosen_noise(x, generator, seeds, noise, driven)
+    memory = rate_table(model, path) if sampler.claims.rates else None
+    return walk(model, sampler, x, levels, source, memory)
+
+
+def walk(
+    model: Model, sampler: Sampler, x: Tensor, levels: list[Any], source: Noise, memory: Memory
+) -> Iterator[Sample]:
+    """The loop of `trajectory`."""
     for t, s in pairwise(levels):
         with torch.no_grad():
             x, memory = sampler.step(model, x, t, s, source, memory)
@@ -78,7 +133,9 @@ def sample(
     x: Tensor,
     *,
     steps: int | None = None,
+    grid: Grid | None = None,
     times: Tensor | Sequence[float] | None = None,
+    cond: Cond | None = None,
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
     noise: Noise | None = None,
@@ -89,36 +146,109 @@ def sample(
     Args:
         progress: show a bar; the other arguments are those of `trajectory`.
     """
-    times = checked_times(model.process, sampler, steps, times)
     states = trajectory(
-        model, sampler, x, times=times, generator=generator, seeds=seeds, noise=noise
-    )
+        model, sampler, x, steps=steps, grid=grid, times=times, cond=cond, generator=generator,
+        seeds=seeds, noise=noise,
+    )  # fmt: skip
     if progress:
         from tqdm import tqdm
 
-        states = tqdm(states, total=len(times) - 1, desc=type(sampler).__name__)
+        total = len(path_of(model, sampler, steps, grid, times)) - 1
+        states = tqdm(states, total=total, desc=type(sampler).__name__)
     for state in states:
         x = state.x
     return x
 
 
-def checked_times(
-    process: Process, sampler: Sampler, steps: int | None, times: Tensor | Sequence[float] | None
-) -> Tensor:
-    """The grid asked for, float64 on the CPU, or a ValueError that says what is wrong with it."""
-    if steps is not None and times is not None:
-        raise ValueError("give steps (the sampler's own grid) or times (yours), not both")
-    if times is None:
-        return sampler.grid(process, steps)
-    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must hold at least two numbers; got shape {tuple(times.shape)}")
-    if not bool((times[:-1] > times[1:]).all()):
-        first, last = times[0].item(), times[-1].item()
-        ends = f"times[0]={first:.2f}, times[-1]={last:.2f}"
-        hint = " (reverse it?)" if first < last else ""
-        raise ValueError(f"times must decrease from noise to data; got {ends}{hint}")
-    return times
+# ---- through which levels ----------------------------------------------------------------------
+
+
+def prepared(
+    model: Model, sampler: Sampler, steps: int | None, grid: Grid | None,
+    times: Tensor | Sequence[float] | None, cond: Cond | None = None,
+) -> tuple[Model, Tensor]:  # fmt: skip
+    """The model as the sampler sees it, and the times."""
+    path = path_of(model, sampler, steps, grid, times)
+    end = end_time(model)
+    seen: Model = model if cond is None else Bound(model, cond)
+    if sampler.claims.adaptive and end > 0:
+        seen = HeldBelow(seen, end)
+    return seen, path
+
+
+def path_of(
+    model: Model, sampler: Sampler, steps: int | None, grid: Grid | None,
+    times: Tensor | Sequence[float] | None,
+) -> Tensor:  # fmt: skip
+    """The times of a run, float64 on the CPU: a grid within the trained range, or those given."""
+    name = type(sampler).__name__
+    if times is not None:
+        if steps is not None or grid is not None:
+            raise ValueError("times must be given alone, without steps or grid; got both")
+        return given_times(model, times)
+    if sampler.claims.adaptive:
+        if steps is not None or grid is not None:
+            raise ValueError(
+                f"steps must be left out for {name}, which chooses its own; got {steps}"
+            )
+    elif steps is None:
+        raise ValueError(f"steps must be given for {name}; got None; e.g. steps=20")
+    begin, end = start_time(model), end_time(model)
+    ratio = math.exp(-trained_range(model).high / 2) if end else 0.0
+    found = (sampler.grid if grid is None else grid)(model.process, steps, begin, ratio)
+    if not end:
+        return found
+    if sampler.claims.adaptive:
+        return torch.cat([found[:1], found.new_tensor([end]), found[1:]])
+    return within(found, end)
+
+
+def start_time(model: Model) -> float:
+    """1, or the time of the noisiest level at which the model was trained."""
+    low, last = trained_range(model).low, model.process.log_snr(1.0).item()
+    return 1.0 if low <= last + 1e-9 * (1 + abs(last)) else model.process.time(low).item()
+
+
+def end_time(model: Model) -> float:
+    """The time of the cleanest level at which the model was trained; 0 if that is the data."""
+    high = trained_range(model).high
+    return 0.0 if high == math.inf else model.process.time(high).item()
+
+
+def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
+    """Explicit times, checked to decrease; a warning where the model was not trained."""
+    path = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if path.ndim != 1 or len(path) < 2:
+        raise ValueError(f"times must hold at least two numbers; got shape {tuple(path.shape)}")
+    if not bool((path[:-1] > path[1:]).all()):
+        first, last = path[0].item(), path[-1].item()
+        hint = "; reverse them" if first < last else ""
+        raise ValueError(
+            f"times must decrease from noise to data; got times[0]={first:.2f}, "
+            f"times[-1]={last:.2f}{hint}"
+        )
+    low, high, only = trained_range(model)
+    log_snr = model.process.log_snr(path[:-1])
+    slack = SLACK * (1 + log_snr.abs())
+    outside = (log_snr < low - slack) | (log_snr > high + slack)
+    if bool(outside.any()):
+        at = float(path[:-1][outside][0])
+        text = (
+            f"log_snr {float(log_snr[outside][0]):.4g} at t={at:.4g} is outside the range "
+            f"[{low:.4g}, {high:.4g}] at which the model was trained; use times from "
+            f"{start_time(model):.4g} to {end_time(model):.4g}, then 0"
+        )
+        if only:
+            raise ValueError(f"times must lie where the model is defined: {text}")
+        warnings.warn(text, stacklevel=6)
+    return path
+
+
+def rate_table(model: Model, path: Tensor) -> dict[float, tuple[float, float]]:
+    """f and g^2 by time, in one vectorized call for the whole grid."""
+    f, g2 = model.process.rates(path)
+    rates = zip(f.tolist(), g2.tolist(), strict=True)
+    return dict(zip(path.tolist(), rates, strict=True))
 
 
 def chosen_noise(
@@ -128,14 +258,15 @@ def chosen_noise(
     noise: Noise | None,
     path: Callable[[Sequence[int]], Noise] = Seeded,
 ) -> Noise:
-    """The one source of noise asked for; `path` makes that of seeds."""
-    validate.batch("x", x)
+    """The one source of noise given; `path` makes that of seeds."""
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
-        raise ValueError("give one of generator, seeds and noise")
+        raise ValueError("generator, seeds and noise must not be given together; got several")
     if noise is not None:
         return noise
     if seeds is None:
         return Generated(generator)
+    if not hasattr(seeds, "__len__"):
+        raise TypeError(f"seeds must be a sequence of integers, one per sample; got {seeds!r:.80}")
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
     return path(seeds)

@@ -25,7 +25,6 @@ from typing import (
     TypeVar,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 __all__ = [
@@ -211,7 +210,9 @@ def optional(hint: Any) -> bool:
 @functools.cache
 def table(owner: Any) -> dict[str, tuple[bool, tuple[Rule, ...]]]:
     """The rules of a class's fields or of a function's parameters, by name."""
-    hints = get_type_hints(owner, include_extras=True)
+    hints: dict[str, Any] = {}  # as written: this package's annotations are objects, not strings
+    for place in reversed(getattr(owner, "__mro__", (owner,))):
+        hints |= getattr(place, "__annotations__", {})
     found = {name: (optional(hint), rules_of(hint)) for name, hint in hints.items()}
     return {name: entry for name, entry in found.items() if entry[1]}
 

@@ -1,6 +1,6 @@
-"""*Through which levels.* Frames in which the flow is integrated, and grids of times in them."""
+"""*Through which levels.* Grids of times, and the frames in which the flow is integrated."""
 
 from sde_diffusion.grids import frames
-from sde_diffusion.processes.spacings import karras, power, uniform
+from sde_diffusion.grids.grid import Ends, FromTMax, Grid, Karras, Power, Uniform, Usual
 
-__all__ = ["frames", "karras", "power", "uniform"]
+__all__ = ["Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "frames"]

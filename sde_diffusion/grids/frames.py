@@ -24,10 +24,13 @@ from sde_diffusion import validate
 from sde_diffusion.files import storage
 from sde_diffusion.files.strict_json import near
 from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.processes import Level, Process, Scalar, spacings
-from sde_diffusion.processes.level import coordinates, enter, leave
+from sde_diffusion.processes import Level, Scalar
+from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
+from sde_diffusion.validate import Kind
 
-__all__ = ["Frame", "GaussianFrame", "Straight", "enter", "grid", "leave", "level_at"]
+__all__ = ["IS_FRAME", "Frame", "GaussianFrame", "Straight"]
+
+IS_FRAME = Kind("a frame such as Straight()", "enter", "leave", "slope", "clock")
 
 PARTS = ("mean", "axes", "variances")  # of a Gaussian frame's file
 
@@ -51,8 +54,8 @@ class Frame(Protocol):
         """x: the inverse of `enter`."""
         ...
 
-    def slope(self, said: Prediction) -> Tensor:
-        """dz/dclock along the flow, from what a model said of x at a level; a fresh tensor."""
+    def slope(self, prediction: Prediction) -> Tensor:
+        """dz/dclock along the flow, from a prediction at a level; a fresh tensor."""
         ...
 
 
@@ -67,7 +70,7 @@ class Straight:
         return level.u
 
     def log_snr(self, clock: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-clock) - clock.log())
+        return log_snr_at(clock)
 
     def enter(self, x: Tensor, level: Level) -> Tensor:
         return enter(x, level)
@@ -75,8 +78,8 @@ class Straight:
     def leave(self, z: Tensor, level: Level) -> Tensor:
         return leave(z, level)
 
-    def slope(self, said: Prediction) -> Tensor:
-        return said.velocity
+    def slope(self, prediction: Prediction) -> Tensor:
+        return prediction.velocity
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -172,9 +175,9 @@ class GaussianFrame:
         gains = [((alpha**2 * s + sigma**2) / s) ** 0.5 for s in self._spectrum(z)]
         return (alpha * mean + self._apply(gains, flat - mean)).reshape(z.shape)
 
-    def slope(self, said: Prediction) -> Tensor:
-        alpha, sigma = rows(said.level.alpha), rows(said.level.sigma)
-        x0, eps = said.x0, self._flat(said.eps)
+    def slope(self, prediction: Prediction) -> Tensor:
+        alpha, sigma = rows(prediction.level.alpha), rows(prediction.level.sigma)
+        x0, eps = prediction.x0, self._flat(prediction.eps)
         of_eps, of_x0 = [], []
         for s in self._spectrum(x0):
             common = (alpha**2 + sigma**2) * s**0.5 * (alpha**2 * s + sigma**2) ** -1.5
@@ -288,29 +291,3 @@ def check_orthonormal(axes: Tensor) -> None:
 def rows(scalar: Scalar) -> Scalar:
     """A field of a level, broadcast against (B, d)."""
     return scalar.reshape(-1, 1) if isinstance(scalar, Tensor) else scalar
-
-
-def level_at(process: Process, u: float) -> Level[float]:
-    """The level of a process at which sigma / (alpha + sigma) = u."""
-    reading = torch.tensor([u], dtype=torch.float64).clamp(0, 1)
-    return process.levels(process.time(Straight().log_snr(reading)))[0]
-
-
-def grid(
-    process: Process,
-    steps: int,
-    p: float = 1.0,
-    frame: Frame = Straight(),
-    *,
-    first: float = 1.0,
-    begin: float = 1.0,
-) -> Tensor:
-    """n + 1 times evenly spaced in clock^(1/p) of a frame, from t = begin to exactly 0.
-
-    Args:
-        first: length of the first interval, in units of the others, in (0, 1].
-    """
-    (top,) = process.levels(torch.tensor([begin], dtype=torch.float64))
-    times = process.time(frame.log_snr(spacings.power(steps, frame.clock(top), p, first)))
-    times[0], times[-1] = begin, 0.0
-    return times

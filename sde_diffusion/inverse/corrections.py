@@ -10,19 +10,21 @@ up first, as Churn does, this call is about x there, and so is the derivative.)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
+from sde_diffusion.grids import Grid
 from sde_diffusion.models.derivatives import leaf, ordinary, recorded
-from sde_diffusion.models.model import Model
+from sde_diffusion.models.model import Cond, Model, evaluate
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, forward_kernel
-from sde_diffusion.samplers.sampler import Memory, Sampler
+from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes.level import posterior_kernel
+from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
+from sde_diffusion.validate import Checked, Kind, Number
 
 __all__ = [
     "BackpropCorrection",
@@ -36,7 +38,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class Corrected:
+class Corrected(Checked):
     """A sampler within a rule; what all such have in common.
 
     A sampler's memory is about the path that was left, so a multistep one starts afresh after each
@@ -46,19 +48,17 @@ class Corrected:
         sampler: any that can begin anywhere on the way, as all but SMC do.
     """
 
-    sampler: Sampler
-
-    def __post_init__(self) -> None:
-        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
+    sampler: Annotated[Sampler, IS_SAMPLER]
 
     @property
-    def order(self) -> int:
-        """0: what is sampled is no law that more steps come closer to."""
-        return 0
+    def claims(self) -> Claims:
+        """Order 0: what is sampled is no law to which more steps come closer."""
+        return replace(self.sampler.claims, order=0, step_order=None)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    @property
+    def grid(self) -> Grid:
         """The sampler's."""
-        return self.sampler.grid(process, steps)
+        return self.sampler.grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,8 @@ class Descent(Corrected):
         scale: of the correction.
     """
 
-    cost: Callable[[Tensor], Tensor]
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.kind("cost", self.cost, "a function of x0", "__call__")
-        validate.number("scale", self.scale)
+    cost: Annotated[Callable[[Tensor], Tensor], Kind("a function of x0", "__call__")]
+    scale: Annotated[float, Number()] = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +87,11 @@ class BackpropCorrection(Descent):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        watched = TracingModel(model)
-        x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
+        recorded_model = TracingModel(model)
+        x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
         with recorded():
-            cost = self.cost(watched.first.x0)
-            (gradient,) = torch.autograd.grad(cost.sum(), watched.first.x)
+            cost = self.cost(recorded_model.first.x0)
+            (gradient,) = torch.autograd.grad(cost.sum(), recorded_model.first.x)
         return x_s.sub(gradient, alpha=self.scale), None
 
 
@@ -115,29 +110,32 @@ class PosteriorMeanCorrection(Descent):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        watched = RecordingModel(model)
-        x_s, _ = self.sampler.step(watched, x, t, s, noise, None)
+        recorded_model = RecordingModel(model)
+        x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
         with recorded():
-            x0 = leaf(watched.first.x0)
+            x0 = leaf(recorded_model.first.x0)
             (gradient,) = torch.autograd.grad(self.cost(x0).sum(), x0)
-        c_0 = s.alpha * (forward_kernel(s, t)[1] / t.sigma) ** 2
-        return x_s.sub(gradient, alpha=self.scale / c_0), None
+        return x_s.sub(gradient, alpha=self.scale / posterior_kernel(s, t)[0]), None
 
 
+@dataclass(eq=False)
 class RecordingModel:
-    """A model that remembers its first answer."""
+    """A model that keeps its first prediction."""
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.process = model, model.process
-        self._first: Differentiable | None = None
+    model: Model
+    kept: "Differentiable | None" = None
+
+    @property
+    def process(self) -> Process:
+        return self.model.process
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        if self._first is not None:
+        if self.kept is not None:
             return self.model(x, level)
-        self._first = self.ask(x, level)
-        return self._first.found
+        self.kept = self.record(x, level)
+        return self.kept.found
 
-    def ask(self, x: Tensor, level: Level) -> "Differentiable":
+    def record(self, x: Tensor, level: Level) -> "Differentiable":
         found = self.model(x, level)
         return Differentiable(found, x, found.x0)
 
@@ -148,18 +146,15 @@ class RecordingModel:
         Raises:
             ValueError: if the sampler never asked about the whole batch.
         """
-        if self._first is None:
+        if self.kept is None:
             raise ValueError("the sampler made no call about the whole batch in this step")
-        return self._first
-
-    def rows(self, index: Tensor) -> Model:
-        return self.model.rows(index)
+        return self.kept
 
 
 class TracingModel(RecordingModel):
     """A model that remembers its first answer and the way from x to it."""
 
-    def ask(self, x: Tensor, level: Level) -> "Differentiable":
+    def record(self, x: Tensor, level: Level) -> "Differentiable":
         return Differentiable.of(self.model, x, level)
 
 
@@ -177,10 +172,10 @@ class Differentiable(NamedTuple):
     x0: Tensor
 
     @staticmethod
-    def of(model: Model, x: Tensor, level: Level) -> "Differentiable":
+    def of(model: Model, x: Tensor, level: Level, cond: Cond | None = None) -> "Differentiable":
         with recorded():
             point = leaf(x)
-            found = model(point, Level(*map(ordinary, level)))
+            found = evaluate(model, point, Level(*map(ordinary, level)), cond)
             x0 = found.x0
         if not x0.requires_grad:
             raise ValueError("the model's x0 carries no derivative with respect to x")

@@ -19,13 +19,14 @@ from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
 from sde_diffusion.inverse.operators import binary, check_broadcast
 from sde_diffusion.models.guidance import Clipped
-from sde_diffusion.models.model import Model
+from sde_diffusion.models.model import IS_MODEL, Cond, Model, per_sample_field
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, forward_kernel
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.samplers.sampler import Memory, Sampler
-from sde_diffusion.sampling import sample
+from sde_diffusion.sampling import prior, sample
+from sde_diffusion.validate import Count
 
 __all__ = ["MaskedMSE", "RePaint", "Replacement", "complete_image"]
 
@@ -45,8 +46,8 @@ class Replacement(Corrected):
         mask: where y is known.
     """
 
-    y: Tensor
-    mask: Tensor
+    y: Tensor = per_sample_field()
+    mask: Tensor = per_sample_field(full_rank=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,13 +77,8 @@ class RePaint(Replacement):
         jump: j, the sampler's steps within one, evenly spaced in t; 10 in their experiments.
     """
 
-    rounds: int = 10
-    jump: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.integer("rounds", self.rounds)
-        validate.integer("jump", self.jump)
+    rounds: Count = 10
+    jump: Count = 1
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -107,8 +103,8 @@ class MaskedMSE:
         y, mask: as in `Replacement`.
     """
 
-    y: Tensor
-    mask: Tensor
+    y: Tensor = per_sample_field()
+    mask: Tensor = per_sample_field(full_rank=True)
 
     def __post_init__(self) -> None:
         known("y", self.y, "mask", self.mask)
@@ -132,6 +128,7 @@ def complete_image(
     sampler: Sampler | None = None,
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
+    cond: Cond | None = None,
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
@@ -154,19 +151,19 @@ def complete_image(
         steps: on the sampler's own grid; 250 where neither these nor times are given.
         times: any decreasing grid in [0, 1] instead; needed by a sampler that chooses its own
             steps, which is corrected at these times.
-        generator, seeds: where noise and start come from, see `sample`.
+        cond, generator, seeds: as in `sample`.
     """
-    validate.kind("model", model, "a model", "process", "__call__")
+    IS_MODEL("model", model)
     known("y", y, "ymask", ymask)
     cost = MaskedMSE(y, ymask)
     validate.choice("route", route, (BackpropCorrection, PosteriorMeanCorrection))
     rule = route(sampler or Ancestral(), cost, scale)
-    x = model.process.prior(
-        y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device
-    )
-    asked = Clipped(model) if clip else model
+    x = prior(model, y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device)
+    clipped = Clipped(model) if clip else model
     steps = 250 if steps is None and times is None else steps
-    return sample(asked, rule, x, steps=steps, times=times, generator=generator, seeds=seeds)
+    return sample(
+        clipped, rule, x, steps=steps, times=times, cond=cond, generator=generator, seeds=seeds
+    )
 
 
 def known(y_name: str, y: Tensor, mask_name: str, mask: Tensor) -> None:

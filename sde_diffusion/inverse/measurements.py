@@ -1,8 +1,8 @@
 r"""Measurements: how likely an x0 is, given y."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,14 +10,26 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.inverse.least_squares import least_squares
 from sde_diffusion.models.derivatives import leaf, ordinary, recorded
+from sde_diffusion.models.model import per_sample_field
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates, per_sample
+from sde_diffusion.validate import Checked, Kind, NonNegative
 
-__all__ = ["LogLikelihood", "Measurement", "Observation"]
+__all__ = ["IS_OBSERVATION", "LogLikelihood", "Measurement", "Observation", "finite"]
+
+IS_OBSERVATION = Kind("a Measurement or LogLikelihood", "cost", "spread_likelihood")
+
+
+def finite(name: str, value: Any) -> Any:
+    """The rule that a batch is finite."""
+    validate.batch(name, value)
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite; got nan or infinity")
+    return value
 
 
 class Observation(Protocol):
-    """What a measurement says of x0."""
+    """The evidence of a measurement about x0."""
 
     def cost(self, x0: Tensor) -> Tensor:
         """How badly x0 (B, ...) fits, (B,); differentiable."""
@@ -31,11 +43,9 @@ class Observation(Protocol):
         """log p(y) for x0' ~ N(x0, spread I), up to a constant, (B,), and its gradient at x0."""
         ...
 
-    def rows(self, index: Tensor) -> "Observation": ...
-
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
+class Measurement(Checked):
     r"""y = A(x0) + noise_std eps.
 
     Args:
@@ -46,21 +56,17 @@ class Measurement:
         y: (B, ...), one per sample, or (1, ...) for all.
     """
 
-    operator: Callable[[Tensor], Tensor]
-    noise_std: float
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        validate.kind("operator", self.operator, "a function of a batch", "__call__")
-        validate.number("noise_std", self.noise_std, 0)
-        check_finite(self.y)
+    operator: Annotated[Callable[[Tensor], Tensor], Kind("a function of a batch", "__call__")]
+    noise_std: NonNegative
+    y: Annotated[Tensor, finite] = per_sample_field()
 
     def residual(self, x0: Tensor) -> Tensor:
-        """y - A(x0), shaped like y; 0 where the operator says nothing of y."""
+        """y - A(x0), shaped like y; 0 where the operator has no part in y."""
         seen, y = self.operator(x0), ordinary(self.y.to(x0))
         if len(seen) != len(x0):
             raise ValueError(
-                f"operator must answer for each of {len(x0)} samples; got {tuple(seen.shape)}"
+                f"operator must return one entry for each of {len(x0)} samples; got "
+                f"{tuple(seen.shape)}"
             )
         if seen.shape[1:] != y.shape[1:] or len(y) not in (1, len(x0)):
             raise ValueError(
@@ -97,18 +103,12 @@ class Measurement:
         return -size / 2, d
 
     def solve(self, x0: Tensor, spread: Scalar, ridge: Scalar) -> tuple[Tensor, Tensor]:
-        """`derivatives.least_squares` of the residual at x0."""
+        """`least_squares` of the residual at x0."""
         return least_squares(self.operator, x0, self.residual(x0).detach(), spread, ridge)
-
-    def rows(self, index: Tensor) -> "Measurement":
-        """That of the samples `index`; an operator that holds something of each has rows too."""
-        part = getattr(self.operator, "rows", None)
-        operator = self.operator if part is None else part(index, self.y.ndim)
-        return replace(self, operator=operator, y=taken(self.y, index))
 
 
 @dataclass(frozen=True, eq=False)
-class LogLikelihood:
+class LogLikelihood(Checked):
     """Any measurement of which log p(y | x0) is known.
 
     Args:
@@ -116,18 +116,16 @@ class LogLikelihood:
         y: (B, ...), one per sample, or (1, ...) for all.
     """
 
-    log_prob: Callable[[Tensor, Tensor], Tensor]
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        validate.kind("log_prob", self.log_prob, "a function of (x0, y)", "__call__")
-        check_finite(self.y)
+    log_prob: Annotated[
+        Callable[[Tensor, Tensor], Tensor], Kind("a function of (x0, y)", "__call__")
+    ]
+    y: Annotated[Tensor, finite] = per_sample_field()
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         value = self.log_prob(x0, ordinary(self.y.to(x0)))
         if value.shape != x0.shape[:1]:
             raise ValueError(
-                f"log_prob must answer with shape {tuple(x0.shape[:1])}; got {tuple(value.shape)}"
+                f"log_prob must return shape {tuple(x0.shape[:1])}; got {tuple(value.shape)}"
             )
         return value
 
@@ -141,16 +139,3 @@ class LogLikelihood:
             x0 = leaf(x0)
             value = self.log_likelihood(x0)
             return value.detach(), torch.autograd.grad(value.sum(), x0)[0]
-
-    def rows(self, index: Tensor) -> "LogLikelihood":
-        return replace(self, y=taken(self.y, index))
-
-
-def check_finite(y: Tensor) -> None:
-    validate.batch("y", y)
-    if not bool(y.isfinite().all()):
-        raise ValueError("y must be finite")
-
-
-def taken(y: Tensor, index: Tensor) -> Tensor:
-    return y if len(y) == 1 else y[index.to(y.device)]

@@ -8,25 +8,27 @@ A measurement says how likely an x0 is. Methods turn a model, or a sampler, towa
 x0_hat is the model's E[x0 | x]; r = y - A(x0_hat). Each makes one call of the network a step.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
-from sde_diffusion.inverse.measurements import Measurement, Observation
-from sde_diffusion.models.guidance import turned
-from sde_diffusion.models.model import Model
+from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
+from sde_diffusion.models.guidance import Guided, turned
+from sde_diffusion.models.model import Cond, evaluate
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.processes import Level, Process, Scalar
+from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.validate import Kind, Number, Positive
 
 __all__ = ["DPS", "DiffPIR", "PiGDM"]
 
 
 @dataclass(frozen=True, eq=False)
-class PiGDM:
+class PiGDM(Guided):
     r"""Pseudoinverse-guided diffusion (Song et al. 2023): the score of y in closed form.
 
     If x0 given x were N(x0_hat, s I), then y given x would be N(A x0_hat, s A A^T + noise_std^2 I),
@@ -42,40 +44,26 @@ class PiGDM:
 
     Args:
         model: any that can be differentiated; one forward and one backward pass a step.
-        evidence: a Measurement, or a LogLikelihood.
+        observation: a Measurement, or a LogLikelihood.
         scale: w, 1 for Bayes' rule with this spread. (Their Algorithm 1 weighs the gradient by a
             factor of the level instead.)
         variance: v.
     """
 
-    model: Model
-    evidence: Observation
-    scale: float = 1.0
-    variance: float = 1.0
+    observation: Annotated[Observation, IS_OBSERVATION]
+    scale: Annotated[float, Number()] = 1.0
+    variance: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        validate.kind("model", self.model, "a model", "process", "__call__")
-        validate.kind("evidence", self.evidence, "a Measurement", "spread_likelihood", "rows")
-        validate.number("scale", self.scale)
-        validate.number("variance", self.variance, 0, strict=True)
-
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        asked = Differentiable.of(self.model, x, level)
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        at = Differentiable.of(self.model, x, level, cond)
         spread = posterior_variance(level, self.variance)
-        _, pull = self.evidence.spread_likelihood(asked.x0.detach(), spread)
+        _, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         pull = self.scale * pull
-        return turned(asked.found, level, asked.back(pull), spread * pull)
-
-    def rows(self, index: Tensor) -> "PiGDM":
-        return replace(self, model=self.model.rows(index), evidence=self.evidence.rows(index))
+        return turned(at.found, level, at.back(pull), spread * pull)
 
 
 @dataclass(frozen=True, eq=False)
-class DiffPIR:
+class DiffPIR(Guided):
     r"""Plug-and-play restoration (Zhu et al. 2023): x0_hat moved towards y, without derivatives.
 
         x0 = argmin |y - A x|^2 / noise_std^2 + |x - x0_hat|^2 / s,    s = sigma^2 / (lam alpha^2)
@@ -91,21 +79,11 @@ class DiffPIR:
         lam: lambda, the weight of the model against the measurement.
     """
 
-    model: Model
-    measurement: Measurement
-    lam: float = 1.0
+    measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
+    lam: Positive = 1.0
 
-    def __post_init__(self) -> None:
-        validate.kind("model", self.model, "a model", "process", "__call__")
-        validate.kind("measurement", self.measurement, "a Measurement", "solve")
-        validate.number("lam", self.lam, 0, strict=True)
-
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        found = self.model(x, level)
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        found = evaluate(self.model, x, level, cond)
         x0, noise = found.x0, self.measurement.noise_std**2 * self.lam
         if noise:  # both sides times lam alpha^2: finite at both ends
             spread, ridge = level.sigma**2, noise * level.alpha**2
@@ -113,9 +91,6 @@ class DiffPIR:
             spread, ridge = 1.0, 0.0
         d, _ = self.measurement.solve(x0, spread, ridge)
         return Prediction(x, x0 + spread * d, level, X0(), found.extra)
-
-    def rows(self, index: Tensor) -> "DiffPIR":
-        return replace(self, model=self.model.rows(index), measurement=self.measurement.rows(index))
 
 
 def DPS(sampler: Sampler, measurement: Measurement, scale: float = 1.0) -> BackpropCorrection:

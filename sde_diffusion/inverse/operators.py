@@ -1,14 +1,13 @@
-"""What is measured of an image: linear maps from x0 (B, ...) to y (B, ...), as plain callables.
+"""Operators: linear maps from x0 (B, ...) to a measurement y (B, ...), as plain callables.
 
-Any other differentiable function of a batch does as well. One that holds something of each sample
-has rows(index, ndim), itself for these samples of a batch of this rank; one that says nothing of a
-part of y has observed_part(y), y with 0 there.
+Any other differentiable function of a batch does as well. One that holds something per sample is
+a dataclass whose field is marked by `models.per_sample_field`; one that leaves a part of y out has
+observed_part(y), y with 0 there.
 """
 
-import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,22 +15,43 @@ from torch.nn import functional as F
 
 from sde_diffusion import validate
 from sde_diffusion.models.derivatives import ordinary
+from sde_diffusion.models.model import per_sample_field
+from sde_diffusion.validate import Checked, Count, Positive
 
 __all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "check_broadcast"]
 
 
+def binary(name: str, mask: Any) -> Tensor:
+    """The rule that a mask holds 0 and 1, and both of them."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor of 0 and 1; got {mask!r:.80}")
+    known = mask == 1
+    if not bool((known | (mask == 0)).all()):
+        raise ValueError(f"{name} must hold 0 and 1 only; got other values")
+    if not bool(known.any()):
+        raise ValueError(f"{name} must be 1 somewhere; got 0 everywhere: nothing is known")
+    if bool(known.all()):
+        raise ValueError(f"{name} must be 0 somewhere; got 1 everywhere: nothing is left to find")
+    return mask
+
+
+def finite_matrix(name: str, value: Any) -> Any:
+    """The rule that a matrix is (m, d) of finite numbers."""
+    validate.batch(name, value)
+    if value.ndim != 2 or not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be (m, d), of finite numbers; got {tuple(value.shape)}")
+    return value
+
+
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(Checked):
     """mask * x0: some of the pixels, and 0 for the others.
 
     Args:
         mask: 1 where a pixel is known, 0 where not; broadcasts against x0.
     """
 
-    mask: Tensor
-
-    def __post_init__(self) -> None:
-        binary("mask", self.mask)
+    mask: Annotated[Tensor, binary] = per_sample_field(full_rank=True)
 
     def __call__(self, x0: Tensor) -> Tensor:
         check_broadcast(self.mask, x0, "mask", "the images")
@@ -40,22 +60,12 @@ class Mask:
     def observed_part(self, y: Tensor) -> Tensor:
         return self(y)
 
-    def rows(self, index: Tensor, ndim: int) -> "Mask":
-        if self.mask.ndim < ndim or len(self.mask) == 1:
-            return self
-        part = copy.copy(self)  # not made anew: a part, or no sample, may well be known as a whole
-        object.__setattr__(part, "mask", self.mask[index.to(self.mask.device)])
-        return part
-
 
 @dataclass(frozen=True)
-class Downsample:
+class Downsample(Checked):
     """The mean of each square of factor x factor pixels; x0 (B, C, H, W)."""
 
-    factor: int = 2
-
-    def __post_init__(self) -> None:
-        validate.integer("factor", self.factor)
+    factor: Count = 2
 
     def __call__(self, x0: Tensor) -> Tensor:
         if x0.ndim != 4 or any(side % self.factor for side in x0.shape[2:]):
@@ -67,17 +77,14 @@ class Downsample:
 
 
 @dataclass(frozen=True)
-class Blur:
+class Blur(Checked):
     """Convolution with a Gaussian, images (B, C, H, W) continued by their border pixels.
 
     Args:
         std: of the Gaussian, in pixels; it is cut at 3 std.
     """
 
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        validate.number("std", self.std, 0, strict=True)
+    std: Positive = 1.0
 
     def __call__(self, x0: Tensor) -> Tensor:
         if x0.ndim != 4:
@@ -104,21 +111,14 @@ class Gray:
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix:
+class Matrix(Checked):
     """y = A x0 on the coordinates of a sample.
 
     Args:
         matrix: A, (m, d).
     """
 
-    matrix: Tensor
-
-    def __post_init__(self) -> None:
-        validate.batch("matrix", self.matrix)
-        if self.matrix.ndim != 2 or not bool(self.matrix.isfinite().all()):
-            raise ValueError(
-                f"matrix must be (m, d), of finite numbers; got {tuple(self.matrix.shape)}"
-            )
+    matrix: Annotated[Tensor, finite_matrix]
 
     def __call__(self, x0: Tensor) -> Tensor:
         if x0.shape[1:].numel() != self.matrix.shape[1]:
@@ -127,20 +127,6 @@ class Matrix:
                 f"got {tuple(self.matrix.shape)}"
             )
         return x0.flatten(1) @ ordinary(self.matrix.to(x0)).T
-
-
-def binary(name: str, mask: Any) -> Tensor:
-    """The mask, if it is one that hides something and shows something."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a tensor of 0 and 1; got {mask!r:.80}")
-    known = mask == 1
-    if not bool((known | (mask == 0)).all()):
-        raise ValueError(f"{name} must hold nothing but 0 and 1")
-    if not bool(known.any()):
-        raise ValueError(f"{name} is 0 everywhere: nothing is known")
-    if bool(known.all()):
-        raise ValueError(f"{name} is 1 everywhere: nothing is left to find")
-    return mask
 
 
 def check_broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> None:

@@ -13,21 +13,22 @@ PiGDM, and q moves the mean by v times its gradient.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
+from sde_diffusion.grids import Grid
 from sde_diffusion.inverse.corrections import Differentiable
-from sde_diffusion.inverse.measurements import Observation
+from sde_diffusion.inverse.measurements import IS_OBSERVATION, Observation
 from sde_diffusion.inverse.methods import posterior_variance
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, forward_kernel
-from sde_diffusion.processes.level import coordinates
+from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import coordinates, posterior_kernel
 from sde_diffusion.samplers import Ancestral
-from sde_diffusion.samplers.sampler import Memory
+from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.validate import Checked, Integer, NonNegative, Positive, Share
 
 __all__ = ["SMC", "Particles"]
 
@@ -45,7 +46,7 @@ class Particles(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class SMC:
+class SMC(Checked):
     r"""A sampler whose batch is clouds of particles, each the posterior of one measurement.
 
     Rows k P .. (k + 1) P - 1 are the cloud number k of P particles; y has one row per particle, or
@@ -56,7 +57,7 @@ class SMC:
     path must end at t = 0, where the last weights are drawn by.
 
     Args:
-        evidence: a Measurement with noise_std > 0, or a LogLikelihood.
+        observation: a Measurement with noise_std > 0, or a LogLikelihood.
         particles: P; the batch must hold a multiple of it.
         variance: v of PiGDM's twist.
         kernel_variance: that of the data in the chain's kernels, v by default: for data N(m, v I)
@@ -66,32 +67,26 @@ class SMC:
             falls below this share of P.
     """
 
-    evidence: Observation
-    particles: int
-    variance: float = 1.0
-    kernel_variance: float | None = None
-    threshold: float = 0.5
+    observation: Annotated[Observation, IS_OBSERVATION]
+    particles: Annotated[int, Integer(2)]
+    variance: Positive = 1.0
+    kernel_variance: NonNegative | None = None
+    threshold: Share = 0.5
 
     def __post_init__(self) -> None:
-        validate.kind("evidence", self.evidence, "a Measurement", "spread_likelihood")
-        validate.integer("particles", self.particles, 2)
-        validate.number("variance", self.variance, 0, strict=True)
-        if self.kernel_variance is not None:
-            validate.number("kernel_variance", self.kernel_variance, 0)
-        validate.number("threshold", self.threshold, 0, 1)
-        if getattr(self.evidence, "noise_std", 1.0) == 0:
-            raise ValueError(
-                "noise_std must be above 0: without noise no particle has the weight of the others"
-            )
+        super().__post_init__()
+        if getattr(self.observation, "noise_std", 1.0) == 0:
+            raise ValueError("noise_std must be above 0 for SMC; got 0: all weights but one vanish")
 
     @property
-    def order(self) -> int:
-        """1, that of the ancestral chain whose posterior it samples."""
-        return 1
+    def claims(self) -> Claims:
+        """Those of Ancestral, whose chain this is."""
+        return Ancestral().claims
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """That of Ancestral, whose chain this is."""
-        return Ancestral().grid(process, steps)
+    @property
+    def grid(self) -> Grid:
+        """That of Ancestral."""
+        return Ancestral().grid
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -101,16 +96,14 @@ class SMC:
             raise ValueError(
                 f"the batch must hold clouds of {self.particles} particles; got {len(x)} samples"
             )
-        asked = Differentiable.of(model, x, t)
+        at = Differentiable.of(model, x, t)
         spread = posterior_variance(t, self.variance)
-        log_twist, pull = self.evidence.spread_likelihood(asked.x0.detach(), spread)
-        gradient = asked.back(pull)
+        log_twist, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
+        gradient = at.back(pull)
 
         # The chain's kernel, N(mean, std^2 I): DDPM's with the variance of x0 given x.
-        b = forward_kernel(s, t)[1]
-        v = (b * s.sigma / t.sigma) ** 2
-        mean = asked.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
-        of_x0 = s.alpha * (b / t.sigma) ** 2
+        of_x0, v = posterior_kernel(s, t)
+        mean = at.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_data = self.variance if self.kernel_variance is None else self.kernel_variance
         std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
 
@@ -128,7 +121,7 @@ class SMC:
         x_s = mean[kept] + std * (shift + z)
 
         if s.sigma == 0:  # the last twist is the likelihood itself
-            log_weight = log_weight + self.evidence.log_likelihood(x_s)
+            log_weight = log_weight + self.observation.log_likelihood(x_s)
             share = self.effective(log_weight)
             x_s = x_s[self.drawn(log_weight, noise(s.t, s.t, x))]
             log_weight = torch.zeros_like(log_weight)

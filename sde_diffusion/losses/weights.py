@@ -2,7 +2,7 @@ r"""Weights of the denoising loss, each with the space of the errors that it wei
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.models.parameterizations import X0, Eps, Score
 from sde_diffusion.models.prediction import Parameterization, nonzero
-from sde_diffusion.processes import Discrete, Level, Scalar, double
+from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
+from sde_diffusion.processes.process import IS_PROCESS
+from sde_diffusion.validate import Checked
 
 __all__ = ["SNR", "VLB", "EDMWeight", "Likelihood", "MinSNR", "Simple", "Weight"]
 
@@ -35,7 +37,7 @@ class Simple:
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(Checked):
     """g^2, on errors of the score (Song et al. 2021 "Maximum likelihood training", Theorem 1).
 
     Half its integral over t bounds the negative log-likelihood up to a constant.
@@ -43,15 +45,18 @@ class Likelihood:
 
     space: ClassVar[Parameterization] = Score()
 
+    process: Annotated[Process, IS_PROCESS]
+
     def __call__(self, level: Level) -> Scalar:
         t = double(level.t)
-        unknown = double(level.diffusion2).isnan()
+        g2 = self.process.rates(t)[1]
+        unknown = g2.isnan()
         if t.device.type == "cpu" and bool(unknown.any()):
             raise ValueError(
                 f"g^2 is not promised at t={t[unknown].flatten()[0]:g}, above the process's t_max: "
                 f"draw times below it, as LikelihoodTimes or UniformTimes(t_max=...) do"
             )
-        return level.diffusion2
+        return g2.to(level.sigma) if isinstance(level.sigma, Tensor) else g2.item()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """*What is clean, what is noise.* Networks, exact models, guidance: all map (x, level) to both."""
 
 from sde_diffusion.models import exact, guidance
-from sde_diffusion.models.adapt import Adopted, Matched, adopt, match
+from sde_diffusion.models.adapt import Matched, adopt, match
 from sde_diffusion.models.denoiser import Denoiser, pretrained
 from sde_diffusion.models.guidance import (
     ClassifierFree,
@@ -9,7 +9,7 @@ from sde_diffusion.models.guidance import (
     Clipped,
     get_context_mask,
 )
-from sde_diffusion.models.model import Model
+from sde_diffusion.models.model import LogSNRRange, Model, per_sample_field
 from sde_diffusion.models.noise_inputs import (
     CNoise,
     ContinuousTime,
@@ -22,7 +22,6 @@ from sde_diffusion.models.prediction import Parameterization, Prediction, truth
 
 __all__ = [
     "X0",
-    "Adopted",
     "CNoise",
     "ClassifierFree",
     "ClassifierGuided",
@@ -31,6 +30,7 @@ __all__ = [
     "Denoiser",
     "Eps",
     "LogSNR",
+    "LogSNRRange",
     "Matched",
     "Model",
     "NoiseInput",
@@ -41,11 +41,13 @@ __all__ = [
     "TimestepIndex",
     "V",
     "Velocity",
+    "WholeTimestep",
     "adopt",
     "exact",
     "get_context_mask",
     "guidance",
     "match",
+    "per_sample_field",
     "pretrained",
     "truth",
 ]

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +19,46 @@ from sde_diffusion.models.checkpoint import (
     maker,
     sketched,
 )
+from sde_diffusion.models.derivatives import ordinary
+from sde_diffusion.models.model import Cond, LogSNRRange
 from sde_diffusion.models.noise_inputs import (
     CNoise,
     ContinuousTime,
     LogSNR,
     NoiseInput,
     TimestepIndex,
+    WholeTimestep,
 )
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
+from sde_diffusion.processes.level import per_sample
+from sde_diffusion.processes.process import IS_PROCESS
+from sde_diffusion.validate import Kind
 
 __all__ = ["Denoiser", "pretrained"]
 
-NOISE_INPUTS: list[type] = [ContinuousTime, LogSNR, CNoise, TimestepIndex]
+NOISE_INPUTS: list[type] = [ContinuousTime, LogSNR, CNoise, TimestepIndex, WholeTimestep]
+IS_NETWORK = Kind("a torch module (adopt takes a plain function)", "parameters", "forward")
+IS_MEANING = Kind("a parameterization such as Eps()", "x0", "eps", "target")
+IS_NOISE_INPUT = Kind("a noise input such as ContinuousTime()", "__call__")
 
 
 class Denoiser(nn.Module):
-    """A network with what is needed to read it: process, parameterization, noise input.
+    """A network with what is needed to interpret it: process, parameterization, noise input.
 
     Args:
-        network: called as network(x, c) or network(x, c, cond), x (B, ...), c (B,); it answers with
-            a tensor shaped like x, or with twice the channels (see `prediction.read`).
+        network: called as network(x, c), network(x, c, cond) for a tensor, or
+            network(x, c, **cond) for a mapping; x (B, ...), c (B,). It returns a tensor shaped
+            like x or with twice the channels (see `prediction.from_network`), or a tuple or a
+            record that has it first or as `sample`.
         process: the process it is trained on.
-        parameterization: the meaning of its output.
-        noise_input: the number that tells it the noise level.
+        parameterization: the meaning of its output, Eps() by default.
+        noise_input: the number that it is fed for the noise level, ContinuousTime() by default.
+        null: the condition that stands for none: a tensor shaped like one sample's condition (a
+            buffer), a Parameter (learned), or a mapping of these. Zeros by default where cond is
+            a float vector (B, width); other conditions need one.
+        trained: the log-SNRs it was trained at; None stands for everywhere.
     """
 
     def __init__(
@@ -51,34 +67,72 @@ class Denoiser(nn.Module):
         process: Process,
         parameterization: Parameterization | None = None,
         noise_input: NoiseInput | None = None,
+        *,
+        null: Cond | None = None,
+        trained: LogSNRRange | None = None,
     ) -> None:
         super().__init__()
+        IS_NETWORK("network", network)
+        IS_PROCESS("process", process)
         self.network = network
         self.process = process
-        self.parameterization = parameterization or Eps()
-        self.noise_input = noise_input or ContinuousTime()
+        self.parameterization = IS_MEANING("parameterization", parameterization or Eps())
+        self.noise_input = IS_NOISE_INPUT("noise_input", noise_input or ContinuousTime())
+        self.null = None if null is None else NullCond(null)
+        self.trained = trained
 
-    def forward(self, x: Tensor, level: Level, cond: Tensor | None = None) -> Prediction:
-        """The prediction for x (B, ...) at `level`; cond (B, width) for conditional networks.
+    def forward(self, x: Tensor, level: Level | float, cond: Cond | None = None) -> Prediction:
+        """The prediction for x (B, ...) at `level`, or at a time in [0, 1].
 
-        The network runs in its own dtype; the prediction has that of x.
+        The network runs in its own dtype, to which floating-point conditions are cast; integers
+        and bools are not. The prediction has the dtype of x.
         """
         validate.batch("x", x)
+        if not isinstance(level, Level):
+            level = self.process.levels(torch.tensor([float(level)], dtype=torch.float64))[0]
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         c = self.noise_input(level)
         if isinstance(c, Tensor):
-            c = c.reshape(-1).expand(len(x)).to(dtype)
+            c = c.reshape(-1).expand(len(x)).to(x.device)
+            c = c.to(dtype) if c.is_floating_point() else c
         else:
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
         scale = self.parameterization.input_scale(level)
-        seen = (x if is_one(scale) else x * scale).to(dtype)
-        if cond is not None and len(cond) != len(x):
-            raise ValueError(f"cond must hold one context per sample, {len(x)}; got {len(cond)}")
-        inputs = (seen, c) if cond is None else (seen, c, cond.to(dtype))
-        return prediction.from_network(x, self.network(*inputs), level, self.parameterization)
+        scaled = (x if is_one(scale) else x * scale).to(dtype)
+        if cond is None:
+            out = self.network(scaled, c)
+        elif isinstance(cond, Tensor):
+            out = self.network(scaled, c, fitted("cond", cond, x, dtype))
+        else:
+            entries = {k: fitted(f"cond[{k!r}]", v, x, dtype) for k, v in cond.items()}
+            out = self.network(scaled, c, **entries)
+        return prediction.from_network(x, out, level, self.parameterization)
 
-    def rows(self, index: Tensor) -> "Denoiser":
-        return self
+    def with_null(self, cond: Cond, keep: Tensor) -> Cond:
+        """The conditions where `keep`, and the null elsewhere: whole samples, whatever the shape.
+
+        Args:
+            cond: a tensor, or a mapping of tensors, of first axis B.
+            keep: (B,) bool.
+        """
+        if isinstance(cond, Tensor):
+            return replaced(cond, keep, self._null_of("cond", cond))
+        return {k: replaced(v, keep, self._null_of(k, v)) for k, v in cond.items()}
+
+    def null_like(self, cond: Cond) -> Cond:
+        """The null for as many samples as cond has."""
+        first = cond if isinstance(cond, Tensor) else next(iter(cond.values()))
+        return self.with_null(cond, torch.zeros(len(first), dtype=torch.bool, device=first.device))
+
+    def _null_of(self, name: str, cond: Tensor) -> Tensor:
+        if self.null is not None:
+            return self.null.entry(name, cond)
+        if not (cond.is_floating_point() and cond.ndim == 2):
+            raise ValueError(
+                f"null must be given to the Denoiser for cond of shape {tuple(cond.shape)}, "
+                f"{cond.dtype}; got None; e.g. null=torch.tensor(10) for labels"
+            )
+        return cond.new_zeros(cond.shape[1:])
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors) and, beside it, a JSON that describes it with its SHA-256.
@@ -160,6 +214,48 @@ class Denoiser(nn.Module):
         with storage.blaming(path):
             made.network.load_state_dict(tensors)
         return made.eval()
+
+
+class NullCond(nn.Module):
+    """The condition that stands for none, by name: parameters are learned, tensors are kept.
+
+    Args:
+        null: one tensor, under the name "cond", or a mapping.
+    """
+
+    def __init__(self, null: Cond) -> None:
+        super().__init__()
+        entries = {"cond": null} if isinstance(null, Tensor) else dict(null)
+        for name, value in entries.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, validate.kind(name, value, "a tensor", "dtype"))
+
+    def entry(self, name: str, cond: Tensor) -> Tensor:
+        """The null of one entry of the condition; it must be shaped like one sample's."""
+        value: Any = getattr(self, name, None)
+        if value is None or value.shape != cond.shape[1:]:
+            shape = None if value is None else tuple(value.shape)
+            raise ValueError(
+                f"null of {name} must have shape {tuple(cond.shape[1:])}, that of one sample's "
+                f"condition; got {shape}"
+            )
+        return value
+
+
+def replaced(cond: Tensor, keep: Tensor, null: Tensor) -> Tensor:
+    """cond (B, ...) where keep (B,), and the null (...) elsewhere, in the dtype of cond."""
+    return torch.where(per_sample(keep, cond), cond, null.to(cond.device, cond.dtype))
+
+
+def fitted(name: str, cond: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A condition with one entry per sample of x; floats in the dtype of the network."""
+    if not isinstance(cond, Tensor) or not cond.ndim or len(cond) not in (1, len(x)):
+        got = tuple(cond.shape) if isinstance(cond, Tensor) else type(cond).__name__
+        raise ValueError(f"{name} must be a tensor of first axis {len(x)} or 1; got {got}")
+    cond = ordinary(cond.to(x.device, dtype) if cond.is_floating_point() else cond.to(x.device))
+    return cond if len(cond) == len(x) else cond.expand(len(x), *cond.shape[1:])
 
 
 def check_sound(denoiser: Denoiser) -> None:

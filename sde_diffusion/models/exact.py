@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
+from sde_diffusion.models.model import LogSNRRange
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -28,6 +29,8 @@ class GaussianMixture:
         means: (K, *shape). With shape () the law is that of each coordinate of x, independently.
         covariances: (K,) isotropic, (K, d) diagonal or (K, d, d) full; positive definite.
     """
+
+    trained: LogSNRRange | None = None
 
     def __init__(
         self,
@@ -70,8 +73,10 @@ class GaussianMixture:
         if not bool((self.variances > 0).all()):
             raise ValueError("covariances must be positive definite")
 
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        """E[x0 | x] and E[eps | x]; x (B, *shape)."""
+    def __call__(self, x: Tensor, level: Level | float) -> Prediction:
+        """E[x0 | x] and E[eps | x] at a level, or at a time in [0, 1]; x (B, *shape)."""
+        if not isinstance(level, Level):
+            level = self.process.levels(torch.tensor([float(level)], dtype=torch.float64))[0]
         alpha, sigma = flat(level.alpha), flat(level.sigma)
         z, variances = self._standardize(x, level)
         weight = self._log_joint(z, variances).softmax(1)[:, :, None]
@@ -85,13 +90,16 @@ class GaussianMixture:
         x0 = (weight * (self.means.to(x) + signal)).sum(1)
         return truth(x0.reshape(x.shape), eps.reshape(x.shape), level)
 
-    def rows(self, index: Tensor) -> "GaussianMixture":
-        return self
-
     def on(self, process: Process) -> Self:
         """The same data on another process."""
         other = copy.copy(self)
         other.process = process
+        return other
+
+    def ranged(self, trained: LogSNRRange) -> Self:
+        """The same model as one that was trained at these log-SNRs only."""
+        other = copy.copy(self)
+        other.trained = trained
         return other
 
     def given(

@@ -9,43 +9,44 @@ write 1 + w for this w.)
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.models.derivatives import leaf, ordinary, recorded
-from sde_diffusion.models.model import Model
+from sde_diffusion.models.model import (
+    IS_MODEL,
+    Cond,
+    LogSNRRange,
+    evaluate,
+    per_sample_field,
+    trained_range,
+)
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.processes.level import per_sample
+from sde_diffusion.validate import Checked, Integer, Kind, Number, Share
 
-__all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Conditional", "get_context_mask"]
+__all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Guided", "get_context_mask"]
 
-
-class Conditional(Protocol):
-    """A model that is told a condition, such as a Denoiser of a network with a context."""
-
-    @property
-    def process(self) -> Process: ...
-
-    def __call__(self, x: Tensor, level: Level, cond: Tensor) -> Prediction:
-        """What it says of x (B, ...) given cond (B, width)."""
-        ...
+Finite = Annotated[float, Number()]
 
 
-def get_context_mask(batch: int, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Which contexts a training step keeps, (batch, 1) float32: 0 drops, with probability p.
+@validate.arguments
+def get_context_mask(
+    batch: Annotated[int, Integer(0)], p: Share, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which conditions a training step keeps, (batch, 1) float32: 0 drops, with probability p.
 
-    Multiply the contexts (batch, width) by it: a dropped one is the zero vector, the null context.
-    `training.Recipe(cond_dropout=p)` does so with masks that a resumed run draws again.
+    Multiply float conditions (batch, width) by it: a dropped one is the zero vector.
+    `training.Recipe(cond_dropout=p)` drops conditions of any kind, with masks that a resumed run
+    draws again.
     """
-    validate.integer("batch", batch, 0)
-    validate.number("p", p, 0, 1)
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -53,49 +54,58 @@ def get_context_mask(batch: int, p: float, generator: torch.Generator | None = N
 
 
 @dataclass(frozen=True, eq=False)
-class ClassifierFree:
+class Guided(Checked):
+    """Base of models around another model.
+
+    Args:
+        model: the other one.
+    """
+
+    model: Annotated[Any, IS_MODEL]
+
+    @property
+    def process(self) -> Process:
+        return self.model.process
+
+    @property
+    def trained(self) -> LogSNRRange:
+        """The range of the model."""
+        return trained_range(self.model)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassifierFree(Guided):
     r"""Classifier-free guidance (Ho & Salimans 2022), one call of the network a step.
 
     With scale w every quantity is  null + w (cond - null): w = 1 is the conditional model, to the
-    bit, and w = 0 that of the null context. Both are asked in one batch of 2 B; where w is 0 or 1,
-    and outside the interval, only the one that counts is.
+    bit, and w = 0 that of the null. Both are evaluated in one batch of 2 B; where w is 0 or 1, and
+    outside the interval, only the one that counts is. The condition comes with the call:
 
-    With `null` the context of what is not wanted this is negative guidance; with `cond` between two
-    contexts it goes from one to the other.
+        sample(ClassifierFree(model, scale=2.0), sampler, x, steps=20, cond=labels)
+
+    With `null` the condition of what is not wanted this is negative guidance; with another
+    condition it goes from one to the other.
 
     Args:
-        model: a Denoiser of a network with a context, or any `Conditional`.
-        cond: the context, (width,) for all or (B, width), one per sample.
-        null: what it is contrasted with, likewise; the zero vector by default, which is what
-            context dropout trains as no context.
-        scale: w; a number, or (B,), one per sample. At 2 nearly every sample is recognized as what
-            was asked for, at less variety than at 1, the law that was trained.
+        model: a Denoiser of a conditional network, or any model called as (x, level, cond).
+        scale: w; a number, or (B,), one per sample.
+        null: the condition in contrast, of the kind of cond, first axis B or 1; the model's own
+            null by default, which condition dropout trains.
         interval: of r = sigma / alpha, the noise in a unit of signal: outside of it w is 1
             (Kynkaanniemi et al. 2024).
     """
 
-    model: Conditional
-    cond: Tensor
-    null: Tensor | None = None
-    scale: float | Tensor = 2.0
+    scale: float | Tensor = per_sample_field(default=2.0)
+    null: Cond | None = per_sample_field(default=None)
     interval: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
-        validate.kind(
-            "model", self.model, "a model with a condition, such as a Denoiser", "process"
-        )
-        contexts("cond", self.cond)
-        if self.null is not None:
-            contexts("null", self.null)
-            if self.null.shape[-1] != self.cond.shape[-1]:
-                raise ValueError(
-                    f"null must be as wide as cond, {self.cond.shape[-1]}; "
-                    f"got {self.null.shape[-1]}"
-                )
+        super().__post_init__()
         if isinstance(self.scale, Tensor):
-            validate.batch("scale", self.scale)
             if self.scale.ndim != 1 or not bool(self.scale.isfinite().all()):
-                raise ValueError("scale must be a finite number, or finite numbers (B,)")
+                raise ValueError(
+                    f"scale must be a finite number, or finite numbers (B,); got {self.scale!r:.80}"
+                )
         else:
             validate.number("scale", self.scale)
         if len(validate.kind("interval", self.interval, "(low, high)", "__len__")) != 2:
@@ -104,39 +114,27 @@ class ClassifierFree:
         if not validate.number("the low end of interval", low, 0) < high:
             raise ValueError(f"interval must be 0 <= low < high; got {self.interval}")
 
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        cond = self._rows_of("cond", self.cond, x)
-        null = torch.zeros_like(cond) if self.null is None else self._rows_of("null", self.null, x)
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        if cond is None:
+            raise ValueError("cond must be given for ClassifierFree; got None; sample(..., cond=)")
         w = self.weight(level, x)
-        if not isinstance(w, Tensor) and (w == 0 or w == 1):
-            return self.model(x, level, cond if w else null)
+        if not isinstance(w, Tensor) and w == 1:
+            return self.model(x, level, cond)
+        null = self._null_of(cond)
+        if not isinstance(w, Tensor) and w == 0:
+            return self.model(x, level, null)
         twice = torch.cat([x, x])
-        both = self.model(twice, repeated(level), torch.cat([null, cond]))
+        both = self.model(twice, repeated(level), stacked(null, cond, len(x)))
         first = x if both.first is twice else interpolate(both.first, w)
         second = interpolate(both.second, w)
         extra = None if both.extra is None else both.extra.chunk(2)[1]
         return Prediction(first, second, level, both.meaning, extra)
 
-    def rows(self, index: Tensor) -> "ClassifierFree":
-        def part(value: Tensor, single: int) -> Tensor:
-            return value if value.ndim == single else value[index.to(value.device)]
-
-        return replace(
-            self,
-            cond=part(self.cond, 1),
-            null=None if self.null is None else part(self.null, 1),
-            scale=part(self.scale, 0) if isinstance(self.scale, Tensor) else self.scale,
-        )
-
     def weight(self, level: Level, x: Tensor) -> Scalar:
         """w at this level, 1 outside the interval; per sample (B, 1, ..., 1) where need be."""
         w = self.scale
         if isinstance(w, Tensor):
-            if len(w) != len(x):
+            if len(w) not in (1, len(x)):
                 raise ValueError(f"scale must hold one number per sample, {len(x)}; got {len(w)}")
             w = per_sample(w, x).to(x)
         low, high = self.interval
@@ -148,98 +146,79 @@ class ClassifierFree:
         r = level.sigma / level.alpha if level.alpha else math.inf
         return w if low <= r <= high else 1.0
 
-    def _rows_of(self, name: str, context: Tensor, x: Tensor) -> Tensor:
-        if context.ndim == 1:
-            context = context.expand(len(x), -1)
-        if len(context) != len(x):
+    def _null_of(self, cond: Cond) -> Cond:
+        if self.null is not None:
+            return self.null
+        own: Any = getattr(self.model, "null_like", None)
+        if own is None:
             raise ValueError(
-                f"{name} must hold one context per sample, {len(x)}; got {len(context)}"
+                f"null must be given for a {type(self.model).__name__}, which has none of its own; "
+                f"got None"
             )
-        return ordinary(context.to(x.device))
+        return own(cond)
 
 
 @dataclass(frozen=True, eq=False)
-class ClassifierGuided:
+class ClassifierGuided(Guided):
     r"""Classifier guidance (Dhariwal & Nichol 2021): score + w grad_x log p(y | x, level).
 
     With the classifier of the noisy data and w = 1 it is the model of the data given y, by Bayes'
-    rule. Where alpha = 0 the score does not know y, and E[x0 | y] is beyond a classifier of x: x0
-    is left as it is. A path that begins there is better begun a little lower.
+    rule. Where alpha = 0 the score does not depend on y, and x0 is left as it is: a path is
+    better begun a little lower.
 
     Args:
         model: any.
         log_prob: log p(y | x, level), (B,) of (x, level, y); differentiable in x.
-        y: what is wanted, (B, ...), one per sample.
+        y: the target, first axis B or 1.
         scale: w.
     """
 
-    model: Model
-    log_prob: Callable[[Tensor, Level, Tensor], Tensor]
-    y: Tensor
-    scale: float = 1.0
+    log_prob: Annotated[
+        Callable[[Tensor, Level, Tensor], Tensor], Kind("a function of (x, level, y)", "__call__")
+    ]
+    y: Annotated[Tensor, Kind("a tensor (B, ...)", "device", "__getitem__")] = per_sample_field()
+    scale: Finite = 1.0
 
-    def __post_init__(self) -> None:
-        validate.kind("model", self.model, "a model", "process", "__call__")
-        validate.kind("log_prob", self.log_prob, "a function of (x, level, y)", "__call__")
-        validate.kind("y", self.y, "a tensor (B, ...)", "device", "__getitem__")
-        validate.number("scale", self.scale)
-
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        found = self.model(x, level)
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        found = evaluate(self.model, x, level, cond)
         if self.scale == 0:
             return found
-        if len(self.y) != len(x):
+        if len(self.y) not in (1, len(x)):
             raise ValueError(f"y must hold one per sample, {len(x)}; got {len(self.y)}")
         with recorded():
-            asked = leaf(x)
-            value = self.log_prob(asked, Level(*map(ordinary, level)), ordinary(self.y))
+            point = leaf(x)
+            value = self.log_prob(point, Level(*map(ordinary, level)), ordinary(self.y))
             if value.shape != x.shape[:1]:
                 raise ValueError(
-                    f"log_prob must answer with shape {tuple(x.shape[:1])}; got "
-                    f"{tuple(value.shape)}"
+                    f"log_prob must return shape {tuple(x.shape[:1])}; got {tuple(value.shape)}"
                 )
             if not value.requires_grad:
-                raise ValueError("log_prob must be differentiable in x")
-            (gradient,) = torch.autograd.grad(value.sum(), asked)
+                raise ValueError("log_prob must be differentiable in x; got a constant")
+            (gradient,) = torch.autograd.grad(value.sum(), point)
         return turned(found, level, self.scale * gradient)
 
-    def rows(self, index: Tensor) -> "ClassifierGuided":
-        return replace(self, model=self.model.rows(index), y=self.y[index.to(self.y.device)])
 
+@dataclass(frozen=True, eq=False)
+class Clipped(Guided):
+    """A model whose x0 is clamped to [low, high]; eps is recomputed, so that both belong to x.
 
-@dataclass(frozen=True)
-class Clipped:
-    """A model whose x0 is held to [low, high]; eps is then that of this x0, so that both belong to
-    x. Not a law's own model any more: for a chain that would leave the range of its data.
+    It is no law's exact model: for chains that would leave the range of their data.
 
     Args:
         model: any.
         low, high: the range.
     """
 
-    model: Model
-    low: float = -1.0
-    high: float = 1.0
+    low: Finite = -1.0
+    high: Finite = 1.0
 
     def __post_init__(self) -> None:
-        validate.kind("model", self.model, "a model", "process", "__call__")
-        validate.number("low", self.low)
+        super().__post_init__()
         validate.number("high", self.high, self.low, strict=True)
 
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        found = self.model(x, level)
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        found = evaluate(self.model, x, level, cond)
         return Prediction(x, found.x0.clamp(self.low, self.high), level, X0(), found.extra)
-
-    def rows(self, index: Tensor) -> "Clipped":
-        return replace(self, model=self.model.rows(index))
 
 
 def turned(
@@ -267,10 +246,15 @@ def repeated(level: Level) -> Level:
     return Level(*(torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level))
 
 
-def contexts(name: str, value: Tensor) -> None:
-    """Refuse what is no context, (width,) or (B, width), of finite numbers."""
-    validate.batch(name, value)
-    if value.ndim > 2:
-        raise ValueError(f"{name} must be (width,) or (B, width); got {tuple(value.shape)}")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be finite")
+def stacked(null: Cond, cond: Cond, count: int) -> Cond:
+    """The two conditions of a batch of 2 count, null first; each entry of first axis 1 or count."""
+    if isinstance(cond, Mapping) and isinstance(null, Mapping):
+        return {name: stacked_entries(null[name], value, count) for name, value in cond.items()}
+    if isinstance(cond, Tensor) and isinstance(null, Tensor):
+        return stacked_entries(null, cond, count)
+    raise ValueError("null must be a tensor or a mapping as cond is; got another")
+
+
+def stacked_entries(null: Tensor, cond: Tensor, count: int) -> Tensor:
+    both = [ordinary(part).expand(count, *part.shape[1:]) for part in (null.to(cond.device), cond)]
+    return torch.cat(both)

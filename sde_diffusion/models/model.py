@@ -1,33 +1,184 @@
-"""Models: all that a sampler sees.
+"""Models: all that a sampler sees, and what wrappers of models share.
 
-Convention: a model is called as model(x, level) and returns a Prediction; x is (B, ...).
+Convention: a model is called as model(x, level) or model(x, level, cond) and returns a Prediction;
+x is (B, ...); cond is a tensor or a mapping of tensors whose first axis is B or 1.
 """
 
-from typing import Protocol
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes.level import enter, leave
+from sde_diffusion.validate import Kind
 
-__all__ = ["Model"]
+__all__ = [
+    "EVERYWHERE",
+    "IS_MODEL",
+    "Bound",
+    "Cond",
+    "HeldBelow",
+    "LogSNRRange",
+    "Model",
+    "evaluate",
+    "per_sample_field",
+    "select",
+    "trained_range",
+]
+
+Cond = Tensor | Mapping[str, Tensor]
+IS_MODEL = Kind("a model such as a Denoiser", "process", "__call__")
+
+
+class LogSNRRange(NamedTuple):
+    """The log-SNRs at which a model was trained: the support of its law of t.
+
+    Attributes:
+        low: at the noisiest level.
+        high: at the cleanest level.
+        only: True if the model does not exist outside, as a table's network does not.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    only: bool = False
+
+    def __and__(self, other: "LogSNRRange") -> "LogSNRRange":
+        """The range of two models that are evaluated together."""
+        low, high = max(self.low, other.low), min(self.high, other.high)
+        return LogSNRRange(low, high, self.only or other.only)
+
+
+EVERYWHERE = LogSNRRange()
 
 
 class Model(Protocol):
-    """All that a sampler ever sees."""
+    """All that a sampler ever sees.
+
+    A model may also have `trained`, a LogSNRRange, and take a third argument `cond`.
+    """
 
     @property
     def process(self) -> Process:
-        """The process whose levels the model understands."""
+        """The process of whose levels the model has predictions."""
         ...
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        """What the model says of the batch x (B, ...) at this level."""
+        """The prediction for the batch x (B, ...) at this level."""
         ...
 
-    def rows(self, index: Tensor) -> "Model":
-        """The same model for the samples `index` of the batch.
 
-        Itself, unless the model holds per-sample state such as a condition.
-        """
-        ...
+def evaluate(model: Any, x: Tensor, level: Level, cond: Cond | None) -> Prediction:
+    """model(x, level), or model(x, level, cond) if there is a condition."""
+    return model(x, level) if cond is None else model(x, level, cond)
+
+
+def trained_range(model: Any) -> LogSNRRange:
+    """The range of a model; everywhere, if it states none."""
+    return getattr(model, "trained", None) or EVERYWHERE
+
+
+# ---- parts of a batch --------------------------------------------------------------------------
+
+
+def per_sample_field(*, full_rank: bool = False, **options: Any) -> Any:
+    """A dataclass field that holds one entry per sample, or one for all (first axis 1).
+
+    Args:
+        full_rank: it does so only if it has the rank of the batch, and broadcasts otherwise.
+        options: of dataclasses.field.
+    """
+    return field(metadata={"per_sample": "full rank" if full_rank else "always"}, **options)
+
+
+def select(value: Any, index: Tensor, ndim: int) -> Any:
+    """The same object for the samples `index` of a batch of rank `ndim`.
+
+    Fields marked by `per_sample_field` are indexed, those that are dataclasses are searched.
+    """
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    changed: dict[str, Any] = {}
+    for each in fields(value):
+        old = getattr(value, each.name)
+        mark = each.metadata.get("per_sample")
+        if mark == "full rank":
+            new = rows_of(old, index) if old.ndim == ndim else old
+        else:
+            new = rows_of(old, index) if mark else select(old, index, ndim)
+        if new is not old:
+            changed[each.name] = new
+    if not changed:
+        return value
+    made = copy.copy(value)  # not made anew: a part of a batch need not pass its checks
+    for name, new in changed.items():
+        object.__setattr__(made, name, new)
+    return made
+
+
+def rows_of(value: Any, index: Tensor) -> Any:
+    """The entries `index` of a tensor, or of each in a mapping; one entry for all stays."""
+    if isinstance(value, Mapping):
+        return {name: rows_of(part, index) for name, part in value.items()}
+    if not isinstance(value, Tensor) or not value.ndim or len(value) == 1:
+        return value
+    return value[index.to(value.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A model with the condition of a batch: what a sampler sees of a conditional model."""
+
+    model: Any
+    cond: Cond = per_sample_field()
+
+    @property
+    def process(self) -> Process:
+        return self.model.process
+
+    @property
+    def trained(self) -> LogSNRRange:
+        return trained_range(self.model)
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        return self.model(x, level, self.cond)
+
+
+# ---- below the trained range -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBelow:
+    """A model whose x0, below time `end`, is the one at `end` in the straight frame.
+
+    For solvers that evaluate the model where they choose to. At lower levels
+
+        x0(x, level) = x0(x (alpha' + sigma') / (alpha + sigma), level'),   the primed ones at end
+
+    so the network is never evaluated outside the range it was trained on.
+    """
+
+    model: Model
+    end: float
+
+    @property
+    def process(self) -> Process:
+        return self.model.process
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        if isinstance(level.t, Tensor):
+            t = level.t.flatten().clamp(min=self.end)
+            at: Level = self.process.level(t if len(t) == len(x) else t.reshape(()), x)
+        elif level.t >= self.end:
+            return self.model(x, level)
+        else:
+            (at,) = self.process.levels(torch.tensor([self.end], dtype=torch.float64))
+        found = self.model(leave(enter(x, level), at), at)
+        return Prediction(x, found.x0, level, X0(), found.extra)

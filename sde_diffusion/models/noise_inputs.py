@@ -1,18 +1,19 @@
-"""Noise inputs: the number by which a network is told the noise level."""
+"""Noise inputs: the number that a network is fed for its noise level."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.processes import Level, Scalar
+from sde_diffusion.processes.level import double
+from sde_diffusion.validate import Checked, Count, Integer
 
-__all__ = ["CNoise", "ContinuousTime", "LogSNR", "NoiseInput", "TimestepIndex"]
+__all__ = ["CNoise", "ContinuousTime", "LogSNR", "NoiseInput", "TimestepIndex", "WholeTimestep"]
 
 
 class NoiseInput(Protocol):
-    """How a network is told the noise level."""
+    """A function of the level. Implementations are frozen dataclasses."""
 
     def __call__(self, level: Level) -> Scalar: ...
 
@@ -27,8 +28,10 @@ class ContinuousTime:
 
 @dataclass(frozen=True)
 class LogSNR:
-    """log(alpha^2 / sigma^2), the same for every process; held to [-20, 20], as it is infinite at
-    the ends, where no more can be told from a level with nothing but signal or noise."""
+    """log(alpha^2 / sigma^2), the same on every process; clamped to [-20, 20].
+
+    It is infinite at both ends; beyond 20 a level is signal alone or noise alone to float32.
+    """
 
     def __call__(self, level: Level) -> Scalar:
         if isinstance(level.log_snr, Tensor):
@@ -45,20 +48,37 @@ class CNoise:
 
 
 @dataclass(frozen=True)
-class TimestepIndex:
-    """t N - 1 + counts_from: the step of a chain as its network counts it, a real number.
+class TimestepIndex(Checked):
+    """t N - 1 + counts_from: the index of a chain's step, a real number.
 
     Args:
         num_steps: N.
-        counts_from: the network's name of the first step, 0 (most libraries) or 1 (the papers).
+        counts_from: index of the first step, 0 (most libraries) or 1 (the papers).
     """
 
-    num_steps: int
-    counts_from: int = 0
-
-    def __post_init__(self) -> None:
-        validate.integer("num_steps", self.num_steps)
-        validate.integer("counts_from", self.counts_from, 0, 1)
+    num_steps: Count
+    counts_from: Annotated[int, Integer(0, 1)] = 0
 
     def __call__(self, level: Level) -> Scalar:
         return level.t * self.num_steps - 1 + self.counts_from
+
+
+@dataclass(frozen=True)
+class WholeTimestep(TimestepIndex):
+    """TimestepIndex as int64 at the chain's own times, as networks with a table of steps need it.
+
+    Between them it is a real number. Below the first step there is none.
+    """
+
+    def __call__(self, level: Level) -> Scalar:
+        step = double(super().__call__(level))
+        near = 1e-6 if isinstance(level.t, float) else 1e-3  # float32 times have fewer digits
+        if bool((step < self.counts_from - near).any()):
+            raise ValueError(
+                f"t must be at least 1/N = {1 / self.num_steps:g}, the first step of the network; "
+                f"got t={float(double(level.t).min()):g}"
+            )
+        whole = step.round()
+        if bool(((step - whole).abs() <= near).all()):
+            return whole.long()
+        return step.float() if isinstance(level.t, Tensor) else float(step)

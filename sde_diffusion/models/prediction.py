@@ -130,19 +130,22 @@ def truth(x0: Tensor, eps: Tensor, level: Level) -> Prediction:
 
 
 def from_network(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Prediction:
-    """The prediction of a network that answered `out` for x (B, C, ...).
+    """The prediction of a network that returned `out` for x (B, C, ...).
 
     Args:
-        out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`.
+        out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`; or a tuple or a
+            record that has such a tensor first or as `sample`.
     """
+    out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
     if not isinstance(out, Tensor):
-        raise TypeError(f"what the network answers must be a tensor; got {out!r:.80}")
+        raise TypeError(f"the output of the network must be a tensor; got {out!r:.80}")
     out = out.to(x.dtype)
     if out.shape == x.shape:
         return Prediction(x, out, level, meaning)
     if x.ndim < 2 or out.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
         raise ValueError(
-            f"the network answered with shape {tuple(out.shape)} for x of shape {tuple(x.shape)}"
+            f"the output of the network must be shaped like x, {tuple(x.shape)}, or have twice "
+            f"the channels; got {tuple(out.shape)}"
         )
     out, extra = out.chunk(2, dim=1)
     return Prediction(x, out, level, meaning, extra)

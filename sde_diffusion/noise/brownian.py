@@ -131,18 +131,18 @@ class Brownian:
 
     Args:
         seeds: one non-negative integer per row of the batch.
-        log_snr: of the process, at times (n,).
-        times: the grid that will be walked; other times are found as they are asked for.
+        clock: u = sigma / (alpha + sigma) of the process, at times (n,).
+        times: the grid that will be walked; other times are located when they are needed.
     """
 
     def __init__(
         self,
         seeds: Sequence[int],
-        log_snr: Callable[[Tensor], Tensor],
+        clock: Callable[[Tensor], Tensor],
         times: Sequence[float] = (),
     ) -> None:
         self.keys = path_keys(seeds)
-        self.log_snr = log_snr
+        self.clock = clock
         self.levels: dict[float, float] = {}  # u by t
         self.locate(times)
         self.grid = sorted(set(self.levels.values()))
@@ -153,8 +153,7 @@ class Brownian:
 
     def locate(self, times: Sequence[float]) -> None:
         """Find u at these times."""
-        log_snr = self.log_snr(torch.tensor(times, dtype=torch.float64))
-        u = 1 / (1 + (log_snr / 2).exp())
+        u = self.clock(torch.tensor(times, dtype=torch.float64))
         self.levels |= zip(times, u.tolist(), strict=True)
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:

@@ -102,3 +102,22 @@ class Seeded:
         dtype = np.float64 if like.dtype == torch.float64 else np.float32
         rows = [row.standard_normal(like.shape[1:], dtype=dtype) for row in self.streams]
         return torch.from_numpy(np.stack(rows)).to(like) if rows else torch.empty_like(like)
+
+
+def start(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    seeds: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """N(0, I) of this shape (B, ...), from a generator or from one seed per sample."""
+    if generator is not None and seeds is not None:
+        raise ValueError("generator must be left out where seeds are given; got both")
+    source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type; got {dtype}")
+    sizes = validate.shape("shape", shape)
+    if not sizes:
+        raise ValueError("shape must be that of a batch (B, ...); got ()")
+    return source(1.0, 1.0, torch.empty(sizes, dtype=dtype, device=device))

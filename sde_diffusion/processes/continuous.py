@@ -4,7 +4,7 @@ Convention: t in [0, 1]; x_t = alpha(t) x_0 + sigma(t) eps; sigma(0) = 0 for eve
 
 At t = 1 a batch is N(0, prior_std^2 I), nearly (alpha(1) or 1 / sigma(1) small) or exactly
 (alpha(1) = 0: Cosine, RectifiedFlow). Where alpha(1) = 0 the drift has a pole there, and drift and
-diffusion are promised up to t_max < 1 only.
+diffusion are defined up to t_max < 1 only.
 """
 
 import math
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import validate
-from sde_diffusion.processes import spacings
 from sde_diffusion.processes.process import Process, VariancePreserving
+from sde_diffusion.validate import NonNegative, Positive
 
 __all__ = ["EDM", "OU", "VE", "VP", "Cosine", "RectifiedFlow", "SubVP"]
 
@@ -25,15 +24,14 @@ __all__ = ["EDM", "OU", "VE", "VP", "Cosine", "RectifiedFlow", "SubVP"]
 class LinearRate(Process):
     """alpha of  dx = -beta(t) x / 2 dt + ...,  beta(t) = beta_min + t (beta_max - beta_min)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    beta_min: Positive = 0.1
+    beta_max: Positive = 20.0
 
     def __post_init__(self) -> None:
-        validate.number("beta_min", self.beta_min)
-        validate.number("beta_max", self.beta_max)
-        if not 0 < self.beta_min <= self.beta_max:
+        super().__post_init__()
+        if not self.beta_min <= self.beta_max:
             raise ValueError(
-                f"need 0 < beta_min <= beta_max; got {self.beta_min} and {self.beta_max}"
+                f"beta_min must be at most beta_max; got {self.beta_min} and {self.beta_max}"
             )
 
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -80,9 +78,9 @@ class SubVP(LinearRate):
         """sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)."""
         return self._time_at(-torch.asinh((-log_snr / 2).exp() / 2))
 
-    def times(self, steps: int, start: float = 1.0) -> Tensor:
-        """Evenly spaced times."""
-        return spacings.uniform(steps, start)
+    @property
+    def even_times(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,7 @@ class OU(VariancePreserving):
     0.0067, that of VP. TTIC 31230's w(t) is OU(1.0).
     """
 
-    rate: float = 5.0
-
-    def __post_init__(self) -> None:
-        validate.number("rate", self.rate, 0, strict=True)
+    rate: Positive = 5.0
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -self.rate * t
@@ -115,17 +110,14 @@ class Cosine(VariancePreserving):
     r"""alpha = cos(pi/2 (t + s) / (1 + s)) / cos(pi/2 s / (1 + s)).
 
     Nichol & Dhariwal 2021, eq. 17. With c = (pi/2) / (1 + s) it is  sin(c (1 - t)) / sin(c),  which
-    is 0 at t = 1 exactly: drift and diffusion are promised on [0, 0.999]. `Discrete.cosine` is its
+    is 0 at t = 1 exactly: drift and diffusion are defined on [0, 0.999]. `Discrete.cosine` is its
     chain, clipped as published.
 
     Args:
         s: offset, which keeps the noise from growing too slowly at t = 0.
     """
 
-    s: float = 0.008
-
-    def __post_init__(self) -> None:
-        validate.number("s", self.s, 0)
+    s: NonNegative = 0.008
 
     @property
     def t_max(self) -> float:
@@ -165,7 +157,7 @@ class Cosine(VariancePreserving):
 class RectifiedFlow(Process):
     """The straight path x_t = (1 - t) x_0 + t eps (Liu et al. 2023; Lipman et al. 2023).
 
-    alpha(1) = 0, so drift and diffusion, which divide by alpha, are promised on [0, 0.999].
+    alpha(1) = 0, so drift and diffusion, which divide by alpha, are defined on [0, 0.999].
     """
 
     @property
@@ -208,15 +200,14 @@ class VE(VarianceExploding):
     the paper's sigma_min^2 r^(2t) has its first level added to the data.
     """
 
-    sigma_min: float = 0.01
-    sigma_max: float = 50.0
+    sigma_min: Positive = 0.01
+    sigma_max: Positive = 50.0
 
     def __post_init__(self) -> None:
-        validate.number("sigma_min", self.sigma_min)
-        validate.number("sigma_max", self.sigma_max)
-        if not 0 < self.sigma_min < self.sigma_max:
+        super().__post_init__()
+        if not self.sigma_min < self.sigma_max:
             raise ValueError(
-                f"need 0 < sigma_min < sigma_max; got {self.sigma_min} and {self.sigma_max}"
+                f"sigma_min must be below sigma_max; got {self.sigma_min} and {self.sigma_max}"
             )
 
     @property
@@ -243,10 +234,7 @@ class EDM(VarianceExploding):
     Their clock is sigma itself; their sigma_min = 0.002 belongs to the grid. g(0) = 0.
     """
 
-    sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        validate.number("sigma_max", self.sigma_max, 0, strict=True)
+    sigma_max: Positive = 80.0
 
     def variance(self, t: Tensor) -> Tensor:
         return (self.sigma_max * t) ** 2

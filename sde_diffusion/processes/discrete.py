@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sde_diffusion import validate
-from sde_diffusion.processes import spacings
 from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import Process, VariancePreserving
 
@@ -176,16 +175,8 @@ class Discrete(Interpolated):
         return Discrete(tuple((1 - (alpha[1:] / alpha[:-1]) ** 2).tolist()))
 
     @property
-    def first_time(self) -> float:
-        return 1 / self.num_steps
-
-    def until(self, end: float, std: float = 1.0) -> "Discrete":
-        """The chain of the steps whose times are at most `end`.
-
-        Like every chain it starts from N(0, I), whatever std: data of unit variance keep it.
-        """
-        validate.number("end", end, 1 / self.num_steps, 1)
-        return Discrete(self.betas[: math.floor(end * self.num_steps + 1e-9)])
+    def chain_steps(self) -> int:
+        return self.num_steps
 
     @cached_property
     def posterior_variances(self) -> Tensor:
@@ -206,16 +197,6 @@ class Discrete(Interpolated):
         variances = self.posterior_variances.clone()
         variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
         return variances
-
-    def times(self, steps: int, start: float = 1.0) -> Tensor:
-        """n + 1 of the chain's own times, as evenly spaced as they can be."""
-        most = round(start * self.num_steps)
-        if steps > most:
-            raise ValueError(
-                f"a chain of {self.num_steps} steps has no grid of {steps} from t={start:g}: "
-                f"{most} are left; use equivalence.continuous(process) to go between its times"
-            )
-        return (spacings.uniform(steps, start) * self.num_steps).round() / self.num_steps
 
 
 def kernel_variances(log_alpha: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-r"""Levels: where on the path a batch stands, and how numbers of each sample meet a batch.
+r"""Levels: where on the path a batch stands, and how per-sample numbers broadcast against a batch.
 
-Convention: x = alpha x0 + sigma eps; the straight frame is y = x / (alpha + sigma).
+Convention: x = alpha x0 + sigma eps. The straight frame is y = x / (alpha + sigma) with the clock
+u = sigma / (alpha + sigma), and log_snr = 2 log((1 - u) / u).
 """
 
 import math
-from typing import Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,57 +18,47 @@ __all__ = [
     "enter",
     "forward_kernel",
     "leave",
+    "log_snr_at",
     "per_sample",
+    "posterior_kernel",
+    "u_at",
 ]
 
 Scalar = float | Tensor
-
-
 S = TypeVar("S", float, Tensor)
 
 
 class Level(NamedTuple, Generic[S]):
-    """Where on the path a batch stands.
+    """A noise level.
 
-    In sampling the whole batch shares one level and the fields are Python floats, which neither
-    promote a batch, nor move it, nor synchronize a GPU. In training each sample has its own and
-    the fields are tensors (B, 1, ..., 1) that broadcast against it.
+    In sampling the whole batch shares one level and the fields are Python floats: they never
+    promote or move a batch, nor synchronize a GPU. In training each sample has its own level and
+    the fields are tensors (B, 1, ..., 1) that broadcast against the batch.
 
     Attributes:
         t, alpha, sigma: x_t = alpha x_0 + sigma eps.
         log_snr: log(alpha^2 / sigma^2).
-        drift, diffusion2: f and g^2 of dx = f x dt + g dW; nan above the process's t_max.
     """
 
     t: S
     alpha: S
     sigma: S
     log_snr: S
-    drift: S
-    diffusion2: S
 
     @property
     def u(self) -> S:
-        """The straight frame's time, sigma / (alpha + sigma), from 0 (data) to 1 (pure noise)."""
+        """The clock of the straight frame, from 0 (data) to 1 (pure noise)."""
         return self.sigma / (self.alpha + self.sigma)
 
 
-def forward_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
-    """a and b of the forward kernel from level s up to t,  x_t = a x_s + b z."""
-    if not s.sigma or not t.alpha:
-        return t.alpha / s.alpha if s.alpha else 0.0, t.sigma
-    a = t.alpha / s.alpha
-    return a, a * s.sigma * math.sqrt(math.expm1(max(s.log_snr - t.log_snr, 0.0)))
+def u_at(log_snr: Tensor) -> Tensor:
+    """u = sigma / (alpha + sigma) of a log-SNR."""
+    return 1 / (1 + (log_snr / 2).exp())
 
 
-def double(t: Scalar, name: str = "t") -> Tensor:
-    """t in float64, on the CPU if its device has none."""
-    if not isinstance(t, Tensor):
-        try:
-            return torch.tensor(t, dtype=torch.float64)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
-    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+def log_snr_at(u: Tensor) -> Tensor:
+    """The log-SNR of u: the inverse of `u_at`."""
+    return 2 * (torch.log1p(-u) - u.log())
 
 
 def enter(x: Tensor, level: Level) -> Tensor:
@@ -80,21 +71,46 @@ def leave(y: Tensor, level: Level) -> Tensor:
     return y * (level.alpha + level.sigma)
 
 
+def forward_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
+    """Scale a and standard deviation b of the kernel from level s up to t,  x_t = a x_s + b z."""
+    if not s.sigma or not t.alpha:
+        return t.alpha / s.alpha if s.alpha else 0.0, t.sigma
+    a = t.alpha / s.alpha
+    return a, a * s.sigma * math.sqrt(math.expm1(max(s.log_snr - t.log_snr, 0.0)))
+
+
+def posterior_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
+    r"""Weight of x0 in the mean of q(x_s | x_t, x0), and its variance (Ho et al. 2020, eq. 7).
+
+        mean = c x0 + (a sigma_s^2 / sigma_t^2) x_t,   c = alpha_s b^2 / sigma_t^2
+        variance = b^2 sigma_s^2 / sigma_t^2
+
+    a and b are those of `forward_kernel`. With eps in place of x_t the mean is
+    alpha_s x0 + sqrt(sigma_s^2 - variance) eps.
+    """
+    if not t.sigma:
+        return s.alpha, 0.0
+    share = (forward_kernel(s, t)[1] / t.sigma) ** 2
+    return s.alpha * share, share * s.sigma**2
+
+
+def double(t: Scalar, name: str = "t") -> Tensor:
+    """t in float64, on the CPU if its device has no float64."""
+    if not isinstance(t, Tensor):
+        try:
+            return torch.tensor(t, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
+    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+
+
 def coordinates(x: Tensor) -> Tensor:
     """A batch (B, ...) as (B, d), any rank from 1, any size from 0."""
     return x.reshape(len(x), x.shape[1:].numel())
 
 
-@overload
-def per_sample(values: Tensor, like: Tensor) -> Tensor: ...
-
-
-@overload
-def per_sample(values: Scalar, like: Tensor) -> Scalar: ...
-
-
-def per_sample(values: Scalar, like: Tensor) -> Scalar:
-    """(B,) as (B, 1, ..., 1) on the device of `like`; a single value as it is."""
+def per_sample(values: Any, like: Tensor) -> Any:
+    """(B,) as (B, 1, ..., 1) on the device of `like`; a single value unchanged."""
     if not isinstance(values, Tensor):
         return values
     shape = (-1, *[1] * (like.ndim - 1)) if values.ndim else ()

@@ -6,8 +6,8 @@ from sde_diffusion.samplers.adaptive_sde import AdaptiveSDE
 from sde_diffusion.samplers.ancestral import Ancestral
 from sde_diffusion.samplers.correctors import Churn, Langevin
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
-from sde_diffusion.samplers.exponential import DPMSolver, SDEDPMSolver, VelocityMultistep
-from sde_diffusion.samplers.external import AdaptiveTorchSDE, ScipyODE, TorchODE, TorchSDE
+from sde_diffusion.samplers.exponential import DPMSolver, VelocityMultistep
+from sde_diffusion.samplers.external import ScipyODE, TorchODE, TorchSDE
 from sde_diffusion.samplers.heun import Heun
 from sde_diffusion.samplers.sampler import Memory, Sampler, SampleReport, SolverError
 
@@ -16,15 +16,14 @@ __all__ = [
     "Adams",
     "AdaptiveODE",
     "AdaptiveSDE",
-    "AdaptiveTorchSDE",
     "Ancestral",
     "Churn",
+    "Claims",
     "DPMSolver",
     "EulerMaruyama",
     "Heun",
     "Langevin",
     "Memory",
-    "SDEDPMSolver",
     "SampleReport",
     "Sampler",
     "ScipyODE",
@@ -47,7 +46,7 @@ CATALOGUE: tuple[Sampler, ...] = (
     Churn(Heun(), s_churn=10.0),
     DPMSolver(2),
     DPMSolver(3),
-    SDEDPMSolver(),
+    DPMSolver(2, eta=1.0),
     VelocityMultistep(),
     Langevin(Heun()),
     Adams(1),
@@ -59,5 +58,4 @@ CATALOGUE: tuple[Sampler, ...] = (
     ScipyODE(),
     AdaptiveODE(),
     AdaptiveSDE(),
-    AdaptiveTorchSDE(),
 )

@@ -12,21 +12,21 @@ and takes as many as there are, up to five. The last step, to sigma = 0, is a pr
 nothing corrects: it has one slope less.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids import frames
-from sde_diffusion.grids.frames import Frame, Straight
+from sde_diffusion.grids import Grid, Power
+from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level
+from sde_diffusion.samplers.sampler import Claims, finest
+from sde_diffusion.validate import Checked, Integer, Positive
 
 __all__ = ["Adams", "adams_weights"]
 
@@ -55,7 +55,7 @@ class History(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adams:
+class Adams(Checked):
     """Adams-Bashforth-Moulton with k slopes, on a grid evenly spaced in clock^(1/p).
 
     The first steps have fewer slopes, so the first one is half as long as the others would be. The
@@ -71,21 +71,15 @@ class Adams:
             of few calls, since what it leaves out does not shrink with the steps. None: from t = 1.
     """
 
-    k: int = 3
-    p: float = 1.4
-    frame: Frame = Straight()  # noqa: RUF009 a frozen value
-    start: float | None = None
+    k: Annotated[int, Integer(1, 5)] = 3
+    p: Positive = 1.4
+    frame: Annotated[Frame, IS_FRAME] = Straight()  # noqa: RUF009 a frozen value
+    start: Positive | None = None
 
     def __post_init__(self) -> None:
-        validate.integer("k", self.k, at_most=5)
-        validate.number("p", self.p, 0, strict=True)
-        validate.kind("frame", self.frame, "a Frame", "enter", "leave", "slope", "clock")
-        if self.start is not None:
-            validate.number("start", self.start, 0, strict=True)
-            if self.frame == Straight():
-                raise ValueError(
-                    "start needs a Gaussian frame: the straight one trusts no Gaussian"
-                )
+        super().__post_init__()
+        if self.start is not None and self.frame == Straight():
+            raise ValueError(f"start must be None in the straight frame; got {self.start}")
 
     @staticmethod
     def auto(calls: int, frame: Frame = Straight()) -> "Adams":  # noqa: B008 a frozen value
@@ -100,36 +94,25 @@ class Adams:
         return Adams(k, p, frame, start)
 
     @property
-    def order(self) -> int:
-        return min(max(self.k, 2), 3)
+    def claims(self) -> Claims:
+        """Each step ends with a prediction of order k, which the next one corrects."""
+        order = min(max(self.k, 2), 3)
+        return Claims(order, step_order=min(self.k, order))
 
     @property
-    def step_order(self) -> int:
-        """k, up to the order: a step ends with a prediction, which the next one corrects."""
-        return min(self.k, self.order)
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    def grid(self) -> Grid:
         """n steps, and before them the one that makes no call, if there is a `start`."""
-        steps = validate.integer("steps", steps)
-        begin = 1.0 if self.start is None else process.time(-2 * math.log(self.start)).item()
-        times = frames.grid(process, steps, self.p, self.frame, first=FIRST, begin=begin)
-        return times if begin == 1 else torch.cat([times.new_ones(1), times])
+        return Power(self.p, self.frame, FIRST, self.start)
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: History | None,
-    ) -> tuple[Tensor, History | None]:
+    ) -> tuple[Tensor, History | None]:  # fmt: skip
         frame = self.frame
         now, then = frame.clock(t), frame.clock(s)
         trusted = self.start is not None and s.sigma >= (1 - 1e-9) * self.start * s.alpha
-        if trusted or now - then <= finest(
-            x.dtype
-        ):  # alpha may have underflowed at both: one level
+        # Where alpha has underflowed at both there is one level.
+        if trusted or now - then <= finest(x.dtype):
             return frame.leave(frame.enter(x, t), s), memory
         slope = frame.slope(model(x, t))
         if memory is None:
@@ -141,11 +124,6 @@ class Adams:
         predicted = advanced(z, nodes[:k], slopes[:k], now, then)
         last = max(self.k, SLOPES - 1)  # one fewer than a correction takes: the next slope joins it
         return frame.leave(predicted, s), History(z, nodes[:last], slopes[:last])
-
-
-def finest(dtype: torch.dtype) -> float:
-    """The least step whose slopes can be told apart; x of less than 32 bits is held to that."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def advanced(

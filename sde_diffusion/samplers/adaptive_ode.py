@@ -18,29 +18,30 @@ nothing corrects: what it leaves out is known from d.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
-from sde_diffusion.grids import frames
-from sde_diffusion.models.model import Model
+from sde_diffusion.grids import Ends, Grid, frames
+from sde_diffusion.grids.frames import IS_FRAME
+from sde_diffusion.models.model import Model, select
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, Scalar, double
+from sde_diffusion.processes import Level, Scalar, double
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers.sampler import Memory, SampleReport, SolverError
+from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, finest, over
+from sde_diffusion.validate import Checked, Choice, Count, Integer, Positive
 
 __all__ = ["AdaptiveODE"]
 
 
 @dataclass(frozen=True)
-class AdaptiveODE:
+class AdaptiveODE(Checked):
     """Variable-step Adams-Bashforth-Moulton, in which each sample has its own steps and levels.
 
     A sample is the same whatever else is in its batch: it leaves the batch when it is finished, and
-    the model follows by `rows`. A step is kept if what corrects z is at most atol + rtol times z,
+    the model follows by `select`. A step is kept if what corrects z is at most atol + rtol times z,
     both as root mean squares over the coordinates.
 
     Args:
@@ -69,31 +70,20 @@ class AdaptiveODE:
     REACH: ClassVar = 30.0  # tolerances: the longest last step,
     SPECK: ClassVar = 0.1  # and one that need not be good: slopes of size 1 do no harm there
 
-    rtol: float = 7e-5
-    atol: float = 7e-5
-    frame: frames.Frame = frames.Straight()  # noqa: RUF009 a frozen value
-    k: int = 5
-    max_calls: int = 10_000
-    return_partial: bool = False
-
-    def __post_init__(self) -> None:
-        validate.number("rtol", self.rtol, 0, strict=True)
-        validate.number("atol", self.atol, 0, strict=True)
-        validate.kind("frame", self.frame, "a frame, such as Straight()", "enter", "leave", "slope")
-        validate.integer("k", self.k, 1, 6)
-        validate.integer("max_calls", self.max_calls)
-        validate.choice("return_partial", self.return_partial, (True, False))
+    rtol: Positive = 7e-5
+    atol: Positive = 7e-5
+    frame: Annotated[frames.Frame, IS_FRAME] = frames.Straight()  # noqa: RUF009 a frozen value
+    k: Annotated[int, Integer(1, 6)] = 5
+    max_calls: Count = 10_000
+    return_partial: Annotated[bool, Choice(True, False)] = False
 
     @property
-    def order(self) -> None:
-        """None: the error follows the tolerances, not the grid."""
-        return None
+    def claims(self) -> Claims:
+        return Claims(order=None, adaptive=True)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """(1, 0): the steps between are the solver's to choose."""
-        if steps is not None:
-            raise ValueError("AdaptiveODE chooses its own steps; leave out steps")
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    @property
+    def grid(self) -> Grid:
+        return Ends()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -109,7 +99,7 @@ class AdaptiveODE:
         """
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         whole = self.frame.clock(t) - self.frame.clock(s)
-        if whole <= finest(state) or not x.numel():  # one level, or there is no sample
+        if whole <= finest(state.dtype) or not x.numel():  # one level, or there is no sample
             return self.frame.leave(self.frame.enter(state, t), s).to(x), SampleReport.unmoved(x)
         walk = ODEWalk(self, model, state, t, s)
         while len(walk.front.samples):
@@ -239,7 +229,7 @@ class ODEWalk:
             known=known,
             slopes=(slope, *front.slopes[:-1]),
         )
-        vanished = ~kept & (self.front.h < finest(slope) * at)
+        vanished = ~kept & (self.front.h < finest(slope.dtype) * at)
         self.part(done, vanished, ~(size + tolerance).isfinite(), w)
 
     def part(self, done: Tensor, vanished: Tensor, broken: Tensor, w: Tensor) -> None:
@@ -255,7 +245,7 @@ class ODEWalk:
             order = go.to(torch.uint8).argsort(stable=True)  # those who stay come first
             self.leave(order[stay:], done)
             self.front = front.rows(order[:stay])
-            self.model = self.whole.rows(self.front.samples)
+            self.model = select(self.whole, self.front.samples, self.out.ndim)
 
     def give_up(self) -> None:
         """At max_calls: by name, or by prediction."""
@@ -365,16 +355,6 @@ def plus(z: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
     return z
 
 
-def over(field: Tensor, like: Tensor) -> Tensor:
-    """A field of the samples, to be broadcast against a batch of theirs."""
-    return field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
-
-
 def norm(z: Tensor) -> Tensor:
     """Root mean square over the coordinates of each sample, (n,) float64."""
     return double(coordinates(z).square().mean(1).sqrt())
-
-
-def finest(z: Tensor) -> float:
-    """The least share of u whose slopes can be told apart."""
-    return torch.finfo(z.dtype).eps

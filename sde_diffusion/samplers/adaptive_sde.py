@@ -22,14 +22,13 @@ made; that leaves 0.1 %.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
-from sde_diffusion.grids import frames
-from sde_diffusion.models.model import Model
+from sde_diffusion.grids import Ends, Grid
+from sde_diffusion.models.model import Model, select
 from sde_diffusion.noise.brownian import (
     ROOT,
     WHOLE,
@@ -38,20 +37,20 @@ from sde_diffusion.noise.brownian import (
     child,
     rotated,
     share,
-    signed,
     span,
 )
-from sde_diffusion.noise.counter import mixed_, normals
+from sde_diffusion.noise.counter import mixed_, normals, signed
 from sde_diffusion.noise.sources import Generated, Noise
-from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import coordinates, enter, leave
-from sde_diffusion.samplers.sampler import Memory, SampleReport, SolverError
+from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
+from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, over
+from sde_diffusion.validate import Checked, Choice, Count, Positive
 
 __all__ = ["AdaptiveSDE"]
 
 
 @dataclass(frozen=True)
-class AdaptiveSDE:
+class AdaptiveSDE(Checked):
     """Error-controlled steps of the reverse SDE, each sample's own, on a path that is kept.
 
     A step is accepted if the root mean square over coordinates of its error, over
@@ -75,27 +74,18 @@ class AdaptiveSDE:
     SHRINK: ClassVar = 0.1  # change of the step from one to the next, at least,
     GROW: ClassVar = 4.0  # and at most
 
-    rtol: float = 1e-2
-    atol: float = 1e-2
-    max_calls: int = 10_000
-    return_partial: bool = False
-
-    def __post_init__(self) -> None:
-        validate.number("rtol", self.rtol, 0, strict=True)
-        validate.number("atol", self.atol, 0, strict=True)
-        validate.integer("max_calls", self.max_calls)
-        validate.choice("return_partial", self.return_partial, (True, False))
+    rtol: Positive = 1e-2
+    atol: Positive = 1e-2
+    max_calls: Count = 10_000
+    return_partial: Annotated[bool, Choice(True, False)] = False
 
     @property
-    def order(self) -> None:
-        """None: the error follows the tolerances."""
-        return None
+    def claims(self) -> Claims:
+        return Claims(order=None, noise=True, adaptive=True)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """(1, 0): the steps between are chosen for each sample."""
-        if steps is not None:
-            raise ValueError("AdaptiveSDE chooses its own steps; leave out steps")
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    @property
+    def grid(self) -> Grid:
+        return Ends()
 
     def step(
         self,
@@ -202,7 +192,7 @@ class SDEWalk:
         if not len(self.rows):
             return
         process = self.model.process
-        level = process.level(process.time(2 * (torch.log1p(-low) - low.log())), reached)
+        level = process.level(process.time(log_snr_at(low)), reached)
         slope = self.slope_at(reached * scale(level), level)
         length = span(self.u, low)
         change = (slope - self.slope).mul_(over(length / 2, slope))
@@ -294,7 +284,7 @@ class SDEWalk:
             setattr(self, name, getattr(self, name)[left])
         for name in self.STACKS:
             setattr(self, name, getattr(self, name)[:, left])
-        self.model = self.whole.rows(self.rows)
+        self.model = select(self.whole, self.rows, self.made.ndim)
 
     def give_up(self) -> None:
         """At max_calls: by name, or by a prediction along the path."""
@@ -317,7 +307,7 @@ class SDEWalk:
 
     def where(self, u: Tensor) -> str:
         """The solver, and the place of the first of these samples."""
-        level = frames.level_at(self.model.process, float(u[0]))
+        level = self.model.process.level_at(float(u[0]))
         solver = f"AdaptiveSDE(rtol={self.solver.rtol:g}, atol={self.solver.atol:g})"
         return f"{solver} failed at t={level.t:.3g} (u={level.u:.3g}) after {self.calls} calls"
 
@@ -354,9 +344,3 @@ def both(first: Tensor, second: Tensor, high: Tensor, middle: Tensor, low: Tenso
 def mean_square(x: Tensor) -> Tensor:
     """Over coordinates, (n,) in float64."""
     return coordinates(x).double().square().mean(1)
-
-
-def over(v: Tensor, like: Tensor) -> Tensor:
-    """(n,) as (n, 1, ..., 1), numbers in the type of `like`."""
-    v = v.reshape(-1, *[1] * (like.ndim - 1))
-    return v.to(like.dtype) if v.is_floating_point() else v

@@ -2,21 +2,23 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
-from sde_diffusion import validate
+from sde_diffusion.grids import Grid, Usual
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
-from sde_diffusion.samplers.sampler import Memory
+from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import forward_kernel, posterior_kernel
+from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.validate import Checked, Choice, Share
 
 __all__ = ["Ancestral"]
 
 
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Checked):
     r"""Draw x_s from q(x_s | x_t, x0) with the model's x0 in place of the true one.
 
     With a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2  and the posterior's variance
@@ -35,38 +37,30 @@ class Ancestral:
         eta: share of the posterior's standard deviation, in [0, 1]; 1 with variance "beta".
     """
 
-    variance: Literal["posterior", "beta"] = "posterior"
-    eta: float = 1.0
+    variance: Annotated[Literal["posterior", "beta"], Choice("posterior", "beta")] = "posterior"
+    eta: Share = 1.0
 
     def __post_init__(self) -> None:
-        validate.choice("variance", self.variance, ("posterior", "beta"))
-        validate.number("eta", self.eta, 0, 1)
+        super().__post_init__()
         if self.variance == "beta" and self.eta != 1:
-            raise ValueError(f"eta goes with variance 'posterior'; got eta={self.eta} with 'beta'")
+            raise ValueError(f"eta must be 1 with variance 'beta'; got {self.eta}")
 
     @property
-    def order(self) -> int:
-        return 1
+    def claims(self) -> Claims:
+        return Claims(order=1, noise=self.eta > 0)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The process's own: i / N on the variance-preserving family."""
-        return process.times(validate.integer("steps", steps))
+    @property
+    def grid(self) -> Grid:
+        return Usual()
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
-        a = t.alpha / s.alpha if s.alpha else 0.0  # where both have underflowed nothing is kept
-        b2 = max(t.sigma**2 - a**2 * s.sigma**2, 0.0)
-        kept = s.sigma / t.sigma if t.sigma else 0.0  # where both have underflowed: it is data
-        v = self.eta**2 * b2 * kept**2
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        b = forward_kernel(s, t)[1]
+        v = self.eta**2 * posterior_kernel(s, t)[1]
         mean = model(x, t).combine(s.alpha, sqrt(max(s.sigma**2 - v, 0.0)))
-        std = sqrt(v if self.variance == "posterior" else b2)
+        std = sqrt(v) if self.variance == "posterior" else b
         if s.sigma == 0 or std == 0:
             return mean, None
         return mean.add_(noise(t.t, s.t, x), alpha=std), None

@@ -7,22 +7,25 @@ as it does at its first step.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids import frames
+from sde_diffusion.grids import Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process, forward_kernel
-from sde_diffusion.samplers.sampler import Memory, Sampler
+from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import forward_kernel
+from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
+from sde_diffusion.validate import Checked, Count, NonNegative, Number, Positive
 
 __all__ = ["Churn", "Langevin"]
 
 
 @dataclass(frozen=True)
-class Langevin:
+class Langevin(Checked):
     r"""A sampler with n Langevin moves after each of its steps but the one to sigma = 0.
 
     Langevin dynamics  dx = score d tau + sqrt(2) dW  with  score = -(x - alpha x0) / sigma^2  and
@@ -47,33 +50,24 @@ class Langevin:
         snr: r.
     """
 
-    sampler: Sampler
-    corrections: int = 1
-    snr: float = 0.16
-
-    def __post_init__(self) -> None:
-        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
-        validate.integer("corrections", self.corrections)
-        validate.number("snr", self.snr, 0, strict=True)
+    sampler: Annotated[Sampler, IS_SAMPLER]
+    corrections: Count = 1
+    snr: Positive = 0.16
 
     @property
-    def order(self) -> int:
-        """0: the bias of the moves stays at any number of steps."""
-        return 0
+    def claims(self) -> Claims:
+        """Order 0: the bias of the moves stays at any number of steps."""
+        return replace(self.sampler.claims, order=0, step_order=None, noise=True)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    @property
+    def grid(self) -> Grid:
         """The predictor's."""
-        return self.sampler.grid(process, steps)
+        return self.sampler.grid
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
         x, memory = self.sampler.step(model, x, t, s, noise, memory)
         if s.sigma == 0:
             return x, memory
@@ -85,7 +79,7 @@ class Langevin:
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(Checked):
     r"""A sampler whose steps begin higher up, as those of Karras et al. 2022, Algorithm 2, do.
 
     With r = sigma / alpha, which is their sigma, a step from t to s goes up to a level t^ first,
@@ -109,45 +103,34 @@ class Churn:
         s_noise: factor of the noise's standard deviation; the law is right for 1 alone.
     """
 
-    sampler: Sampler
-    s_churn: float = 40.0
-    s_tmin: float = 0.05
-    s_tmax: float = 50.0
-    s_noise: float = 1.0
+    sampler: Annotated[Sampler, IS_SAMPLER]
+    s_churn: NonNegative = 40.0
+    s_tmin: NonNegative = 0.05
+    s_tmax: Annotated[float, Number()] = 50.0
+    s_noise: Positive = 1.0
 
     def __post_init__(self) -> None:
-        validate.kind("sampler", self.sampler, "a Sampler", "grid", "step")
-        validate.number("s_churn", self.s_churn, 0)
-        validate.number("s_tmin", self.s_tmin, 0)
+        super().__post_init__()
         validate.number("s_tmax", self.s_tmax, self.s_tmin)
-        validate.number("s_noise", self.s_noise, 0, strict=True)
 
     @property
-    def order(self) -> int | None:
-        return self.sampler.order
+    def claims(self) -> Claims:
+        """Of a step the order is 1: on the way up the state at s is Euler's."""
+        return replace(self.sampler.claims, step_order=1, noise=True)
 
     @property
-    def step_order(self) -> int:
-        """1: a model is asked at s on the way there only, about what Euler's rule makes of x^."""
-        return 1
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    def grid(self) -> Grid:
         """The sampler's."""
-        return self.sampler.grid(process, steps)
+        return self.sampler.grid
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
         up = 1 + self.gamma(t, s)
         if up == 1:
             return self.sampler.step(model, x, t, s, noise, memory)
-        above = frames.level_at(model.process, up * t.sigma / (t.alpha + up * t.sigma))
+        above = model.process.level_at(up * t.sigma / (t.alpha + up * t.sigma))
         if above.log_snr >= t.log_snr:  # the process ends here
             return self.sampler.step(model, x, t, s, noise, memory)
         a, b = forward_kernel(t, above)

@@ -7,13 +7,14 @@ at `process.t_max`.
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
 from torch import Tensor
 
-from sde_diffusion import validate
+from sde_diffusion.grids import FromTMax, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.samplers.sampler import Memory
+from sde_diffusion.samplers.sampler import Claims, Memory
 
 __all__ = ["EulerMaruyama"]
 
@@ -23,32 +24,36 @@ class EulerMaruyama:
     """x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z, in every step, the last included."""
 
     @property
-    def order(self) -> int:
-        return 1
+    def claims(self) -> Claims:
+        return Claims(order=1, noise=True, rates=True)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The process's own from t_max: evenly spaced on the variance-preserving family."""
-        return process.times(validate.integer("steps", steps), process.t_max)
+    @property
+    def grid(self) -> Grid:
+        return FromTMax()
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        rates = rates_at(model.process, t) if memory is None else memory[t.t]
+        drift = reverse_drift(model, x, t, rates)
         dt = t.t - s.t
-        drift = reverse_drift(model, x, t)
-        return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(t.diffusion2 * dt)), None
+        return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(rates[1] * dt)), memory
 
 
-def reverse_drift(model: Model, x: Tensor, t: Level[float]) -> Tensor:
+def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
+    """f and g^2 at one level."""
+    f, g2 = process.rates(torch.tensor([t.t], dtype=torch.float64))
+    return f.item(), g2.item()
+
+
+def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: tuple[float, float]) -> Tensor:
     """-(f x - g^2 score), the rate at which x moves as t runs down."""
-    if not t.t <= model.process.t_max:
+    process = model.process
+    if not t.t <= process.t_max:
         raise ValueError(
-            f"{type(model.process).__name__} promises drift and diffusion on "
-            f"[0, {model.process.t_max}]; got t={t.t}: start the grid there"
+            f"drift and diffusion of {type(process).__name__} are defined for t in "
+            f"[0, {process.t_max}]; got t={t.t}; start the grid there"
         )
-    return model(x, t).score.mul_(t.diffusion2).sub_(x, alpha=t.drift)
+    f, g2 = rates
+    return model(x, t).score.mul_(g2).sub_(x, alpha=f)

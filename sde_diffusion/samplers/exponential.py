@@ -16,18 +16,19 @@ For eta = 1 the noise of (1) is, divided by r_s^2, the increment of a Brownian m
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
-from sde_diffusion.grids import frames
+from sde_diffusion.grids import Grid, Power
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level
+from sde_diffusion.samplers.sampler import Claims
+from sde_diffusion.validate import Checked, Integer, Number, Share
 
-__all__ = ["DPMSolver", "SDEDPMSolver", "VelocityMultistep"]
+__all__ = ["DPMSolver", "VelocityMultistep"]
 
 
 class Answers(NamedTuple):
@@ -43,8 +44,8 @@ class Answers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DPMSolver:
-    r"""DPM-Solver++(kM), the multistep solver of the flow (Lu et al. 2022b, Algorithm 2).
+class DPMSolver(Checked):
+    r"""DPM-Solver++(kM) of the flow, or SDE-DPM-Solver++(2M) of the SDE (Lu et al. 2022b).
 
     lambda = log(alpha / sigma), h = lambda_s - lambda_t; h_1, h_2 are the steps before, x0_1, x0_2
     what the model said there:
@@ -59,83 +60,41 @@ class DPMSolver:
     Steps even in u do not get shorter in lambda at the two ends of the path: what the first and the
     last few leave is N^-2 for N steps, so the order is 2 for either k, and k that of single steps.
 
+    With eta (App. E; SA-Solver, Xue et al. 2023) the x0 of k = 2 stands in (1) with noise. The
+    difference then carries the noise between the two levels, one step late: summed over the path
+    the response to the noise is complete, so that the law is of second order.
+
     Args:
-        k: answers that a step uses, 2 or 3.
+        k: predictions that a step uses, 2 or 3.
         p: the grid is even in u^(1/p); 1.25 was best on mixtures from 10 to 50 calls.
+        eta: share of the reverse SDE's standard deviation, in [0, 1]; 0 is the flow. Above 0 with
+            k = 2 only.
     """
 
-    k: int = 2
-    p: float = 1.25
+    k: Annotated[int, Integer(2, 3)] = 2
+    p: Annotated[float, Number(1)] = 1.25
+    eta: Share = 0.0
 
     def __post_init__(self) -> None:
-        validate.integer("k", self.k, 2, 3)
-        validate.number("p", self.p, 1)
+        super().__post_init__()
+        if self.eta and self.k != 2:
+            raise ValueError(f"eta must be 0 with k = {self.k}; got {self.eta}; use k = 2")
 
     @property
-    def order(self) -> int:
-        return 2
+    def claims(self) -> Claims:
+        return Claims(order=2, step_order=self.k, noise=self.eta > 0)
 
     @property
-    def step_order(self) -> int:
-        return self.k
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, validate.integer("steps", steps), self.p)
+    def grid(self) -> Grid:
+        return Power(self.p)
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Answers | None,
-    ) -> tuple[Tensor, Answers]:
+    ) -> tuple[Tensor, Answers]:  # fmt: skip
         answers = remembered(model(x, t).x0, t, memory, self.k)
         extrapolate = quadratic if self.k == 3 else linear
-        return held(x, extrapolate(answers, s), t, s, 0.0, noise), answers
-
-
-@dataclass(frozen=True)
-class SDEDPMSolver:
-    r"""SDE-DPM-Solver++(2M) (Lu et al. 2022b, App. E; eta as in SA-Solver, Xue et al. 2023).
-
-    The x0 of DPM-Solver++(2M),  x0 + h / (2 h_1) (x0 - x0_1),  in (1) with any eta. The difference
-    carries the noise between the two levels, one step late: summed over the path the response to
-    the noise is complete, so that the law is of second order.
-
-    No noise is added in the step that ends at sigma = 0.
-
-    Args:
-        eta: share of the reverse SDE's standard deviation, in [0, 1]; 0 is DPMSolver(2).
-        p: the grid is even in u^(1/p).
-    """
-
-    eta: float = 1.0
-    p: float = 1.25
-
-    def __post_init__(self) -> None:
-        validate.number("eta", self.eta, 0, 1)
-        validate.number("p", self.p, 1)
-
-    @property
-    def order(self) -> int:
-        return 2
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, validate.integer("steps", steps), self.p)
-
-    def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
-        memory: Answers | None,
-    ) -> tuple[Tensor, Answers]:
-        answers = remembered(model(x, t).x0, t, memory, 2)
-        return held(x, linear(answers, s), t, s, self.eta, noise), answers
+        return held(x, extrapolate(answers, s), t, s, self.eta, noise), answers
 
 
 MU = 2 / 3  # nearest to the law of Gaussian data, see VelocityMultistep
@@ -154,7 +113,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VelocityMultistep:
+class VelocityMultistep(Checked):
     r"""A stochastic multistep method of second order in law, one call a step.
 
     (1) is a step at constant velocity eps - x0, straight on in the straight frame, to the level
@@ -186,34 +145,22 @@ class VelocityMultistep:
         p: the grid is even in u^(1/p). More suits narrow data, 1 modes far apart.
     """
 
-    eta: float = 1.0
-    p: float = 1.25
-
-    def __post_init__(self) -> None:
-        validate.number("eta", self.eta, 0, 1)
-        validate.number("p", self.p, 1)
+    eta: Share = 1.0
+    p: Annotated[float, Number(1)] = 1.25
 
     @property
-    def order(self) -> int:
-        return 2
+    def claims(self) -> Claims:
+        """A step ends before its correction, which the next one makes."""
+        return Claims(order=2, step_order=1, noise=self.eta > 0)
 
     @property
-    def step_order(self) -> int:
-        """1: a step ends before its correction, which the next one makes."""
-        return 1
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        return frames.grid(process, validate.integer("steps", steps), self.p)
+    def grid(self) -> Grid:
+        return Power(self.p)
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Held | None,
-    ) -> tuple[Tensor, Held]:
+    ) -> tuple[Tensor, Held]:  # fmt: skip
         x0, gap = model(x, t).x0, log_snr_gap(t, s)
         if memory is not None:
             delta, power = x0 - memory.x0, (1 + self.eta**2) / 2

@@ -1,25 +1,25 @@
 """Solvers of torchdiffeq, scipy and torchsde as samplers."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids import frames
+from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Generated, Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level
 from sde_diffusion.processes.level import enter, leave
-from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, reverse_drift
-from sde_diffusion.samplers.sampler import Memory, SolverError
+from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, rates_at, reverse_drift
+from sde_diffusion.samplers.sampler import Claims, Memory, SolverError
+from sde_diffusion.validate import Checked, Choice, Count, Positive
 
-__all__ = ["AdaptiveTorchSDE", "CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
+__all__ = ["CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
 
 
 class CallCount(NamedTuple):
@@ -28,7 +28,7 @@ class CallCount(NamedTuple):
     calls: int
 
 
-class AdaptiveSolver(ABC):
+class AdaptiveSolver(Checked, ABC):
     """What the solvers that pick their own steps have in common."""
 
     # An embedded error estimate can vanish by chance where there are few, large steps (measured: an
@@ -44,21 +44,16 @@ class AdaptiveSolver(ABC):
     max_calls: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         validate.choice("method", self.method, self.METHODS)
-        validate.number("rtol", self.rtol, 0, strict=True)
-        validate.number("atol", self.atol, 0, strict=True)
-        validate.integer("max_calls", self.max_calls)
 
     @property
-    def order(self) -> None:
-        """None: the error follows the tolerances, not the grid."""
-        return None
+    def claims(self) -> Claims:
+        return Claims(order=None, adaptive=True)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """(1, 0): the steps between are the solver's to choose."""
-        if steps is not None:
-            raise ValueError(f"{type(self).__name__} chooses its own steps; leave out steps")
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    @property
+    def grid(self) -> Grid:
+        return Ends()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -104,9 +99,9 @@ class TorchODE(AdaptiveSolver):
     METHODS: ClassVar = ADAPTIVE + FIXED
 
     method: str = "dopri5"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    max_calls: int = 10_000
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
+    max_calls: Count = 10_000
 
     def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from torchdiffeq import odeint
@@ -137,9 +132,9 @@ class ScipyODE(AdaptiveSolver):
     METHODS: ClassVar = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
     method: str = "DOP853"
-    rtol: float = 1e-8
-    atol: float = 1e-8
-    max_calls: int = 100_000
+    rtol: Positive = 1e-8
+    atol: Positive = 1e-8
+    max_calls: Count = 100_000
 
     def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from scipy.integrate import solve_ivp
@@ -171,7 +166,7 @@ class Slope:
         if self.calls >= self.solver.max_calls:
             raise SolverError(f"{self.solver} reached max_calls at {self.where}")
         if float(u) != self.level.u:
-            self.level = frames.level_at(self.model.process, float(u))
+            self.level = self.model.process.level_at(float(u))
         self.calls += 1
         velocity = self.model(leave(y, self.level), self.level).velocity
         if not bool(torch.isfinite(velocity).all()):
@@ -191,91 +186,31 @@ class TorchSDE:
         method: "euler", "milstein" or "srk".
     """
 
-    method: str = "euler"
-
-    def __post_init__(self) -> None:
-        validate.choice("method", self.method, ("euler", "milstein", "srk"))
+    method: Annotated[str, Choice("euler", "milstein", "srk")] = "euler"
 
     @property
-    def order(self) -> int:
-        return 1
+    def claims(self) -> Claims:
+        return EulerMaruyama().claims
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    @property
+    def grid(self) -> Grid:
         """That of EulerMaruyama."""
-        return EulerMaruyama().grid(process, steps)
+        return EulerMaruyama().grid
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
         if not x.numel():
-            return x.clone(), 0
+            return x.clone(), memory
+        known = dict(memory or {})
         if self.method == "srk":
             brownian = torchsde_path(self, noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "additive")
+            sde = ReverseSDE(model, x, t, "additive", known)
         else:
             brownian = Increment(noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "diagonal")
-        return integrate(sde, x, t, s, brownian, self.method, dt=t.t - s.t), sde.calls
-
-
-@dataclass(frozen=True)
-class AdaptiveTorchSDE:
-    """torchsde's adaptive stepping: one error norm and one step size for the whole batch.
-
-    The path is torchsde's BrownianInterval, which remembers it when a step is rejected.
-
-    Args:
-        method: "srk" or "euler".
-        rtol, atol: tolerances of a step.
-        dt_min: smallest step in t; torchsde warns and accepts when it gets there.
-        max_calls: network calls after which it gives up.
-    """
-
-    method: str = "srk"
-    rtol: float = 1e-3
-    atol: float = 1e-3
-    dt_min: float = 1e-5
-    max_calls: int = 100_000
-
-    def __post_init__(self) -> None:
-        validate.choice("method", self.method, ("srk", "euler"))
-        validate.integer("max_calls", self.max_calls)
-        for name in ("rtol", "atol", "dt_min"):
-            validate.number(name, getattr(self, name), 0, strict=True)
-
-    @property
-    def order(self) -> None:
-        """None: the error follows the tolerances."""
-        return None
-
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """(t_max, 0): the steps between are torchsde's to choose."""
-        if steps is not None:
-            raise ValueError("AdaptiveTorchSDE chooses its own steps; leave out steps")
-        return torch.tensor([process.t_max, 0.0], dtype=torch.float64)
-
-    def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:
-        if not x.numel():
-            return x.clone(), 0
-        y = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot be controlled
-        sde = ReverseSDE(model, y, t, "additive", self.max_calls)
-        brownian = torchsde_path(self, noise, y, t, s)
-        first = (t.t - s.t) / 100
-        return integrate(sde, y, t, s, brownian, self.method, first, self).to(x), sde.calls
+            sde = ReverseSDE(model, x, t, "diagonal", known)
+        return integrate(sde, x, t, s, brownian, self.method), memory
 
 
 class ReverseSDE:
@@ -293,31 +228,31 @@ class ReverseSDE:
         x: Tensor,
         start: Level[float],
         noise_type: str,
-        max_calls: float = math.inf,
+        rates: dict[float, tuple[float, float]],
     ) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
-        self.max_calls = max_calls
-        self.last: tuple[Any, Any, Tensor] | None = None
-        self.start, self.calls = start, 0
+        self.last: tuple[float, Tensor, Tensor] | None = None
+        self.levels, self.rates = {start.t: start}, rates
 
-    def level(self, tau: Tensor | float) -> Level[float]:
-        t = -float(tau)
-        if t == self.start.t:
-            return self.start
-        return self.model.process.levels(torch.tensor([max(t, 0.0)], dtype=torch.float64))[0]
+    def level(self, tau: Tensor | float) -> tuple[Level[float], tuple[float, float]]:
+        """The level at time -tau, and f and g^2 there."""
+        t = max(-float(tau), 0.0)
+        if t not in self.levels:
+            (self.levels[t],) = self.model.process.levels(torch.tensor([t], dtype=torch.float64))
+        if t not in self.rates:
+            self.rates[t] = rates_at(self.model.process, self.levels[t])
+        return self.levels[t], self.rates[t]
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         if self.last is not None and self.last[0] == float(tau) and self.last[1] is y:
-            return self.last[2]  # torchsde asks once to learn the shape and once more to step
-        if self.calls >= self.max_calls:
-            raise SolverError(f"torchsde reached max_calls={self.calls} at t={-float(tau):.3g}")
-        self.calls += 1
-        drift = reverse_drift(self.model, y.reshape(self.shape), self.level(tau)).reshape(y.shape)
+            return self.last[2]  # torchsde evaluates once for the shape and once more to step
+        level, rates = self.level(tau)
+        drift = reverse_drift(self.model, y.reshape(self.shape), level, rates).reshape(y.shape)
         self.last = (float(tau), y, drift)
         return drift
 
     def g(self, tau: Tensor, y: Tensor) -> Tensor:
-        g = sqrt(self.level(tau).diffusion2)
+        g = sqrt(self.level(tau)[1][1])
         if self.noise_type == "diagonal":
             return y.new_full((1, 1), g).expand_as(y)
         return (g * torch.eye(y.shape[1], dtype=y.dtype, device=y.device)).expand(len(y), -1, -1)
@@ -357,25 +292,11 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Lev
 
 
 def integrate(
-    sde: ReverseSDE,
-    x: Tensor,
-    t: Level[float],
-    s: Level[float],
-    brownian: Any,
-    method: str,
-    dt: float,
-    adaptive: AdaptiveTorchSDE | None = None,
+    sde: ReverseSDE, x: Tensor, t: Level[float], s: Level[float], brownian: Any, method: str
 ) -> Tensor:
-    """torchsde's sdeint from t down to s, x of any shape."""
+    """One step of torchsde's sdeint from t down to s, x of any shape."""
     from torchsde import sdeint
 
     y = x.reshape(len(x), x.shape[1:].numel())
     ts = torch.tensor([-t.t, -s.t], dtype=torch.float64)
-    control = {} if adaptive is None else {
-        "adaptive": True, "rtol": adaptive.rtol, "atol": adaptive.atol, "dt_min": adaptive.dt_min
-    }  # fmt: skip
-    try:
-        path = sdeint(sde, y, ts, bm=brownian, method=method, dt=dt, **control)
-    except AssertionError as error:  # torchsde's way to say that an error estimate is not finite
-        raise SolverError(f"torchsde failed after {sde.calls} calls: {error}") from error
-    return path[-1].reshape(x.shape)
+    return sdeint(sde, y, ts, bm=brownian, method=method, dt=t.t - s.t)[-1].reshape(x.shape)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sde_diffusion import validate
+from sde_diffusion.grids import Grid, Karras
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level
 from sde_diffusion.processes.level import enter, leave
-from sde_diffusion.samplers.sampler import Memory
+from sde_diffusion.samplers.sampler import Claims, Memory
 
 __all__ = ["Heun"]
 
@@ -24,22 +24,17 @@ class Heun:
     """
 
     @property
-    def order(self) -> int:
-        return 2
+    def claims(self) -> Claims:
+        return Claims(order=2)
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The levels of Karras et al. 2022, on every process."""
-        return Process.times(process, validate.integer("steps", steps))
+    @property
+    def grid(self) -> Grid:
+        return Karras()
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
         y, h = enter(x, t), s.u - t.u
         slope = model(x, t).velocity
         x_s = leave(y + h * slope, s)

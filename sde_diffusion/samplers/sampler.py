@@ -1,59 +1,83 @@
-"""The sampler: a rule for one step, and what a solver with steps of its own reports.
+"""The sampler: a rule for one step, what it claims of itself, and what it leaves behind.
 
 Convention: a sampler moves a batch from time t to an earlier time s < t.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sde_diffusion.grids import Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level
+from sde_diffusion.validate import Kind
 
-__all__ = ["Memory", "SampleReport", "Sampler", "SolverError"]
+__all__ = ["IS_SAMPLER", "Claims", "Memory", "SampleReport", "Sampler", "SolverError"]
 
-Memory = Any  # what a sampler carries from step to step: None before the first
+Memory = Any  # the state a sampler carries from step to step: None before the first
+IS_SAMPLER = Kind("a sampler such as Heun()", "claims", "grid", "step")
 
 
 class SolverError(RuntimeError):
-    """A solver with steps of its own gave up; the message says where and why."""
+    """A solver that chooses its own steps gave up; the message names the place and the reason."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Properties that a sampler claims; `verify` holds it to them.
+
+    Attributes:
+        order: of convergence to the flow, or in law to the SDE, as the steps shrink. None for a
+            solver whose error follows its tolerances.
+        step_order: order of a single step; `order` unless a correction comes with the next step.
+        noise: True if it draws noise.
+        adaptive: True if it chooses its own levels, and takes no `steps`.
+        rates: True if its first memory is `process.rates` of the whole grid, by time.
+        rounding: relative rounding error of its own arithmetic.
+    """
+
+    order: int | None
+    step_order: int | None = None
+    noise: bool = False
+    adaptive: bool = False
+    rates: bool = False
+    rounding: float = 1e-9
+
+    @property
+    def of_one_step(self) -> int | None:
+        """The order of a single step."""
+        return self.order if self.step_order is None else self.step_order
 
 
 class Sampler(Protocol):
     """A rule for one step. Implementations are frozen dataclasses of their hyper-parameters."""
 
     @property
-    def order(self) -> int | None:
-        """Order of convergence to the flow (or in law to the SDE) as the steps shrink.
-
-        None for a solver whose error follows its tolerances.
-        """
+    def claims(self) -> Claims:
+        """Its properties."""
         ...
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """The sampler's own n + 1 times, decreasing to 0; float64."""
+    @property
+    def grid(self) -> Grid:
+        """Its own grid, used where `sample` is given no other."""
         ...
 
     def step(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Level[float],
-        s: Level[float],
-        noise: Noise,
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
-    ) -> tuple[Tensor, Memory]:
-        """x at level t to x at level s. Pure: changes neither x nor memory."""
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        """Move x from level t to level s. Pure: changes neither x nor memory."""
         ...
 
 
 class SampleReport(NamedTuple):
-    """What became of each sample of a solver that gives each its own steps, all (B,).
+    """Record of a solver that gives each sample its own steps, all (B,).
 
     Attributes:
-        calls: how often the model was asked about it.
+        calls: model evaluations of each sample.
         rejections: how many of these calls were for steps that were made again.
         error: the solver's estimate of the errors of its predictions, before they were corrected.
         finished: False where it was given up, and the rest of its way only predicted.
@@ -66,6 +90,17 @@ class SampleReport(NamedTuple):
 
     @staticmethod
     def unmoved(x: Tensor) -> "SampleReport":
-        """That of a batch which need not move."""
+        """The record of a batch that need not move."""
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return SampleReport(none, none.clone(), none.double(), none == 0)
+
+
+def finest(dtype: torch.dtype) -> float:
+    """Least step whose slopes can be distinguished; below 32 bits that of float32."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+
+
+def over(field: Tensor, like: Tensor) -> Tensor:
+    """A field of the samples (n, ...), broadcast against a batch of theirs; floats in its type."""
+    field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
+    return field.to(like.dtype) if field.is_floating_point() else field

@@ -74,12 +74,12 @@ def certificate(
     sizes = checked_sizes(sizes, 4)
     some, laws = ladder(sampler, data, process, sizes)
     on: Any = process or getattr(some, "process", None) or data.process
-    own: Sampler | None = None if hasattr(some, "declared") else some
+    own: Sampler | None = None if some.claims.adaptive else some
     return Certificate(
         of_family(some),
         type(on).__name__,
         laws[-1],
         fitted(some, data, sizes[:3], laws[:3]),
         None if own is None else local_order(own, data, process),
-        None if on.first_time > 0 else extrapolated(some, data, sizes, laws),
+        None if on.chain_steps else extrapolated(some, data, sizes, laws),
     )

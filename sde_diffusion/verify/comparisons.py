@@ -98,7 +98,7 @@ def identities(
     """
     for name, sampler in (("first", first), ("second", second)):
         validate.kind(name, sampler, "a Sampler", "grid", "step")
-        if sampler.order is None:
+        if sampler.claims.order is None:
             raise NotAffine(f"{sampler} chooses its own steps: it shares none with another")
     validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
     validate.number("tolerance", tolerance, 0)
@@ -107,11 +107,11 @@ def identities(
     shape = probe.sizes(data, shape)
     runs: list[probe.Run] = []
     for sampler in (first, second):
-        if hasattr(sampler, "declared"):
+        if sampler.claims.adaptive:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape))
         else:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape, steps, times))
-        tolerance = max(tolerance, getattr(sampler, "rounding", 0.0))
+        tolerance = max(tolerance, sampler.claims.rounding)
     calls = len(runs[0].asked), len(runs[1].asked)
     last = 0.0 if times is None else float(times[-1])
     pairs = [(runs[0].end, runs[1].end)]

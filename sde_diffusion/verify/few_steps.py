@@ -139,8 +139,7 @@ def steps_for(
     some, there, steps = sampler_and_data(sampler, data, process, 1)
     between = None if narrowest is None else banded(there, narrowest)
     spectra.check_along(some, there, steps)
-    if there.process.first_time > 0:
-        most = min(most, round(1 / there.process.first_time))  # a chain has no more
+    most = min(most, there.process.chain_steps or most)  # a chain has no more
     tried: dict[int, float] = {}
 
     def meets(n: int) -> bool:
@@ -205,5 +204,5 @@ def sampler_and_data(
     validate.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
                 if not hasattr(sampler, "step") else "grid")  # fmt: skip
     some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
-    steps = None if hasattr(some, "declared") else n  # a peer in an adapter has its levels
+    steps = None if some.claims.adaptive else n  # a peer in an adapter has its levels
     return some, spectra.on_process(data, some, process), steps

@@ -75,7 +75,7 @@ def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
 def rounding(data: Any, sampler: Any) -> float:
     """The distance below which two laws of this data are equal."""
     scale = float(data.covariance.trace().sqrt() + data.mean.norm())
-    return max(ROUNDING, 0.1 * getattr(sampler, "rounding", 0.0)) * scale
+    return max(ROUNDING, 0.1 * sampler.claims.rounding) * scale
 
 
 def slope(sizes: Sequence[float], distances: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ from sde_diffusion import validate
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.sampling import checked_times
+from sde_diffusion.sampling import path_of
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending, gaussian_kl, gaussian_w2, listed_numbers, thinned
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
@@ -330,7 +330,7 @@ def edges(
     sampler: Sampler, data: Model, steps: int | None, times: Tensor | Sequence[float] | None
 ) -> tuple[Level[float], Level[float]]:
     """The levels at which a run starts and ends."""
-    grid = checked_times(data.process, sampler, steps, times)
+    grid = path_of(data, sampler, steps, None, times)
     first, last = data.process.levels(grid[[0, -1]])
     return first, last
 

@@ -23,7 +23,7 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import ScipyODE
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.sampling import checked_times, sample
+from sde_diffusion.sampling import path_of, sample
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.laws import on_process_of
@@ -326,9 +326,6 @@ class CountingModel:
         self.calls += 1
         return self.model(x, level)
 
-    def rows(self, index: Tensor) -> "CountingModel":
-        return self
-
 
 def begun(
     sampler: Sampler, data: Any, process: Process | None,
@@ -340,7 +337,7 @@ def begun(
     validate.integer("samples", samples, 2)
     validate.integer("seed", seed, 0)
     model = on_process_of(data, sampler, process)
-    grid = checked_times(model.process, sampler, steps, times)
+    grid = path_of(model, sampler, steps, None, times)
     seeds = range(seed * samples, (seed + 1) * samples)
     shape = (samples, *probe.sizes(model, None))
     x = model.process.prior(shape, seeds=seeds, dtype=torch.float64)

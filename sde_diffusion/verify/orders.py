@@ -151,7 +151,7 @@ def fitted(
     declared: float | None = None,
 ) -> Order:  # fmt: skip
     """`order` from laws that are there."""
-    claimed = validate.number("declared", some.order if declared is None else declared, 0)
+    claimed = validate.number("declared", some.claims.order if declared is None else declared, 0)
     distances = tuple(each.departure for each in laws)
     return Order(
         of_family(some),
@@ -299,8 +299,9 @@ def local_order(
             last.append(added(laws[-1], *grid[-3:-1].tolist()))
         whole[ratio] = tuple(each.departure for each in laws)
         single[ratio] = tuple(last)
-    claimed = some.order if declared is None else declared
-    single_claimed = getattr(some, "step_order", claimed) if of_one_step is None else of_one_step
+    claimed = some.claims.order if declared is None else declared
+    own = claimed if some.claims.step_order is None else some.claims.step_order
+    single_claimed = own if of_one_step is None else of_one_step
     both = (
         validate.number("declared", claimed, 0),
         validate.number("of_one_step", single_claimed, 0),

@@ -145,11 +145,10 @@ class Probe:
     def process(self) -> Process:
         return self.model.process
 
-    def rows(self, index: Tensor) -> "Probe":
-        raise NotAffine("a sampler that splits its batch has steps of its own: no affine map")
-
     def __call__(self, x: Tensor, level: Level) -> Prediction:
         """The model's answer, its x0 and eps moved along x = alpha x0 + sigma eps."""
+        if len(x) != self.inputs.rows:
+            raise NotAffine("a sampler that splits its batch has steps of its own: no affine map")
         index = len(self.asked)
         self.asked.append(Asked(level, coordinates(x).clone()))
         prediction = self.model(x, level)
@@ -230,14 +229,14 @@ def check_affine(
             row depends on its batch mates, or the map from start, draws and answers to the state
             at any call or to the end is not affine.
     """
-    validate.kind("sampler", sampler, "a Sampler", "grid", "step")
+    validate.kind("sampler", sampler, "a Sampler", "claims", "grid", "step")
     validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
-    if sampler.order is None:
+    if sampler.claims.order is None:
         raise NotAffine(
             f"{sampler} chooses its own steps, so its map is not affine: verify.tolerances tells "
             f"the error of an ODE solver, verify.bias that of an SDE solver"
         )
-    tolerance: float = getattr(sampler, "rounding", 1e-9)  # of the sampler's own arithmetic
+    tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
 
     def trial(*parts: int) -> Run:
         return run(sampler, data, Trial(parts), shape, steps, times)

@@ -20,7 +20,7 @@ from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.processes import VP, Level, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.sampling import checked_times, trajectory
+from sde_diffusion.sampling import path_of, trajectory
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import MOST, on_process_of
 from sde_diffusion.verify.probe import Inputs, NotAffine, Probe
@@ -154,7 +154,7 @@ def along(
     mean, variances, axes = spectrum(data)
     direction = torch.ones_like(mean) if axes is None else axes.sum(1)
     shape = probe.sizes(data, None)
-    grid = checked_times(data.process, sampler, steps, times)
+    grid = path_of(data, sampler, steps, None, times)
     levels = data.process.levels(grid)
     exact = [marginal_along(mean, variances, level) for level in levels]
     last, (_, target) = levels[-1], exact[-1]
@@ -211,7 +211,7 @@ def check_along(
     for index, gain in enumerate(found.noises):
         expected = expected + gain * inputs.amounts(1 + index, d)
     scale = float(torch.maximum(made.abs().max(), expected.abs().max())) + 1.0
-    tolerance: float = getattr(sampler, "rounding", 1e-9)  # of the sampler's own arithmetic
+    tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
     if not bool(((made - expected).abs() <= tolerance * scale).all()):
         raise NotAffine(
             f"{sampler} does not carry each eigenvector of the covariance for itself: it mixes "

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sde_diffusion import validate
-from sde_diffusion.grids import frames
+from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.processes.level import enter, leave
-from sde_diffusion.samplers.sampler import Memory, SolverError
+from sde_diffusion.samplers.sampler import Claims, Memory, SolverError
 from sde_diffusion.verify.probe import NotAffine
 
 __all__ = ["Ask", "Foreign", "Function", "only"]
@@ -100,7 +100,7 @@ class Ask:
 
     def __call__(self, x: Tensor, alpha: float, sigma: float) -> Prediction:
         there = peer_level(alpha, sigma)
-        own = frames.level_at(self.model.process, there.u)
+        own = self.model.process.level_at(there.u)
         if abs(own.u - there.u) > 1e-3 * (1 - there.u):
             raise ValueError(
                 f"{self.injected.name} asks at sigma/alpha = {sigma / alpha:.6g}, and "
@@ -114,7 +114,28 @@ class Ask:
 
 def peer_level(alpha: float, sigma: float) -> Level[float]:
     """A level of a peer."""
-    return Level(math.nan, alpha, sigma, math.nan, math.nan, math.nan)
+    return Level(math.nan, alpha, sigma, math.nan)
+
+
+@dataclass(frozen=True)
+class Between(Ends):
+    """The start and the end of a loop that chooses its own levels, by u or by time.
+
+    Args:
+        first, last: u = sigma / (alpha + sigma) at both.
+        at: the times, where these are known.
+    """
+
+    first: float | None
+    last: float | None
+    at: tuple[float, float] | None = None
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        if self.at is not None:
+            return torch.tensor(self.at, dtype=torch.float64)
+        assert self.first is not None
+        assert self.last is not None
+        return torch.tensor([process.level_at(u).t for u in (self.first, self.last)]).double()
 
 
 class Remark(NamedTuple):
@@ -147,12 +168,15 @@ class Foreign(ABC):
     def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
         """The peer's code, from x in its own coordinates to its end, likewise; and any remark."""
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
+    @property
+    def claims(self) -> Claims:
+        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
+
+    @property
+    def grid(self) -> Grid:
         """The times at which the peer starts and ends."""
-        if steps is not None:
-            raise ValueError(f"{self} has its number of steps already; leave out steps")
-        times = [frames.level_at(process, peer_level(*end).u).t for end in self.ends()]
-        return torch.tensor(times, dtype=torch.float64)
+        first, last = (peer_level(*end).u for end in self.ends())
+        return Between(first, last)
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -207,11 +231,13 @@ class Function:
         """What is declared; 1, which every consistent method has, if nothing is."""
         return 1 if self.declared is None else self.declared
 
-    def grid(self, process: Process, steps: int | None) -> Tensor:
-        """(start, end)."""
-        if steps is not None:
-            raise ValueError(f"{self} has its number of steps already; leave out steps")
-        return torch.tensor([self.start, self.end], dtype=torch.float64)
+    @property
+    def claims(self) -> Claims:
+        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
+
+    @property
+    def grid(self) -> Grid:
+        return Between(None, None, (self.start, self.end))
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,

@@ -1,0 +1,193 @@
+r"""Grids: values that give the times through which a sampler goes.
+
+A grid is called with a process and a number of steps n and returns n + 1 decreasing times, float64,
+from the start of the path to exactly 0 (data).
+
+    sample(model, sampler, x, steps=20, grid=grids.Karras(rho=5))
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import validate
+from sde_diffusion.grids.frames import Frame, Straight
+from sde_diffusion.processes import Process
+from sde_diffusion.validate import Positive
+
+__all__ = ["Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+
+SLACK = 1e-9  # relative: a node nearer than this to the end of the trained range is that end
+
+
+@dataclass(frozen=True)
+class Grid(validate.Checked, ABC):
+    """A rule for n + 1 times. A new one defines `times`."""
+
+    def __call__(
+        self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
+    ) -> Tensor:
+        """The times (n + 1,), float64, decreasing to 0.
+
+        Args:
+            process: whose levels they are.
+            steps: n.
+            start: the time at which the path begins.
+            least_ratio: least sigma / alpha at which the model is trained; 0 where it is trained
+                down to the data. Nodes below it other than the last are left to `within`.
+        """
+        return self.times(process, validate.integer("steps", steps), start, least_ratio)
+
+    @abstractmethod
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        """The times of `__call__`, for checked arguments."""
+
+
+@dataclass(frozen=True)
+class Uniform(Grid):
+    """Equally spaced times: start (1 - i / n), i = 0 .. n."""
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        return start * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Karras(Grid):
+    r"""The noise-to-signal ratios of Karras et al. 2022, eq. 5, on any process, then 0.
+
+    ratio_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
+    i = 0 .. n - 1;   ratio_n = 0.
+
+    Where the path starts above sigma_max, its start stands in front: a batch drawn from the prior
+    belongs to t = 1 and to no other level. Where it starts below, so do the ratios.
+
+    Args:
+        sigma_max, sigma_min: the largest and the smallest ratio sigma / alpha.
+        rho: concentration towards sigma_min.
+    """
+
+    sigma_max: Positive = 80.0
+    sigma_min: Positive = 0.002
+    rho: Positive = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min must be below sigma_max; got {self.sigma_min} and {self.sigma_max}"
+            )
+
+    def ratios(self, steps: int) -> Tensor:
+        """The ratios (n + 1,) themselves."""
+        return ratios(steps, self.sigma_max, self.sigma_min, self.rho)
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        begin = torch.tensor([start], dtype=torch.float64)
+        first = (-process.log_snr(begin) / 2).exp().item()
+        above = first > self.sigma_max * (1 + 1e-9)  # EDM's own 80 is reached with rounding
+        # A solver that needs the drift starts at t_max, and leaves that stiff start out.
+        in_front = above and (start != process.t_max or start == 1)
+        if in_front and steps == 1:
+            return torch.tensor([start, 0.0], dtype=torch.float64)
+        high = min(self.sigma_max, first)
+        low = max(min(self.sigma_min, high / 100), least_ratio)
+        if low >= high:
+            return torch.tensor([start, 0.0], dtype=torch.float64)
+        times = process.time(-2 * ratios(steps - in_front, high, low, self.rho).log())
+        if in_front:
+            return torch.cat([begin, times])
+        return times if above else torch.cat([begin, times[1:]])
+
+
+def ratios(steps: int, high: float, low: float, rho: float) -> Tensor:
+    """Karras et al. 2022, eq. 5, from `high` to `low` in n - 1 steps, and 0."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    top, bottom = high ** (1 / rho), low ** (1 / rho)
+    return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+@dataclass(frozen=True)
+class Power(Grid):
+    """Equally spaced in clock^(1/p) of a frame; p > 1 concentrates the levels near the data.
+
+    Args:
+        p: the exponent.
+        frame: whose clock, `frames.Straight()` or a `frames.GaussianFrame`.
+        first: length of the first interval, in units of the others, in (0, 1].
+        ratio: the sigma / alpha at which the n steps begin; one step more leads there from the
+            start. None: they begin at the start.
+    """
+
+    p: Positive = 1.0
+    frame: Frame = Straight()  # noqa: RUF009 a frozen value
+    first: Positive = 1.0
+    ratio: Positive | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate.number("first", self.first, 0, 1, strict=True)
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        begin = start
+        if self.ratio is not None:
+            begin = min(start, process.time(-2 * math.log(self.ratio)).item())
+        (top,) = process.levels(torch.tensor([begin], dtype=torch.float64))
+        places = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        places[1:] *= steps / (steps - 1 + self.first)
+        times = process.time(self.frame.log_snr(self.frame.clock(top) * places**self.p))
+        times[0], times[-1] = begin, 0.0
+        return times if begin == start else torch.cat([times.new_full((1,), start), times])
+
+
+@dataclass(frozen=True)
+class Usual(Grid):
+    """The usual grid of each process.
+
+    Equally spaced times on the variance-preserving family, the nearest sub-chain on a chain, the
+    levels of Karras et al. 2022 elsewhere.
+    """
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        kind = Uniform() if process.even_times else Karras()
+        return process.nearest(kind.times(process, steps, start, least_ratio))
+
+
+@dataclass(frozen=True)
+class FromTMax(Grid):
+    """Another grid, started where drift and diffusion are defined, at t_max.
+
+    Args:
+        grid: the other one.
+    """
+
+    grid: Grid = Usual()
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        return self.grid.times(process, steps, min(start, process.t_max), least_ratio)
+
+
+@dataclass(frozen=True)
+class Ends(Grid):
+    """Start and 0 alone, for a solver that chooses the steps between."""
+
+    def __call__(
+        self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
+    ) -> Tensor:
+        return self.times(process, 1, start, least_ratio)
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        return torch.tensor([start, 0.0], dtype=torch.float64)
+
+
+def within(times: Tensor, end: float) -> Tensor:
+    """The times at or above `end`; the nodes beyond it, but the last, become one node there."""
+    inner = times[:-1]
+    kept = inner[inner >= end * (1 - SLACK)]
+    if len(kept) == len(inner):
+        return times
+    if not len(kept) or kept[-1] > end * (1 + SLACK):
+        kept = torch.cat([kept, kept.new_full((1,), end)])
+    return torch.cat([kept, times[-1:]])

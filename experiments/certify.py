@@ -110,7 +110,7 @@ def ours(name: str, where: str) -> Row:
         report = f"{tolerances}\n\n{end}"
         return finished(name, where, "tolerance", figures, tolerances, report, start)
     if name in BY_BIAS:
-        steps = None if sampler.order is None else 200
+        steps = None if sampler.claims.order is None else 200
         bias = verify.bias(sampler, data, steps=steps)
         figures = {"bias / standard error": f"{float(bias.scores.abs().max()):.1f}"}
         return finished(name, where, "Monte Carlo", figures, bias, str(bias), start)
@@ -194,7 +194,7 @@ def k_diffusion_functions() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
 
     def family(name: str, order: int, steps: int) -> sd.samplers.Sampler:
         function = getattr(sampling, f"sample_{name}")
-        return verify.KDiffusion(function, sd.grids.karras(steps), declared=order)
+        return verify.KDiffusion(function, sd.grids.Karras().ratios(steps), declared=order)
 
     return {f"k-diffusion {name}": partial(family, name, order) for name, order in orders.items()}
 

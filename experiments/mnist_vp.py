@@ -20,7 +20,6 @@ from torch import Tensor
 import sde_diffusion as sd
 from sde_diffusion import data, plots, training, validate
 from sde_diffusion.files import storage
-from sde_diffusion.grids import frames
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def path(
     x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=device)
     times = None
     if config.gif and config.sampler == "ode":  # one step would be one frame: cut the path
-        times = frames.grid(denoiser.process, 30)
+        times = sd.grids.Power()(denoiser.process, 30)
     states = sd.trajectory(denoiser, chosen, x, steps=steps, times=times, seeds=seeds)
     every = max(1, (steps or 30) // 30)
     kept = x

@@ -141,7 +141,7 @@ def draw(
         columns[name] = sd.sample(denoiser, sampler, x, steps=STEPS[name], seeds=seeds)
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
-    times = frames.grid(denoiser.process, 40)
+    times = sd.grids.Power()(denoiser.process, 40)
     states = sd.trajectory(denoiser, sd.TorchODE(rtol=1e-4, atol=1e-4), few, times=times)
     path = zip([few, *(state.x for state in states)], denoiser.process.levels(times), strict=True)
     columns["its paths in the straight frame"] = torch.stack([frames.enter(*at) for at in path])

@@ -176,7 +176,7 @@ def test_a_network_told_the_log_snr_is_finite_at_the_ends_too():
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 def test_the_levels_of_a_grid_are_computed_in_one_call_before_the_loop(process, monkeypatch):
     asked = []
-    times, rates = process.times(50, process.t_max), type(process)._rates
+    times, rates = sd.grids.Usual()(process, 50, process.t_max), type(process)._rates
     model, x = network(process), torch.ones(2, 3)
     monkeypatch.setattr(
         type(process), "_rates", lambda self, t: asked.append(len(t)) or rates(self, t)

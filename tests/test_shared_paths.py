@@ -56,7 +56,7 @@ def test_20_and_40_steps_draw_the_same_picture(sampler):
     assert (same > 1.2).double().mean() < (different > 1.2).double().mean() / 10
 
 
-@pytest.mark.parametrize("sampler", [sd.samplers.SDEDPMSolver(), sd.VelocityMultistep()], ids=str)
+@pytest.mark.parametrize("sampler", [sd.DPMSolver(2, eta=1.0), sd.VelocityMultistep()], ids=str)
 def test_of_a_stochastic_multistep_method_20_and_40_steps_differ_by_a_fifth_of_two_seeds(sampler):
     """In root mean square, that is with the few that end in another mode, at eta = 1."""
     n = 4000

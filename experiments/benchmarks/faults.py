@@ -210,8 +210,8 @@ def caught(fault: Fault, wrap: Callable[[Any, Any], Any] | None = None) -> dict[
         "refused": False,
         "step named": not law.holds,
         "law": apart > 1e-8,
-        "order": not fitted(at, data, SIZES, laws, right.order).holds,
-        "local order": not verify.local_order(short, data, declared=right.order).holds,
+        "order": not fitted(at, data, SIZES, laws, right.claims.order).holds,
+        "local order": not verify.local_order(short, data, declared=right.claims.order).holds,
         "limit": not extrapolated(at, data, SIZES, laws).holds,
     }
 

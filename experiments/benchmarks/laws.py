@@ -27,7 +27,7 @@ Adaptive = Callable[[float], sd.samplers.Sampler]  # of a tolerance
 OURS: dict[str, Family] = {
     "ancestral": lambda steps: sd.Ancestral(),
     "euler-maruyama": lambda steps: sd.EulerMaruyama(),
-    "sde-dpmsolver": lambda steps: sd.samplers.SDEDPMSolver(),
+    "sde-dpmsolver": lambda steps: sd.DPMSolver(2, eta=1.0),
     "velocity-multistep": lambda steps: sd.VelocityMultistep(),
     "adams auto (no noise)": lambda steps: sd.Adams.auto(steps),
 }

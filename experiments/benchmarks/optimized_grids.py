@@ -41,9 +41,9 @@ STOCHASTIC = ("Ancestral",)  # no RMS: its end belongs to its noise
 GRIDS: dict[str, Callable[[sd.samplers.Sampler, int], Tensor]] = {
     "own": lambda sampler, steps: sampler.grid(VP, steps),
     "uniform": lambda sampler, steps: grids.uniform(steps),
-    "log-SNR": lambda sampler, steps: even_log_snr(sd.processes.Process.times(VP, steps)),
-    "Karras": lambda sampler, steps: sd.processes.Process.times(VP, steps),
-    "u^(1/1.25)": lambda sampler, steps: frames.grid(VP, steps, 1.25),
+    "log-SNR": lambda sampler, steps: even_log_snr(sd.grids.Karras()(VP, steps)),
+    "Karras": lambda sampler, steps: sd.grids.Karras()(VP, steps),
+    "u^(1/1.25)": lambda sampler, steps: sd.grids.Power(1.25)(VP, steps),
 }
 NAMES = (*GRIDS, "optimized")
 

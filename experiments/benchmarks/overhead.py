@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import sde_diffusion as sd
-from sde_diffusion import grids
 
 SHAPES = ((64, 1, 28, 28), (256, 2))
 STEPS = 50
@@ -32,7 +31,7 @@ OURS: dict[str, sd.samplers.Sampler] = {
     **{f"adams {k}": sd.Adams(k) for k in range(1, 6)},
     "dpmsolver 2": sd.DPMSolver(2),
     "dpmsolver 3": sd.DPMSolver(3),
-    "sde-dpmsolver": sd.samplers.SDEDPMSolver(),
+    "sde-dpmsolver": sd.DPMSolver(2, eta=1.0),
     "velocity-multistep": sd.VelocityMultistep(),
 }
 
@@ -154,7 +153,7 @@ def with_peers(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Loop]:
             loops[f"diffusers {name}"] = diffusers_loop(scheduler, network, x)
     if importlib.util.find_spec("k_diffusion"):
         sampling: Any = importlib.import_module("k_diffusion.sampling")
-        sigmas = grids.karras(STEPS).float()
+        sigmas = sd.grids.Karras().ratios(STEPS).float()
         for name in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde"):
             loops[f"k-diffusion {name}"] = k_diffusion_loop(
                 getattr(sampling, f"sample_{name}"), network, x, sigmas

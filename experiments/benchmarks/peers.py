@@ -39,7 +39,7 @@ def adaptive() -> dict[str, Callable[[float, Any], sd.samplers.Sampler]]:
 
     def family(order: int, tolerance: float, problem: Any) -> sd.samplers.Sampler:
         settings = {"order": order, "rtol": tolerance, "atol": tolerance}
-        return verify.KDiffusion(function, grids.karras(2)[:-1], settings)
+        return verify.KDiffusion(function, sd.grids.Karras().ratios(2)[:-1], settings)
 
     return {f"k-diffusion dpm_adaptive {order}": partial(family, order) for order in (2, 3)}
 
@@ -185,7 +185,7 @@ def k_diffusion_solvers() -> dict[str, Family]:
     def fast(low: float, steps: int) -> sd.samplers.Sampler:
         if steps < 2:
             raise ValueError("dpm_fast needs two levels")
-        sigmas = grids.karras(steps, SIGMA_MAX, low)
+        sigmas = sd.grids.Karras(SIGMA_MAX, low).ratios(steps)
         return verify.KDiffusion(sampling.sample_dpm_fast, sigmas[:-1], {"n": steps})
 
     for low in (0.002, 0.02, 0.1):  # it stops there

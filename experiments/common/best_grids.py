@@ -6,13 +6,13 @@ A grid of n steps has n + 1 entries, from noise to data; the last one is 0.
 import numpy as np
 import torch
 from numpy.polynomial.chebyshev import chebvander
+from sde_diffusion.processes.spacings import karras, power, uniform
 from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.grids import frames
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
-from sde_diffusion.processes.spacings import karras, power, uniform
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import spectra
 

@@ -48,7 +48,7 @@ def sampler(
         "adams": sd.Adams.auto(steps or STEPS["adams"], chosen),
         "dpm2": sd.DPMSolver(2),
         "dpm3": sd.DPMSolver(3),
-        "sde-dpm2": sd.samplers.SDEDPMSolver(),
+        "sde-dpm2": sd.DPMSolver(2, eta=1.0),
         "multistep": sd.VelocityMultistep(),
         "ode": sd.TorchODE(rtol=rtol, atol=atol),
         "adaptive-ode": sd.AdaptiveODE(rtol, atol, chosen),

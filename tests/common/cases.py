@@ -12,7 +12,7 @@ TWINS = {"torch-sde-milstein", "torch-sde-srk", "adams-k-2", "adams-k-4", "adams
 FIXED_STEP = {
     name: sampler
     for name, sampler in SAMPLERS.items()
-    if sampler.order is not None and name not in TWINS
+    if sampler.claims.order is not None and name not in TWINS
 }
 OWN_STEPS = {name: SAMPLERS[name] for name in ("torch-ode", "scipy-ode", "adaptive-ode")}
 PARAMETERIZATIONS = {

@@ -12,7 +12,6 @@ from common.best_grids import blurred, optimized, starts
 
 import sde_diffusion as sd
 from sde_diffusion import grids, verify
-from sde_diffusion.grids import frames
 from sde_diffusion.verify import spectra
 
 VP = sd.VP()
@@ -47,8 +46,8 @@ def test_heun_gets_nearer_to_the_data_than_on_any_grid_in_use():
     best = w2(sampler, EIGENVALUES, optimized(sampler, steps, EIGENVALUES, VP))
     used = [
         grids.uniform(steps),
-        sd.processes.Process.times(VP, steps),
-        *(frames.grid(VP, steps, p) for p in (1.0, 1.25, 1.5, 2.0)),
+        sd.grids.Karras()(VP, steps),
+        *(sd.grids.Power(p)(VP, steps) for p in (1.0, 1.25, 1.5, 2.0)),
     ]
     assert all(best < w2(sampler, EIGENVALUES, times) for times in used)
 

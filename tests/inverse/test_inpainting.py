@@ -50,7 +50,7 @@ def test_the_known_region_is_noised_to_the_level_that_is_entered(process):
     """After a step from t to s its law is N(alpha_s y, sigma_s^2): mean by a source of zeros, each
     pixel's standard deviation by one of ones, at s and not at t."""
     process = PROCESSES[process]
-    times = process.times(5)
+    times = sd.grids.Usual()(process, 5)
     for source, expect in (
         (torch.zeros_like, lambda level: level.alpha * Y),
         (torch.ones_like, lambda level: level.alpha * Y + level.sigma),

@@ -150,17 +150,17 @@ def test_own_grids_have_the_noise_levels_of_karras_et_al(process, first, high, l
     ramp = [i / (n - 1 - len(first)) for i in range(n - len(first))]
     levels = [(high ** (1 / 7) + i * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in ramp]
     expected = torch.tensor([*first, *levels, 0.0], dtype=torch.float64)
-    made = torch.exp(-process.log_snr(process.times(n)) / 2)
+    made = torch.exp(-process.log_snr(sd.grids.Usual()(process, n)) / 2)
     assert_close(made, expected, rtol=1e-12, atol=0)
 
 
 def test_a_grid_from_t_max_leaves_the_start_out_where_it_is_too_noisy():
     """RectifiedFlow's last rate is stiff: sigma / alpha is 999 at t_max, and 80 on the grid."""
     process = sd.RectifiedFlow()
-    times = process.times(7, process.t_max)
+    times = sd.grids.Usual()(process, 7, process.t_max)
     assert len(times) == 8
     assert float(times[0]) == pytest.approx(80 / 81, rel=1e-12)
-    assert process.times(1).tolist() == [1.0, 0.0]
+    assert sd.grids.Usual()(process, 1).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", EXACT_MARGINALS)

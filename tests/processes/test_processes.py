@@ -264,20 +264,22 @@ def test_perturb_has_the_marginals_moments(generator):
 @pytest.mark.parametrize("steps", [1, 2, 7, 1000])
 def test_own_grids_decrease_to_exactly_zero(process, steps):
     for start in (1.0, process.t_max):
-        times = process.times(steps, start)
+        times = sd.grids.Usual()(process, steps, start)
         assert len(times) == steps + 1
         assert times[0] <= start
         assert times[-1] == 0
         assert bool((times.diff() < 0).all())
-    assert process.times(steps)[0] == 1
+    assert sd.grids.Usual()(process, steps)[0] == 1
 
 
 def test_a_chains_own_grids_stand_on_its_times():
     chain = sd.Discrete.linear(10)
-    assert_close(chain.times(4) * 10, torch.tensor([10.0, 8, 5, 2, 0], dtype=torch.float64))
+    assert_close(
+        sd.grids.Usual()(chain, 4) * 10, torch.tensor([10.0, 8, 5, 2, 0], dtype=torch.float64)
+    )
     with pytest.raises(ValueError, match=r"equivalence\.continuous"):
-        chain.times(11)
-    assert len(sd.processes.continuous(chain).times(11)) == 12
+        sd.grids.Usual()(chain, 11)
+    assert len(sd.grids.Usual()(sd.processes.continuous(chain), 11)) == 12
 
 
 @pytest.mark.parametrize(

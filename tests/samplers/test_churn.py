@@ -69,7 +69,7 @@ class Exact:
     order = 1
 
     def grid(self, process, steps):
-        return sd.processes.Process.times(process, steps)
+        return sd.grids.Karras()(process, steps)
 
     def step(self, model, x, t, s, noise, memory):
         model(x, t)
@@ -105,7 +105,10 @@ def test_the_amount_over_the_whole_way_does_not_depend_on_the_steps():
     gamma = S_churn d / (1 + d) with the d of all steps adding up to 1.
     """
     process, churn = sd.EDM(), sd.samplers.Churn(sd.Heun(), 2.0, 0.0, 1e9)
-    for r in (sd.grids.karras(40)[:-1], torch.logspace(math.log10(80), math.log10(0.002), 60)):
+    for r in (
+        sd.grids.Karras().ratios(40)[:-1],
+        torch.logspace(math.log10(80), math.log10(0.002), 60),
+    ):
         levels = process.levels(process.time(-2 * r.double().log()))
         gammas = [churn.gamma(t, s) for t, s in pairwise(levels)]
         assert max(gammas) < math.sqrt(2) - 1

@@ -25,7 +25,7 @@ class Exact:
     order = 1
 
     def grid(self, process, steps):
-        return process.times(steps)
+        return sd.grids.Usual()(process, steps)
 
     def step(self, model, x, t, s, noise, memory):
         model(x, t)

@@ -17,10 +17,10 @@ from sde_diffusion.models.prediction import truth
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 SAMPLERS = [
-    sd.DPMSolver(2), sd.DPMSolver(3), sd.samplers.SDEDPMSolver(0.3), sd.samplers.SDEDPMSolver(),
+    sd.DPMSolver(2), sd.DPMSolver(3), sd.samplers.SDEDPMSolver(0.3), sd.DPMSolver(2, eta=1.0),
     sd.VelocityMultistep(0.0), sd.VelocityMultistep(0.3), sd.VelocityMultistep(),
 ]  # fmt: skip
-STOCHASTIC = [sd.samplers.SDEDPMSolver(), sd.VelocityMultistep()]
+STOCHASTIC = [sd.DPMSolver(2, eta=1.0), sd.VelocityMultistep()]
 
 
 def none(t, s, like):
@@ -182,7 +182,7 @@ def test_from_pure_noise_the_first_step_is_a_draw_about_x0(sampler, process):
 
 
 @pytest.mark.parametrize(
-    "sampler", [sd.DPMSolver(2), sd.DPMSolver(3), sd.samplers.SDEDPMSolver()], ids=str
+    "sampler", [sd.DPMSolver(2), sd.DPMSolver(3), sd.DPMSolver(2, eta=1.0)], ids=str
 )
 def test_answers_too_near_to_tell_apart_are_one(sampler):
     """Their difference is rounding, and an extrapolation would magnify it by 1e10."""

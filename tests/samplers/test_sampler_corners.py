@@ -253,15 +253,15 @@ def test_adams_is_of_the_order_it_declares_and_of_no_higher(k):
     errors = [
         float((sd.sample(model, sd.Adams(k, p=1.0), x, steps=n) - flow).norm()) for n in sizes
     ]
-    assert fitted_order(sizes, errors) == pytest.approx(sd.Adams(k).order, abs=0.2)
+    assert fitted_order(sizes, errors) == pytest.approx(sd.Adams(k).claims.order, abs=0.2)
 
 
 def test_a_method_of_torchsde_is_of_the_order_of_euler_maruyama():
     """With additive noise it is Euler-Maruyama, or no better in law without more of the path."""
     assert (
-        sd.samplers.TorchSDE().order
-        == sd.samplers.TorchSDE("srk").order
-        == sd.EulerMaruyama().order
+        sd.samplers.TorchSDE().claims.order
+        == sd.samplers.TorchSDE("srk").claims.order
+        == sd.EulerMaruyama().claims.order
         == 1
     )
 

@@ -73,7 +73,7 @@ def test_the_whole_chain_has_the_exact_moments_of_ho_et_al(steps, kind, variance
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_any_sub_chain_has_the_exact_moments_of_ddim(steps, eta):
     chain = sd.Discrete.linear()
-    times = chain.times(steps)
+    times = sd.grids.Usual()(chain, steps)
     abar = np.concatenate([[1.0], np.cumprod(1 - np.asarray(chain.betas))])
     abar = abar[(times * 1000).round().long().flip(0).numpy()]
     law = sd.verify.law(sd.Ancestral(eta=eta), gaussian(chain), times=times)

@@ -55,8 +55,8 @@ def test_each_sampler_is_certified_once_and_by_the_check_that_fits_it():
     """Fixed steps and an order: the exact law. Tolerances of an ODE, or no injected noise: else."""
     assert len(set(CERTIFY.SAMPLERS.values())) == len(CERTIFY.SAMPLERS) == len(samplers.CATALOGUE)
     assert not CERTIFY.BY_TOLERANCE & CERTIFY.BY_BIAS
-    assert all(CERTIFY.SAMPLERS[name].order is not None for name in FIXED)
-    assert all(CERTIFY.SAMPLERS[name].order is None for name in CERTIFY.BY_TOLERANCE)
+    assert all(CERTIFY.SAMPLERS[name].claims.order is not None for name in FIXED)
+    assert all(CERTIFY.SAMPLERS[name].claims.order is None for name in CERTIFY.BY_TOLERANCE)
 
 
 @pytest.mark.parametrize("process", PROCESSES)

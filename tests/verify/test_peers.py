@@ -155,10 +155,10 @@ def test_brownian_trees_are_refused_by_name(diffusers, k_diffusion):
     refused = {
         "diffusers DPMSolverSDEScheduler": verify.Diffusers(diffusers.DPMSolverSDEScheduler(), 10),
         "k-diffusion sample_dpmpp_sde": verify.KDiffusion(
-            k_diffusion.sample_dpmpp_sde, sd.grids.karras(10)
+            k_diffusion.sample_dpmpp_sde, sd.grids.Karras().ratios(10)
         ),
         "k-diffusion sample_dpmpp_2m_sde": verify.KDiffusion(
-            k_diffusion.sample_dpmpp_2m_sde, sd.grids.karras(10)
+            k_diffusion.sample_dpmpp_2m_sde, sd.grids.Karras().ratios(10)
         ),
     }
     for name, sampler in refused.items():
@@ -207,7 +207,9 @@ def test_flow_matching_euler_is_the_euler_of_the_straight_frame(diffusers):
 
 
 def family_of(function, declared=None):
-    return lambda steps: verify.KDiffusion(function, sd.grids.karras(steps), declared=declared)
+    return lambda steps: verify.KDiffusion(
+        function, sd.grids.Karras().ratios(steps), declared=declared
+    )
 
 
 @pytest.mark.parametrize(("name", "order"), [("heun", 2), ("euler", 1), ("euler_ancestral", 1)])
@@ -223,7 +225,7 @@ def test_k_diffusions_samplers_are_of_the_published_orders_on_karras_grids(
 
 def test_k_diffusions_heun_is_algorithm_1_of_karras_et_al_at_every_state(k_diffusion):
     """Karras et al. 2022, Alg. 1, with sigma(t) = t: d_i = eps, and Euler's step alone to 0."""
-    sigmas = sd.grids.karras(12)
+    sigmas = sd.grids.Karras().ratios(12)
 
     def algorithm_1(eps, x):
         for t, s in pairwise(sigmas.tolist()):
@@ -252,13 +254,13 @@ def test_the_local_order_of_dpmpp_2m_is_2_at_steps_of_any_ratio(k_diffusion):
 
 
 def test_a_function_with_tolerances_is_refused_by_name(k_diffusion):
-    sampler = verify.KDiffusion(k_diffusion.sample_dpm_adaptive, sd.grids.karras(10))
+    sampler = verify.KDiffusion(k_diffusion.sample_dpm_adaptive, sd.grids.Karras().ratios(10))
     with pytest.raises(verify.NotAffine, match=r"sample_dpm_adaptive.*chooses its own steps"):
         verify.law(sampler, DATA)
 
 
 def test_the_sigmas_and_arguments_handed_in_are_not_changed(k_diffusion):
-    sigmas, arguments = sd.grids.karras(8), {"eta": 0.5}
+    sigmas, arguments = sd.grids.Karras().ratios(8), {"eta": 0.5}
     before = sigmas.clone()
     sampler = verify.KDiffusion(k_diffusion.sample_euler_ancestral, sigmas, arguments)
     x = 80 * normal(3, 1)
@@ -270,7 +272,7 @@ def test_the_sigmas_and_arguments_handed_in_are_not_changed(k_diffusion):
 def test_euler_ancestrals_noise_is_the_posteriors(k_diffusion):
     """Its sigma_up^2 = sigma_s^2 (sigma_t^2 - sigma_s^2) / sigma_t^2: a share of sigma_s / sigma_t,
     and none in the last step."""
-    sigmas = sd.grids.karras(12)
+    sigmas = sd.grids.Karras().ratios(12)
     law = verify.law(verify.KDiffusion(k_diffusion.sample_euler_ancestral, sigmas), LINE)
     shares = [draw.share for draw in law.draws]
     assert shares == pytest.approx((sigmas[1:-1] / sigmas[:-2]).tolist(), rel=1e-6)

@@ -37,7 +37,7 @@ class Shifted:
         return self.claims or math.floor(self.p)
 
     def grid(self, process, steps):
-        return frames.grid(process, steps)
+        return sd.grids.Power()(process, steps)
 
     def step(self, model, x, t, s, noise, memory):
         """y = z (alpha m, C) is kept as the standardized z: z -> z + error."""
@@ -167,7 +167,7 @@ class AdamsBashforth:
         return 2
 
     def grid(self, process, steps):
-        return frames.grid(process, steps)
+        return sd.grids.Power()(process, steps)
 
     def step(self, model, x, t, s, noise, memory):
         slope, h = model(x, t).velocity, s.u - t.u
@@ -249,7 +249,7 @@ class Tends:
         return 1
 
     def grid(self, process, steps):
-        return frames.grid(process, steps)
+        return sd.grids.Power()(process, steps)
 
     def step(self, model, x, t, s, noise, memory):
         n = (memory or 0) + 1

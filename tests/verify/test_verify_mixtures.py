@@ -119,7 +119,7 @@ def test_the_endpoint_error_of_a_mixture_falls_at_the_samplers_order():
     """Of the median: the mean is that of the few samples that end in the other mode."""
     sizes = (32, 64, 128)
     errors = [verify.endpoint(sd.Adams(2), MODES, steps=n, samples=32).median for n in sizes]
-    assert fitted_order(sizes, errors) > sd.Adams(2).order - 0.2
+    assert fitted_order(sizes, errors) > sd.Adams(2).claims.order - 0.2
 
 
 # ---- distribution -----------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from 1 and any floating dtype, which the samples keep.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from sde_diffusion.models.model import (
 )
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
+from sde_diffusion.processes import Level
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Batch
 
@@ -109,18 +110,21 @@ def trajectory(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    if cond is not None:
+        check_cond(cond, len(x))
     model, path = prepared(model, sampler, steps, grid, times, cond)
-    levels = model.process.levels(path)
-    driven = partial(Brownian, clock=model.process.u, times=[level.t for level in levels])
+    process = model.process
+    levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
+    driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
-    memory = rate_table(model, path) if sampler.claims.rates else None
-    return walk(model, sampler, x, levels, source, memory)
+    return walk(model, sampler, x, levels, source)
 
 
 def walk(
-    model: Model, sampler: Sampler, x: Tensor, levels: list[Any], source: Noise, memory: Memory
+    model: Model, sampler: Sampler, x: Tensor, levels: list[Level[float]], source: Noise
 ) -> Iterator[Sample]:
     """The loop of `trajectory`."""
+    memory = None
     for t, s in pairwise(levels):
         with torch.no_grad():
             x, memory = sampler.step(model, x, t, s, source, memory)
@@ -158,6 +162,17 @@ def sample(
     for state in states:
         x = state.x
     return x
+
+
+def check_cond(cond: Cond, count: int) -> None:
+    """Refuse a condition without one entry per sample or one for all, or with nan."""
+    entries = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
+    for name, value in entries:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) not in (1, count):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of first axis {count} or 1; got {got}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite; got nan or infinity")
 
 
 # ---- through which levels ----------------------------------------------------------------------
@@ -242,13 +257,6 @@ def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
             raise ValueError(f"times must lie where the model is defined: {text}")
         warnings.warn(text, stacklevel=6)
     return path
-
-
-def rate_table(model: Model, path: Tensor) -> dict[float, tuple[float, float]]:
-    """f and g^2 by time, in one vectorized call for the whole grid."""
-    f, g2 = model.process.rates(path)
-    rates = zip(f.tolist(), g2.tolist(), strict=True)
-    return dict(zip(path.tolist(), rates, strict=True))
 
 
 def chosen_noise(

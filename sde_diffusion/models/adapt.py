@@ -18,6 +18,7 @@ from sde_diffusion.models.model import (
     LogSNRRange,
     Model,
     evaluate,
+    null_of,
     trained_range,
 )
 from sde_diffusion.models.noise_inputs import WholeTimestep
@@ -108,6 +109,10 @@ class Matched:
         own = trained_range(self.model)
         end, ours = (float(p.log_snr(1.0)) for p in (self.model.process, self.process))
         return own & LogSNRRange(low=end) if ours < end - 1e-9 * (1 + abs(end)) else own
+
+    def null_like(self, cond: Cond) -> Cond:
+        """The null of the model."""
+        return null_of(self.model, cond)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         own = self._own_level(x, level)

@@ -20,7 +20,7 @@ from sde_diffusion.models.checkpoint import (
     sketched,
 )
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import Cond, LogSNRRange
+from sde_diffusion.models.model import Cond, LogSNRRange, zero_null
 from sde_diffusion.models.noise_inputs import (
     CNoise,
     ContinuousTime,
@@ -127,12 +127,7 @@ class Denoiser(nn.Module):
     def _null_of(self, name: str, cond: Tensor) -> Tensor:
         if self.null is not None:
             return self.null.entry(name, cond)
-        if not (cond.is_floating_point() and cond.ndim == 2):
-            raise ValueError(
-                f"null must be given to the Denoiser for cond of shape {tuple(cond.shape)}, "
-                f"{cond.dtype}; got None; e.g. null=torch.tensor(10) for labels"
-            )
-        return cond.new_zeros(cond.shape[1:])
+        return zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors) and, beside it, a JSON that describes it with its SHA-256.

@@ -23,6 +23,8 @@ from sde_diffusion.models.model import (
     Cond,
     LogSNRRange,
     evaluate,
+    expanded,
+    null_of,
     per_sample_field,
     trained_range,
 )
@@ -72,6 +74,10 @@ class Guided(Checked):
         """The range of the model."""
         return trained_range(self.model)
 
+    def null_like(self, cond: Cond) -> Cond:
+        """The null of the model."""
+        return null_of(self.model, cond)
+
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFree(Guided):
@@ -117,14 +123,14 @@ class ClassifierFree(Guided):
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         if cond is None:
             raise ValueError("cond must be given for ClassifierFree; got None; sample(..., cond=)")
-        w = self.weight(level, x)
+        w, cond = self.weight(level, x), expanded(cond, len(x))
         if not isinstance(w, Tensor) and w == 1:
             return self.model(x, level, cond)
-        null = self._null_of(cond)
+        null = null_of(self.model, cond) if self.null is None else expanded(self.null, len(x))
         if not isinstance(w, Tensor) and w == 0:
             return self.model(x, level, null)
         twice = torch.cat([x, x])
-        both = self.model(twice, repeated(level), stacked(null, cond, len(x)))
+        both = self.model(twice, repeated(level), stacked(null, cond))
         first = x if both.first is twice else interpolate(both.first, w)
         second = interpolate(both.second, w)
         extra = None if both.extra is None else both.extra.chunk(2)[1]
@@ -145,17 +151,6 @@ class ClassifierFree(Guided):
             return torch.where((low <= r) & (r <= high), w, 1.0).to(x)
         r = level.sigma / level.alpha if level.alpha else math.inf
         return w if low <= r <= high else 1.0
-
-    def _null_of(self, cond: Cond) -> Cond:
-        if self.null is not None:
-            return self.null
-        own: Any = getattr(self.model, "null_like", None)
-        if own is None:
-            raise ValueError(
-                f"null must be given for a {type(self.model).__name__}, which has none of its own; "
-                f"got None"
-            )
-        return own(cond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,15 +241,19 @@ def repeated(level: Level) -> Level:
     return Level(*(torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level))
 
 
-def stacked(null: Cond, cond: Cond, count: int) -> Cond:
-    """The two conditions of a batch of 2 count, null first; each entry of first axis 1 or count."""
+def stacked(null: Cond, cond: Cond) -> Cond:
+    """The two conditions of a batch that comes twice, null first."""
     if isinstance(cond, Mapping) and isinstance(null, Mapping):
-        return {name: stacked_entries(null[name], value, count) for name, value in cond.items()}
+        return {name: torch.cat(pair(name, null[name], value)) for name, value in cond.items()}
     if isinstance(cond, Tensor) and isinstance(null, Tensor):
-        return stacked_entries(null, cond, count)
-    raise ValueError("null must be a tensor or a mapping as cond is; got another")
+        return torch.cat(pair("cond", null, cond))
+    raise ValueError("null must be a tensor or a mapping as cond is; got the other")
 
 
-def stacked_entries(null: Tensor, cond: Tensor, count: int) -> Tensor:
-    both = [ordinary(part).expand(count, *part.shape[1:]) for part in (null.to(cond.device), cond)]
-    return torch.cat(both)
+def pair(name: str, null: Tensor, cond: Tensor) -> list[Tensor]:
+    """null and cond, of one shape."""
+    if null.shape != cond.shape:
+        raise ValueError(
+            f"null of {name} must be shaped like it, {tuple(cond.shape)}; got {tuple(null.shape)}"
+        )
+    return [ordinary(null.to(cond.device, cond.dtype)), ordinary(cond)]

@@ -28,6 +28,8 @@ __all__ = [
     "LogSNRRange",
     "Model",
     "evaluate",
+    "expanded",
+    "null_of",
     "per_sample_field",
     "select",
     "trained_range",
@@ -83,6 +85,38 @@ def evaluate(model: Any, x: Tensor, level: Level, cond: Cond | None) -> Predicti
 def trained_range(model: Any) -> LogSNRRange:
     """The range of a model; everywhere, if it states none."""
     return getattr(model, "trained", None) or EVERYWHERE
+
+
+def expanded(cond: Cond, count: int) -> Cond:
+    """A condition with one entry per sample: entries for all (first axis 1) are repeated."""
+    if isinstance(cond, Mapping):
+        return {name: value.expand(count, *value.shape[1:]) if len(value) == 1 else value
+                for name, value in cond.items()}  # fmt: skip
+    return cond.expand(count, *cond.shape[1:]) if len(cond) == 1 else cond
+
+
+def null_of(model: Any, cond: Cond) -> Cond:
+    """The condition that stands for none, shaped like cond: the model's own, or zeros.
+
+    Raises:
+        ValueError: if the model has none and cond is not a float vector (B, width).
+    """
+    own = getattr(model, "null_like", None)
+    if own is not None:
+        return own(cond)
+    if isinstance(cond, Mapping):
+        return {name: zero_null(name, value) for name, value in cond.items()}
+    return zero_null("cond", cond)
+
+
+def zero_null(name: str, cond: Tensor) -> Tensor:
+    """Zeros for a float vector (B, width): the usual null."""
+    if not (cond.is_floating_point() and cond.ndim == 2):
+        raise ValueError(
+            f"null must be given for {name} of shape {tuple(cond.shape)}, {cond.dtype}; got None; "
+            f"e.g. Denoiser(..., null=torch.tensor(10)) for labels"
+        )
+    return torch.zeros_like(cond)
 
 
 # ---- parts of a batch --------------------------------------------------------------------------
@@ -148,7 +182,7 @@ class Bound:
         return trained_range(self.model)
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        return self.model(x, level, self.cond)
+        return self.model(x, level, expanded(self.cond, len(x)))
 
 
 # ---- below the trained range -------------------------------------------------------------------

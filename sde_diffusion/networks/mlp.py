@@ -3,7 +3,7 @@
 from math import prod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sde_diffusion import validate
@@ -64,7 +64,7 @@ class MLP(nn.Module):
         self,
         x: Float[Tensor, " batch *shape"],
         c: Float[Tensor, " batch"],
-        cond: Float[Tensor, "batch cond"] | None = None,
+        cond: Shaped[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, " batch *shape"]:
         """x: noisy data; c: noise condition; cond: condition vectors."""
         if tuple(x.shape[1:]) != self.shape:
@@ -77,5 +77,5 @@ class MLP(nn.Module):
             self.embed(c) if self.embed is not None else c[:, None],
         ]
         if cond is not None:
-            parts.append(cond)
+            parts.append(cond.to(x.dtype))
         return self.layers(torch.cat(parts, dim=1)).reshape(x.shape)

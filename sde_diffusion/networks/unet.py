@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -129,7 +129,7 @@ class UNet(nn.Module):
         self,
         x: Float[Tensor, "batch channels height width"],
         c: Float[Tensor, " batch"],
-        cond: Float[Tensor, "batch cond"] | None = None,
+        cond: Shaped[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition in [0, 1]; cond: condition vectors."""
         if x.shape[1] != self.config["in_channels"]:
@@ -144,7 +144,7 @@ class UNet(nn.Module):
             )
         e = self.noise(c)
         if self.context is not None and cond is not None:
-            e = e + self.context(cond)
+            e = e + self.context(cond.to(e.dtype))
         e = F.silu(e)
 
         height, width = x.shape[-2:]

@@ -38,12 +38,14 @@ class Level(NamedTuple, Generic[S]):
     Attributes:
         t, alpha, sigma: x_t = alpha x_0 + sigma eps.
         log_snr: log(alpha^2 / sigma^2).
+        rates: f and g^2 of dx = f x dt + g dW, for the samplers that need them; else None.
     """
 
     t: S
     alpha: S
     sigma: S
     log_snr: S
+    rates: tuple[S, S] | None = None
 
     @property
     def u(self) -> S:
@@ -73,10 +75,9 @@ def leave(y: Tensor, level: Level) -> Tensor:
 
 def forward_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
     """Scale a and standard deviation b of the kernel from level s up to t,  x_t = a x_s + b z."""
-    if not s.sigma or not t.alpha:
-        return t.alpha / s.alpha if s.alpha else 0.0, t.sigma
-    a = t.alpha / s.alpha
-    return a, a * s.sigma * math.sqrt(math.expm1(max(s.log_snr - t.log_snr, 0.0)))
+    a = t.alpha / s.alpha if s.alpha else 0.0  # where both have underflowed nothing is kept
+    b2 = (t.sigma - a * s.sigma) * (t.sigma + a * s.sigma)
+    return a, math.sqrt(max(b2, 0.0))
 
 
 def posterior_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:

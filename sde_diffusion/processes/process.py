@@ -165,7 +165,7 @@ class Process(validate.Checked, ABC):
         shape = t.shape + (1,) * (like.ndim - t.ndim)
         fields = [field.reshape(shape).to(like.device) for field in self._fields(t)]
         exact = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot tell 998 from 1000
-        dtypes = [exact if name in ("t", "log_snr") else like.dtype for name in Level._fields]
+        dtypes = [exact, like.dtype, like.dtype, exact]
         return Level(*map(Tensor.to, fields, dtypes))
 
     def levels(self, times: Tensor) -> list[Level[float]]:
@@ -173,6 +173,15 @@ class Process(validate.Checked, ABC):
         if double(times).ndim != 1:
             raise ValueError(f"times must be a grid (n,); got shape {tuple(times.shape)}")
         return [Level(*row) for row in torch.stack(self._fields(double(times)), dim=1).tolist()]
+
+    def rated_levels(self, times: Tensor) -> list[Level[float]]:
+        """`levels` with f and g^2, which cost a differentiation."""
+        f, g2 = self.rates(double(times))
+        rates = zip(f.tolist(), g2.tolist(), strict=True)
+        return [
+            level._replace(rates=each)
+            for level, each in zip(self.levels(times), rates, strict=True)
+        ]
 
     def level_at(self, u: float) -> Level[float]:
         """The level at which sigma / (alpha + sigma) = u."""

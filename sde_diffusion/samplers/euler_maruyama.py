@@ -35,14 +35,15 @@ class EulerMaruyama:
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
-        rates = rates_at(model.process, t) if memory is None else memory[t.t]
+        rates, dt = rates_at(model.process, t), t.t - s.t
         drift = reverse_drift(model, x, t, rates)
-        dt = t.t - s.t
-        return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(rates[1] * dt)), memory
+        return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(rates[1] * dt)), None
 
 
 def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
-    """f and g^2 at one level."""
+    """f and g^2 at one level, which may have them."""
+    if t.rates is not None:
+        return t.rates
     f, g2 = process.rates(torch.tensor([t.t], dtype=torch.float64))
     return f.item(), g2.item()
 

@@ -202,15 +202,14 @@ class TorchSDE:
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         if not x.numel():
-            return x.clone(), memory
-        known = dict(memory or {})
+            return x.clone(), None
         if self.method == "srk":
             brownian = torchsde_path(self, noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "additive", known)
+            sde = ReverseSDE(model, x, t, "additive")
         else:
             brownian = Increment(noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "diagonal", known)
-        return integrate(sde, x, t, s, brownian, self.method), memory
+            sde = ReverseSDE(model, x, t, "diagonal")
+        return integrate(sde, x, t, s, brownian, self.method), None
 
 
 class ReverseSDE:
@@ -228,20 +227,18 @@ class ReverseSDE:
         x: Tensor,
         start: Level[float],
         noise_type: str,
-        rates: dict[float, tuple[float, float]],
     ) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
         self.last: tuple[float, Tensor, Tensor] | None = None
-        self.levels, self.rates = {start.t: start}, rates
+        self.levels = {start.t: start}
 
     def level(self, tau: Tensor | float) -> tuple[Level[float], tuple[float, float]]:
         """The level at time -tau, and f and g^2 there."""
         t = max(-float(tau), 0.0)
         if t not in self.levels:
-            (self.levels[t],) = self.model.process.levels(torch.tensor([t], dtype=torch.float64))
-        if t not in self.rates:
-            self.rates[t] = rates_at(self.model.process, self.levels[t])
-        return self.levels[t], self.rates[t]
+            at = torch.tensor([t], dtype=torch.float64)
+            (self.levels[t],) = self.model.process.rated_levels(at)
+        return self.levels[t], rates_at(self.model.process, self.levels[t])
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         if self.last is not None and self.last[0] == float(tau) and self.last[1] is y:

@@ -23,10 +23,9 @@ def levels(process, *times):
 @pytest.mark.parametrize("home", ["vp", "edm", "cosine", "rectified-flow"])
 def test_a_matched_exact_model_is_the_exact_model_of_the_other_process(home, process):
     """Every process noises N(m, S) to the same law at the same log-SNR, up to scale."""
-    matched = sd.match(gaussian(PROCESSES[home]), process)
-    exact = gaussian(matched.process)
-    x = normal(6, 1)
-    for level in levels(matched.process, 0.05, 0.4, 0.9):
+    matched, exact = sd.match(gaussian(PROCESSES[home]), process), gaussian(process)
+    x, begin = normal(6, 1), float(process.time(max(matched.trained.low, -1e9)))
+    for level in levels(process, 0.05 * begin, 0.4 * begin, 0.9 * begin):
         for quantity in ("x0", "eps", "score", "v", "velocity"):
             ours, theirs = (getattr(model(x, level), quantity) for model in (matched, exact))
             assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -63,33 +62,32 @@ def test_a_trained_network_draws_the_same_samples_on_another_process():
 
 
 def test_sampling_starts_at_the_largest_common_noise():
-    """EDM's model knows sigma / alpha up to 80, and VP goes to 152."""
-    matched = sd.match(gaussian(sd.EDM()), sd.VP())
-    assert matched.process == sd.VP().until(matched.process.end, matched.process.std)
-    assert float(matched.process.log_snr(1.0)) == pytest.approx(-2 * math.log(80), rel=1e-12)
-    (end,) = levels(sd.VP(), matched.process.end)
-    # EDM's N(0, 80^2), rescaled: 80 (alpha + sigma) / (1 + 80)
-    assert matched.process.prior_std == pytest.approx(80 * (end.alpha + end.sigma) / 81, rel=1e-12)
-    recorded = []
-
-    class Asked:
-        process = sd.EDM()
-
-        def __call__(self, x, level):
-            recorded.append(level)
-            return gaussian(sd.EDM())(x, level)
-
-        def rows(self, index):
-            return self
-
-    matched = sd.match(Asked(), sd.VP())
-    x = matched.process.prior((3, 1), seeds=[0, 1, 2])
+    """EDM's model is trained up to sigma / alpha = 80, and VP goes to 152."""
+    model = RecordingLevels(gaussian(sd.EDM()))
+    matched = sd.match(model, sd.VP())
+    assert matched.trained.low == pytest.approx(-2 * math.log(80), rel=1e-12)
+    begin = float(sd.VP().time(matched.trained.low))
+    (level,) = levels(sd.VP(), begin)
+    x = sd.prior(matched, (3, 1), seeds=[0, 1, 2])
+    assert_close(x, math.hypot(level.alpha, level.sigma) * sd.VP().prior((3, 1), seeds=[0, 1, 2]))
     for sampler in (sd.Adams(), sd.Heun(), sd.Ancestral(), sd.EulerMaruyama()):
-        recorded.clear()
+        model.levels.clear()
         assert sd.sample(matched, sampler, x, steps=8, seeds=[0, 1, 2]).isfinite().all()
-        assert recorded[0].t == pytest.approx(1, abs=1e-12)
-    even = torch.linspace(1, 0, 9, dtype=torch.float64)  # VP's own grids are even
-    assert_close(sd.Ancestral().grid(matched.process, 8), even, rtol=0, atol=1e-15)
+        assert model.levels[0].t == pytest.approx(1, abs=1e-12)
+    even = torch.linspace(begin, 0, 9, dtype=torch.float64)  # VP's own grids are even
+    path = [state.t for state in sd.trajectory(matched, sd.Ancestral(), x, steps=8)]
+    assert path == pytest.approx(even[1:].tolist(), rel=1e-12, abs=1e-15)
+
+
+class RecordingLevels:
+    """A model that keeps the levels at which it was evaluated."""
+
+    def __init__(self, model):
+        self.model, self.process, self.levels = model, model.process, []
+
+    def __call__(self, x, level):
+        self.levels.append(level)
+        return self.model(x, level)
 
 
 def test_a_ddpm_of_a_matched_model_is_the_ddpm_of_the_chains_own():
@@ -98,7 +96,6 @@ def test_a_ddpm_of_a_matched_model_is_the_ddpm_of_the_chains_own():
     known = int((np.cumprod(1 - np.array(chain.betas)) >= math.exp(-10.05)).sum())
     matched, own = sd.DDPM(sd.match(gaussian(sd.VP()), chain)), sd.DDPM(gaussian(chain))
     assert 20 < known < 30
-    assert matched.process.betas == chain.betas[:known]
     x = normal(4, 1)
     for i in (1, 7, known):
         for ours, theirs in zip(
@@ -107,57 +104,12 @@ def test_a_ddpm_of_a_matched_model_is_the_ddpm_of_the_chains_own():
             assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@EVERY
-def test_a_shortened_process_is_the_same_sde_on_a_slower_clock(process):
-    end = 0.6
-    short = sd.processes.Process.until(process, end)
-    t = torch.tensor([1e-3, 0.2, 0.7, 1.0], dtype=torch.float64)
-    assert_close(short.alpha(t), process.alpha(t * end))
-    assert_close(short.sigma(t), process.sigma(t * end))
-    assert_close(short.drift(t), end * process.drift(t * end))
-    assert_close(short.diffusion(t), end**0.5 * process.diffusion(t * end))
-    assert_close(short.time(short.log_snr(t)), t, rtol=1e-10, atol=1e-12)
-
-
-def test_levels_cleaner_than_a_chains_first_are_refused_and_its_own_grid_is_not():
-    chain = sd.Discrete.linear(100, 1e-3, 0.2)
-    matched = sd.match(gaussian(chain), sd.VP())
-    x = matched.process.prior((4, 1), seeds=range(4), dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"trained at log_snr from -?[\d.]+ to 6.907"):
-        sd.sample(matched, sd.Heun(), x, steps=30)
-    times = matched.times(50)
-    assert times[0] == 1
-    assert times[-1] == 0
-    nodes = chain.time(matched.process.log_snr(times[1:])) * 100
-    assert_close(nodes, nodes.round(), rtol=0, atol=1e-9)
-    assert sd.sample(matched, sd.Heun(), x, times=times).isfinite().all()
-
-
 def test_a_model_whose_noise_ends_at_the_signal_is_matched_too():
     """log_snr(1) = 0: rounding there is no share of it."""
     matched = sd.match(gaussian(sd.EDM(1.0)), sd.VP())
-    x = matched.process.prior((3, 1), seeds=[0, 1, 2], dtype=torch.float64)
+    x = sd.prior(matched, (3, 1), seeds=[0, 1, 2], dtype=torch.float64)
     for sampler in (sd.Adams(), sd.Ancestral(), sd.EulerMaruyama()):
         assert sd.sample(matched, sampler, x, steps=4, seeds=[0, 1, 2]).isfinite().all()
-
-
-def test_a_chains_grid_may_start_where_drift_is_promised_and_solvers_end_where_it_begins():
-    chain = sd.Discrete.cosine(100)
-    matched = sd.match(gaussian(chain), sd.RectifiedFlow())
-    x = matched.process.prior((3, 1), seeds=[0, 1, 2], dtype=torch.float64)
-    times = matched.times(100, start=matched.process.t_max)
-    assert sd.sample(matched, sd.EulerMaruyama(), x, times=times, seeds=[0, 1, 2]).isfinite().all()
-    with pytest.raises(ValueError, match=r"of its own end at t = 0\.0245") as told:
-        sd.sample(matched, sd.TorchODE(), x)
-    end = float(str(told.value).rsplit(" ", 1)[1])
-    assert end == pytest.approx(float(matched.process.time(chain.log_snr(0.01))), rel=1e-3)
-    assert sd.sample(matched, sd.TorchODE(), x, times=[1.0, 1.001 * end]).isfinite().all()
-
-
-def test_levels_noisier_than_the_model_knows_are_refused():
-    matched = sd.models.Matched(gaussian(sd.EDM()), sd.VP())  # as if not shortened
-    with pytest.raises(ValueError, match=r"from -8.764 to inf"):
-        matched(normal(2, 1), levels(sd.VP(), 1.0)[0])
 
 
 # ---- networks from elsewhere ---------------------------------------------------------------------
@@ -195,7 +147,7 @@ def test_an_adopted_network_is_asked_for_its_own_integer_steps():
 def test_a_network_may_answer_with_a_tuple_and_not_with_nothing():
     level, x = levels(CHAIN, 0.5)[0], normal(2, 1)
     assert torch.equal(sd.adopt(lambda x, step: (x,), CHAIN)(x, level).eps, x)
-    with pytest.raises(TypeError, match="what the network answers must be a tensor; got None"):
+    with pytest.raises(TypeError, match="the output of the network must be a tensor; got None"):
         sd.adopt(lambda x, step: None, CHAIN)(x, level)
 
 
@@ -209,7 +161,7 @@ def test_a_network_may_count_from_one():
     for level in levels(chain, 0.1, 1.0):
         sd.adopt(network, chain, counts_from=1)(normal(2, 1), level)
     assert [step.tolist() for step in asked] == [[1, 1], [10, 10]]
-    with pytest.raises(ValueError, match=r"trained from t = 1/N = 0\.1 on"):
+    with pytest.raises(ValueError, match=r"t must be at least 1/N = 0\.1"):
         sd.adopt(network, chain, counts_from=1)(normal(2, 1), levels(chain, 0.05)[0])
 
 
@@ -221,8 +173,8 @@ def test_between_its_times_an_adopted_network_is_fed_a_real_step_and_nothing_is_
         return x
 
     sd.adopt(network, chain)(normal(2, 1), levels(chain, 0.55)[0])
-    assert_close(asked[0], torch.full((2,), 4.5))
-    with pytest.raises(ValueError, match=r"trained from t = 1/N = 0\.1 on"):
+    assert_close(asked[0], torch.full((2,), 4.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"t must be at least 1/N = 0\.1"):
         sd.adopt(network, chain)(normal(2, 1), levels(chain, 0.05)[0])
 
 
@@ -234,7 +186,8 @@ def test_an_adopted_network_sampled_on_its_chain_and_matched_to_vp_has_the_exact
     assert_close(law.mean, exact.mean, rtol=1e-9, atol=0)
     assert_close(law.covariance, exact.covariance, rtol=1e-9, atol=0)
     matched = sd.match(adopted, sd.VP())
-    moved = sd.verify.law(sd.Ancestral("beta"), matched, times=matched.times(200), shape=(1,))
+    times = sd.VP().time(chain.log_snr(torch.arange(200, -1, -1, dtype=torch.float64) / 200))
+    moved = sd.verify.law(sd.Ancestral("beta"), matched, times=times, shape=(1,))
     assert_close(moved.mean, exact.mean, rtol=1e-8, atol=0)
     assert_close(moved.covariance, exact.covariance, rtol=1e-8, atol=0)
 
@@ -283,7 +236,7 @@ def identity(x, step):
         (lambda: sd.match(torch.nn.Linear(1, 1), sd.VP()), "model must be a model"),
         (lambda: sd.match(gaussian(sd.VP()), None), "process must be a Process"),
         (lambda: sd.match(gaussian(sd.VP()), sd.VP), "process must be a Process"),
-        (lambda: sd.adopt(None, CHAIN), "network must be a function"),
+        (lambda: sd.adopt(None, CHAIN), "network must be a network"),
         (lambda: sd.adopt(identity, sd.VP()), "process must be a Discrete process"),
         (lambda: sd.adopt(identity, CHAIN, counts_from=2), "counts_from"),
         (lambda: sd.processes.continuous(sd.VP()), "discrete must be a Discrete process"),
@@ -312,7 +265,8 @@ def test_ancestral_sampling_of_a_matched_model_tends_to_the_reverse_sde(kind, lo
     errors = []
     for n in sizes:
         matched = sd.match(model, sd.processes.discretize(sd.VP(), n))
-        steps = matched.process.num_steps  # n - 1: the last one is noisier than VP ever is
-        law = sd.verify.measured(sd.Ancestral(kind), matched, steps=steps, shape=(1,))
+        begin = float(matched.process.time(matched.trained.low))  # VP is never noisier
+        times = torch.arange(int(begin * n), -1, -1, dtype=torch.float64) / n
+        law = sd.verify.measured(sd.Ancestral(kind), matched, times=times, shape=(1,))
         errors.append(w2((float(law.mean), float(law.covariance)), limit))
     assert low <= fitted_order(sizes, errors) <= high

@@ -200,7 +200,9 @@ def path_of(
     if times is not None:
         if steps is not None or grid is not None:
             raise ValueError("times must be given alone, without steps or grid; got both")
-        return given_times(model, times)
+        path, end = given_times(model, times), end_time(model)
+        crosses = sampler.claims.adaptive and path[-1] < end < path[-2]
+        return torch.cat([path[:-1], path.new_tensor([end]), path[-1:]]) if crosses else path
     if sampler.claims.adaptive:
         if steps is not None or grid is not None:
             raise ValueError(

@@ -16,7 +16,6 @@ from torch import Tensor
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import enter, leave
 from sde_diffusion.validate import Kind
 
 __all__ = [
@@ -188,31 +187,27 @@ class Bound:
 # ---- below the trained range -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class HeldBelow:
-    """A model whose x0, below time `end`, is the one at `end` in the straight frame.
+    """A model whose x0, below time `end`, stays what it was at `end`.
 
-    For solvers that evaluate the model where they choose to. At lower levels
-
-        x0(x, level) = x0(x (alpha' + sigma') / (alpha + sigma), level'),   the primed ones at end
-
-    so the network is never evaluated outside the range it was trained on.
+    For solvers that evaluate the model where they choose to: of a run with a node at `end` it keeps
+    the x0 of the call there, and gives that x0 at every lower level, so that the path goes straight
+    to it. One object serves one run.
     """
 
     model: Model
     end: float
+    x0: Tensor | None = per_sample_field(default=None)
 
     @property
     def process(self) -> Process:
         return self.model.process
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        if isinstance(level.t, Tensor):
-            t = level.t.flatten().clamp(min=self.end)
-            at: Level = self.process.level(t if len(t) == len(x) else t.reshape(()), x)
-        elif level.t >= self.end:
-            return self.model(x, level)
-        else:
-            (at,) = self.process.levels(torch.tensor([self.end], dtype=torch.float64))
-        found = self.model(leave(enter(x, level), at), at)
-        return Prediction(x, found.x0, level, X0(), found.extra)
+        at_end = isinstance(level.t, float) and abs(level.t - self.end) <= 1e-9 * self.end
+        if at_end or self.x0 is None:
+            found = self.model(x, level)
+            self.x0 = found.x0 if at_end else None
+            return found
+        return Prediction(x, self.x0, level, X0())

@@ -12,6 +12,7 @@ from sde_diffusion.inverse.corrections import BackpropCorrection, PosteriorMeanC
 from sde_diffusion.inverse.measurements import LogLikelihood, Measurement
 from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
 from sde_diffusion.inverse.operators import Mask, Matrix
+from sde_diffusion.models.model import select
 
 
 def drawn(*shape, seed=0):
@@ -40,9 +41,6 @@ class Calls:
     def __call__(self, x, level):
         self.count += 1
         return self.model(x, level)
-
-    def rows(self, index):
-        return self
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -253,7 +251,7 @@ def test_rows_take_their_measurements_with_them():
     model, level, x = data(sd.VP()), level_of(sd.VP(), 0.4), drawn(4, 3)
     each, index = Measurement(Matrix(MATRIX), NOISE, drawn(4, 2)), torch.tensor([3, 1])
     for guided in (PiGDM(model, each), DiffPIR(model, each)):
-        part = guided.rows(index)(x[index], level).x0
+        part = select(guided, index, x.ndim)(x[index], level).x0
         assert_close(part, guided(x, level).x0[index], rtol=0, atol=1e-12)
 
 

@@ -13,6 +13,7 @@ from sde_diffusion.inverse.least_squares import (
 )
 from sde_diffusion.inverse.measurements import Measurement
 from sde_diffusion.inverse.operators import Blur, Downsample, Gray, Mask, Matrix
+from sde_diffusion.models.model import select
 
 
 def drawn(*shape, seed=0):
@@ -115,10 +116,10 @@ def test_a_mask_hears_nothing_of_hidden_pixels_and_rows_take_their_masks_with_th
         for ours, theirs in zip(whole.solve(x, 0.3, 0.01), seen.solve(x, 0.3, 0.01), strict=True):
             assert torch.equal(ours, theirs)
         index = torch.tensor([2, 0])
-        assert torch.equal(whole.rows(index).cost(x[index]), whole.cost(x)[index])
+        assert torch.equal(select(whole, index, 4).cost(x[index]), whole.cost(x)[index])
     # one mask for all, over three channels: it is the same for any rows
     shared = Measurement(Mask(torch.tensor([1.0, 0, 1]).reshape(3, 1, 1)), 0.1, drawn(2, 3, 4, 6))
-    assert shared.rows(torch.tensor([1])).operator is shared.operator
+    assert select(shared, torch.tensor([1]), 4).operator is shared.operator
 
 
 def test_levels_of_each_sample_give_each_its_own_equation():
@@ -128,7 +129,7 @@ def test_levels_of_each_sample_give_each_its_own_equation():
     together = measurement.solve(x, spread.reshape(3, 1, 1, 1), 0.2)
     for k in range(3):
         index = torch.tensor([k])
-        alone = measurement.rows(index).solve(x[index], float(spread[k]), 0.2)
+        alone = select(measurement, index, x.ndim).solve(x[index], float(spread[k]), 0.2)
         for ours, theirs in zip(together, alone, strict=True):
             assert_close(ours[index], theirs, rtol=0, atol=1e-11)
 
@@ -136,8 +137,8 @@ def test_levels_of_each_sample_give_each_its_own_equation():
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: Mask(torch.zeros(2, 2)), "nothing is known"),
     (lambda: Mask(torch.ones(2, 2)), "nothing is left"),
-    (lambda: Mask(torch.full((2, 2), 0.5)), "nothing but 0 and 1"),
-    (lambda: Mask(torch.tensor([math.nan, 1.0])), "nothing but 0 and 1"),
+    (lambda: Mask(torch.full((2, 2), 0.5)), "0 and 1 only"),
+    (lambda: Mask(torch.tensor([math.nan, 1.0])), "0 and 1 only"),
     (lambda: Mask([0, 1]), "tensor of 0 and 1"),
     (lambda: Downsample(0), "factor"),
     (lambda: Downsample(3)(drawn(1, 3, 4, 6)), "divisible by 3"),
@@ -154,7 +155,7 @@ def test_levels_of_each_sample_give_each_its_own_equation():
     (lambda: Measurement(lambda x: x / 0, 0.1, drawn(2, 4)).solve(drawn(2, 4), 1.0, 0.1),
      "finite derivative"),
     (lambda: Measurement(lambda x: x[:1], 0.1, drawn(1, 4)).solve(drawn(2, 4), 1.0, 0.1),
-     "operator must answer for each of 2"),
+     "one entry for each of 2"),
     (lambda: Matrix(drawn(3)), r"\(m, d\)"),
     (lambda: Matrix(drawn(3, 2) * math.nan), "finite"),
 ])  # fmt: skip

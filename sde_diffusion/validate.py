@@ -33,6 +33,7 @@ __all__ = [
     "Checked",
     "Choice",
     "Count",
+    "Each",
     "Integer",
     "Kind",
     "NonNegative",
@@ -56,7 +57,9 @@ P = ParamSpec("P")
 # ---- rules as functions ------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
+def integer(
+    name: str, value: Any, at_least: int = 1, at_most: int | None = None, multiple_of: int = 1
+) -> int:
     """Return `value` if it is an integer in the range; bools and floats are not integers."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
@@ -65,6 +68,8 @@ def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
     if at_most is not None and value > at_most:
         raise ValueError(f"{name} must be at most {at_most}; got {value}")
+    if value % multiple_of:
+        raise ValueError(f"{name} must be a multiple of {multiple_of}; got {value}")
     return value
 
 
@@ -138,9 +143,10 @@ class Integer:
 
     at_least: int = 1
     at_most: int | None = None
+    multiple_of: int = 1
 
     def __call__(self, name: str, value: Any) -> int:
-        return integer(name, value, self.at_least, self.at_most)
+        return integer(name, value, self.at_least, self.at_most, self.multiple_of)
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,21 @@ class Number:
 
     def __call__(self, name: str, value: Any) -> float:
         return number(name, value, self.low, self.high, strict=self.strict)
+
+
+@dataclass(frozen=True)
+class Each:
+    """A sequence of `shortest` to `longest` values, each of which keeps the rule."""
+
+    rule: "Rule"
+    longest: int
+    shortest: int = 0
+
+    def __call__(self, name: str, value: Any) -> Any:
+        integer(f"len({name})", len(value), self.shortest, self.longest)
+        for k, entry in enumerate(value):
+            self.rule(f"{name}[{k}]", entry)
+        return value
 
 
 class Choice:

@@ -63,8 +63,7 @@ def import_weights(
     """
     path = Path(path)
     with storage.regular(path) as (file, size):
-        if size > (most := storage.memory()):
-            raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
+        storage.check_memory(size)
         start = file.read(4)
         if start != b"PK\x03\x04" and sha256 is None:
             raise ValueError(

@@ -188,10 +188,10 @@ def test_the_script_refuses_in_one_line_and_writes_nothing(tmp_path):
 FITS = {
     "no tensor 'b'": {"a": torch.zeros(2)},
     "unknown tensor 'c'": {"a": torch.zeros(2), "b": torch.zeros(1), "c": torch.zeros(1)},
-    r"'a' has the shape \(3,\); the network's has \(2,\)": {
+    r"'a' must be \(2,\) of torch.float32; got \(3,\) of torch.float32": {
         "a": torch.zeros(3), "b": torch.zeros(1)
     },
-    "'b' is of torch.int64; the network's is of torch.float32": {
+    r"'b' must be \(1,\) of torch.float32; got \(1,\) of torch.int64": {
         "a": torch.zeros(2), "b": torch.zeros(1).long()
     },
 }  # fmt: skip

@@ -92,7 +92,10 @@ HOSTILE = {
     "an oversized header": (GOOD | {"mu": npy(header=header("(3,)") + " " * 60_000)}, "damaged"),
     "a huge shape": (GOOD | {"sigma": npy(header=header("(4000000, 4000000)"))}, "damaged"),
     "more than is there": (GOOD | {"sigma": npy(header=header("(4000, 4000)"))}, "damaged"),
-    "less than is there": (GOOD | {"mu": npy(header=header("(2,)"), data=b"\0" * 24)}, "real numbers only"),
+    "less than is there": (
+        GOOD | {"mu": npy(header=header("(2,)"), data=b"\0" * 24)},
+        "real numbers only",
+    ),
     "a negative size": (GOOD | {"mu": npy(header=header("(-3,)"))}, "damaged"),
     "code in the header": (GOOD | {"mu": npy(header="__import__('os').abort()")}, "damaged"),
     "nested brackets": (GOOD | {"mu": npy(header="(" * 9000)}, "damaged"),

@@ -69,5 +69,7 @@ def array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
     except Exception as error:  # numpy's message may advise to allow pickles
         raise ValueError(f"{entry.filename} is damaged ({type(error).__name__})") from None
     if value.dtype.kind not in "fiu" or data.read(1):
-        raise ValueError(f"{entry.filename} must hold real numbers only; got {value.dtype}")
+        raise ValueError(
+            f"{entry.filename} must hold real numbers and nothing else; got {value.dtype}"
+        )
     return value

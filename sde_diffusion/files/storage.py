@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion.files.strict_json import near, parsed, plain, printable, shown
+from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable, shown
 
 __all__ = [
     "BadFile",
@@ -40,9 +40,6 @@ FORMAT = 2
 
 
 OURS = ("format", "sha256", "record_sha256")  # entries that `write` adds to a record
-
-
-LIMIT = 4 * 2**20  # bytes of a record, and of the header of a .safetensors file
 
 
 SMALL = 64 * 2**20  # bytes; up to here SHA-256 is checked before the header is used
@@ -115,8 +112,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     whole = plain({"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record})
     whole["record_sha256"] = record_hash(whole)
     text = (json.dumps(whole, indent=1) + "\n").encode()
-    if len(text) > LIMIT:
-        raise ValueError(f"record must have at most {LIMIT:,} bytes; got {len(text):,}")
     parsed(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_all({path: data, path.with_suffix(".json"): text})
@@ -183,9 +178,7 @@ def examine(path: Path) -> Saved:
     with regular(path) as (file, size):
         start = file.read(8)
         outline = parse_header(file.read(header_end(start, size) - 8), size)
-    with regular(path.with_suffix(".json"), record_note(path)) as (file, length):
-        if length > LIMIT:
-            raise ValueError(f"a record must have at most {LIMIT:,} bytes; got {length:,}")
+    with regular(path.with_suffix(".json"), record_note(path)) as (file, _):
         record = parsed(file.read(LIMIT + 1))
         check_record(record)
     saved = Saved(path, record, outline, size, None)

@@ -9,6 +9,9 @@ from typing import Any
 
 __all__ = ["near", "parsed", "plain", "printable", "shown"]
 
+LIMIT = 4 * 2**20  # bytes
+
+
 DEPTH = 20  # brackets within brackets
 
 
@@ -19,7 +22,9 @@ DIGITS = 40  # of an integer; a seed has up to 39
 
 
 def parsed(data: bytes) -> Any:
-    """Parse JSON: UTF-8, finite numbers, distinct names, limited nesting; or raise ValueError."""
+    """Parse JSON: UTF-8, finite numbers, distinct names, limited sizes; or raise ValueError."""
+    if len(data) > LIMIT:
+        raise ValueError(f"more than {LIMIT:,} bytes")
     if data.count(b"[") + data.count(b"{") > BRACKETS:
         raise ValueError(f"more than {BRACKETS:,} lists and objects")
     try:

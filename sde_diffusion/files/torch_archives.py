@@ -122,10 +122,9 @@ def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
     names = [member.filename.casefold() for member in members]
     if len(set(names)) < len(names):
         raise ValueError("members must have distinct names")
-    if len({name.split("/")[0] for name in names}) != 1:
-        raise ValueError("not a file of torch.save: its members are not in one folder")
-    if sum(name.count("/") == 1 and name.endswith("/data.pkl") for name in names) != 1:
-        raise ValueError("not a file of torch.save: no data.pkl in its folder")
+    (folder, *others) = {name.split("/")[0] for name in names} or {""}
+    if others or f"{folder}/data.pkl" not in names:
+        raise ValueError("not a file of torch.save: it must be one folder with data.pkl")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise ValueError("a TorchScript program, not weights")
     if any(member.file_size > PICKLE for member in members if member.filename.endswith(".pkl")):

@@ -196,14 +196,12 @@ class GaussianFrame:
         """
         path = Path(path)
         tensors, record = storage.read(path, PARTS)
-        with storage.as_bad_record(path):
-            storage.check_names("entry", record, ["rest"], others=True)
-            rest = validate.number("rest", record["rest"], 0, strict=True)
         with storage.as_bad_file(path):
+            storage.check_names("entry", record, ["rest"], others=True)
             if not all(value.is_floating_point() for value in tensors.values()):
                 raise ValueError("tensors of a frame must be floating-point")
             mean, axes, variances = (tensors[name].double() for name in PARTS)
-            made = GaussianFrame(mean, axes, variances, rest)
+            made = GaussianFrame(mean, axes, variances, record["rest"])
             check_orthonormal(made.axes)
         return made
 

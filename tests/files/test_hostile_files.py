@@ -209,7 +209,7 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
         storage.write(path, {"a": torch.zeros(1, dtype=torch.complex64)}, {})
     with pytest.raises(ValueError, match="not printable"):
         storage.write(path, {"\x1b[2J": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="record must have at most 4,194,304 bytes; got"):
+    with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
         storage.write(path, {}, {"long": "x" * 5_000_000})
     with pytest.raises(ValueError, match="an integer of 100 digits"):
         storage.write(path, {}, {"seed": 10**99})

@@ -13,16 +13,17 @@ A message reads `<argument> must <rule>; got <value>`. Code inside the package t
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import NoneType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     ParamSpec,
     Protocol,
     TypeVar,
+    Union,
     get_args,
     get_origin,
     get_type_hints,
@@ -133,7 +134,7 @@ class Rule(Protocol):
     """A condition on one argument."""
 
     def __call__(self, name: str, value: Any) -> Any:
-        """Raise a TypeError or ValueError that names the argument, unless the value is allowed."""
+        """Raise a TypeError or ValueError with the argument's name unless the value is allowed."""
         ...
 
 
@@ -170,6 +171,8 @@ class Each:
     shortest: int = 0
 
     def __call__(self, name: str, value: Any) -> Any:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a sequence; got {value!r:.80}")
         integer(f"len({name})", len(value), self.shortest, self.longest)
         for k, entry in enumerate(value):
             self.rule(f"{name}[{k}]", entry)
@@ -220,7 +223,7 @@ def rules_of(hint: Any) -> tuple[Rule, ...]:
     """Return the rules in an annotation; those of `X | None` hold unless the value is None."""
     if get_origin(hint) is Annotated:
         return tuple(rule for rule in hint.__metadata__ if callable(rule))
-    parts = get_args(hint)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
     return next((rules_of(part) for part in parts if get_origin(part) is Annotated), ())
 
 

@@ -298,3 +298,10 @@ def test_a_fold_of_too_many_pixels_is_refused():
     with pytest.raises(ValueError, match="at most 512"):
         UNet(channels=(8,) * 10, patch=2, attention=(), heads=1)
     UNet(channels=(8,) * 9, patch=2, blocks=1, attention=(), heads=1)
+
+
+@pytest.mark.parametrize("value", [8, "ab", None, 2.5])
+def test_a_size_in_the_place_of_a_sequence_is_refused_by_name(value):
+    for made, argument in ((UNet, "channels"), (PlainUNet, "channels"), (MLP, "shape")):
+        with pytest.raises(TypeError, match=rf"^{argument} must be a sequence; got"):
+            made(**{argument: value})

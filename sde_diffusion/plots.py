@@ -1,4 +1,4 @@
-"""Pictures. Functions on matplotlib axes return the axes; functions on images return bytes."""
+"""Plots. Functions of matplotlib axes return the axes; `png` and `gif` return bytes."""
 
 import io
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ __all__ = ["gif", "loss_curve", "paths", "png", "scatter", "tiles"]
 
 
 def tiles(x: Tensor, columns: int = 8, zoom: int = 3) -> Any:
-    """Images (N, C, H, W) in [-1, 1] side by side, as a PIL image; values outside are clipped."""
+    """Arrange images (N, C, H, W) in [-1, 1], clipped, side by side in a PIL image."""
     from PIL import Image
     from torchvision.utils import make_grid
 
@@ -22,7 +22,7 @@ def tiles(x: Tensor, columns: int = 8, zoom: int = 3) -> Any:
 
 
 def png(image: Any) -> bytes:
-    """A PIL image or matplotlib figure as a PNG file."""
+    """Encode a PIL image or matplotlib figure as PNG."""
     buffer = io.BytesIO()
     if hasattr(image, "savefig"):
         image.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
@@ -32,7 +32,7 @@ def png(image: Any) -> bytes:
 
 
 def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
-    """PIL images as an endless GIF that rests on the last one for a second."""
+    """Encode PIL images as an endless GIF that shows the last one for a second."""
     buffer = io.BytesIO()
     pace = [int(1000 * seconds / len(images))] * (len(images) - 1) + [1000]
     images[0].save(
@@ -42,7 +42,7 @@ def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
 
 
 def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
-    """Losses against steps, with a running mean over a fiftieth of the run."""
+    """Plot losses against steps, with a running mean over a fiftieth of the run."""
     window = max(1, len(losses) // 50)
     total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
     mean = (total[window:] - total[:-window]) / window
@@ -54,7 +54,7 @@ def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
 
 
 def scatter(axes: Any, x: Tensor, title: str = "", limit: float = 2.5) -> Any:
-    """Points (N, 2)."""
+    """Plot points (N, 2)."""
     x = x.detach().cpu()
     axes.scatter(x[:, 0], x[:, 1], s=1.0, alpha=0.5, linewidths=0)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
@@ -63,7 +63,7 @@ def scatter(axes: Any, x: Tensor, title: str = "", limit: float = 2.5) -> Any:
 
 
 def paths(axes: Any, states: Tensor, title: str = "", limit: float = 2.5) -> Any:
-    """Trajectories (steps, N, 2) from noise (light) to data (dark)."""
+    """Plot trajectories (steps, N, 2) from noise (light) to data (dark)."""
     states = states.detach().cpu()
     axes.plot(states[:, :, 0], states[:, :, 1], color="0.6", linewidth=0.4, alpha=0.6)
     axes.scatter(*states[0].T, s=2.0, color="C1", linewidths=0, label="t = 1")

@@ -13,16 +13,17 @@ A message reads `<argument> must <rule>; got <value>`. Code inside the package t
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import NoneType
+from types import NoneType, UnionType
 from typing import (
     Annotated,
     Any,
     ParamSpec,
     Protocol,
     TypeVar,
+    Union,
     get_args,
     get_origin,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Checked",
     "Choice",
     "Count",
+    "Each",
     "Integer",
     "Kind",
     "NonNegative",
@@ -55,7 +57,9 @@ P = ParamSpec("P")
 # ---- rules as functions ------------------------------------------------------------------------
 
 
-def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
+def integer(
+    name: str, value: Any, at_least: int = 1, at_most: int | None = None, multiple_of: int = 1
+) -> int:
     """Return `value` if it is an integer in the range; bools and floats are not integers."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
@@ -64,6 +68,8 @@ def integer(name: str, value: Any, at_least: int = 1, at_most: int | None = None
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
     if at_most is not None and value > at_most:
         raise ValueError(f"{name} must be at most {at_most}; got {value}")
+    if value % multiple_of:
+        raise ValueError(f"{name} must be a multiple of {multiple_of}; got {value}")
     return value
 
 
@@ -127,7 +133,7 @@ class Rule(Protocol):
     """A condition on one argument."""
 
     def __call__(self, name: str, value: Any) -> Any:
-        """Raise a TypeError or ValueError that names the argument, unless the value is allowed."""
+        """Raise a TypeError or ValueError with the argument's name unless the value is allowed."""
         ...
 
 
@@ -137,9 +143,10 @@ class Integer:
 
     at_least: int = 1
     at_most: int | None = None
+    multiple_of: int = 1
 
     def __call__(self, name: str, value: Any) -> int:
-        return integer(name, value, self.at_least, self.at_most)
+        return integer(name, value, self.at_least, self.at_most, self.multiple_of)
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,23 @@ class Number:
 
     def __call__(self, name: str, value: Any) -> float:
         return number(name, value, self.low, self.high, strict=self.strict)
+
+
+@dataclass(frozen=True)
+class Each:
+    """A sequence of `shortest` to `longest` values, each of which keeps the rule."""
+
+    rule: "Rule"
+    longest: int
+    shortest: int = 0
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be a sequence; got {value!r:.80}")
+        integer(f"len({name})", len(value), self.shortest, self.longest)
+        for k, entry in enumerate(value):
+            self.rule(f"{name}[{k}]", entry)
+        return value
 
 
 class Choice:
@@ -198,7 +222,7 @@ def rules_of(hint: Any) -> tuple[Rule, ...]:
     """Return the rules in an annotation; those of `X | None` hold unless the value is None."""
     if get_origin(hint) is Annotated:
         return tuple(rule for rule in hint.__metadata__ if callable(rule))
-    parts = get_args(hint)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
     return next((rules_of(part) for part in parts if get_origin(part) is Annotated), ())
 
 

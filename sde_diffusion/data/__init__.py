@@ -1,4 +1,4 @@
-"""*What is learned.* Data sets as tensors, and batches that are functions of their addresses."""
+"""*Data sets to learn.* Tensors, and batches that are functions of seed and position."""
 
 from sde_diffusion.data import toy
 from sde_diffusion.data.datasets import (

@@ -1,7 +1,7 @@
-"""Data sets as plain tensors, and batches that are functions of their addresses.
+"""Data sets as plain tensors, and batches that are functions of seed and position.
 
 Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 1 with u uniform in
-[0, 1), so that a density makes sense (uniform dequantization, Theis et al. 2016).
+[0, 1), so that they have a density (uniform dequantization, Theis et al. 2016).
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.noise.sources import Purpose, stream
+from sde_diffusion.validate import Count, arguments
 
 __all__ = [
     "Data",
@@ -31,15 +32,15 @@ DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives
 
 @runtime_checkable
 class Data(Protocol):
-    """What training draws from."""
+    """A data set, as training reads it."""
 
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The samples `index` (B,) and their conditions.
+        """Return the samples `index` (B,) and their conditions.
 
         Args:
-            uniform: numbers in [0, 1), (B, *sample shape), the only randomness a sample may use.
+            uniform: numbers in [0, 1), (B, *sample shape): the only randomness of a sample.
         """
         ...
 
@@ -78,7 +79,7 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points (N, ...) of any shape, used as they are."""
+    """Points (N, ...) of any shape, returned unchanged."""
 
     x: Tensor
 
@@ -94,20 +95,20 @@ class Points:
 
 
 def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
-    """uint8 pixels and numbers in [0, 1) to float32 in [-1, 1): (pixel + u) / 128 - 1.
+    """Convert uint8 pixels and numbers u in [0, 1) to float32 (pixel + u) / 128 - 1 in [-1, 1).
 
-    u is cut to 16 bits: pixel + u then has the 24 that float32 holds, and nothing is rounded, which
-    for u near 1 would be up, into the next pixel's interval.
+    u is truncated to 16 bits: pixel + u then has 24 bits, as float32, and is not rounded, which for
+    u near 1 would reach the interval of the next pixel.
     """
     u = (uniform * 65536).floor() / 65536
     return ((pixels + u) / 128 - 1).float()
 
 
 def moments(images: Images) -> tuple[Tensor, Tensor]:
-    r"""Mean (C, H, W) and covariance (d, d) of the dequantized images, float64.
+    r"""Compute mean (C, H, W) and covariance (d, d) of the dequantized images, float64.
 
     With pixels p and u uniform in [0, 1):  E x = (E p + 1/2) / 128 - 1,  and dequantization adds
-    DEQUANTIZATION to each variance: also to that of a constant pixel, which has no other.
+    DEQUANTIZATION to each variance; a constant pixel has no other variance.
     """
     d = images.pixels[0].numel()
     total = torch.zeros(d, dtype=torch.float64)
@@ -123,7 +124,7 @@ def moments(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def fingerprint(data: Data) -> str:
-    """Number, shape and a hash of 256 samples spread over the data: other data have another."""
+    """Identify data by number, shape and a hash of 256 samples spread over them."""
     size = len(data)
     index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
     samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
@@ -135,17 +136,16 @@ def fingerprint(data: Data) -> str:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8: the pixel whose interval holds x, the nearest one outside."""
+    """Convert images in [-1, 1] to uint8: the pixel whose interval holds x, clamped outside."""
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-def shuffled_indices(seed: int, size: int, start: int, count: int) -> Tensor:
-    """Data indices of the global positions start .. start + count - 1, (count,) int64.
+@arguments
+def shuffled_indices(seed: int, size: Count, start: int, count: int) -> Tensor:
+    """Return the data indices of the positions start .. start + count - 1, (count,) int64.
 
-    Epoch e is a permutation that depends on (seed, e) alone, so any stretch can be had anywhere.
+    Epoch e is a permutation that depends on (seed, e) alone, so any process can compute any part.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1: there are no data; got {size}")
     chosen = [np.empty(0, dtype=np.int64)]
     while count > 0:
         epoch, offset = divmod(start, size)
@@ -157,5 +157,5 @@ def shuffled_indices(seed: int, size: int, start: int, count: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> Any:
-    """That of an epoch; a step asks for that of the step before, so it is kept."""
+    """Return the permutation of one epoch (cached: consecutive steps need the same one)."""
     return stream(seed, Purpose.ORDER, epoch).permutation(size)

@@ -1,4 +1,4 @@
-"""Image data sets in files: MNIST, Fashion-MNIST, folders of images."""
+"""Image data sets on disk: MNIST, Fashion-MNIST, folders of images."""
 
 import gzip
 import os
@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.data.datasets import Images
 from sde_diffusion.files import storage
 from sde_diffusion.files.strict_json import printable
+from sde_diffusion.validate import Count, arguments
 
 __all__ = ["DataNotFound", "data_root", "fashion_mnist", "image_folder", "mnist", "sample_digits"]
 
 VARIABLE = "SDE_DIFFUSION_DATA"
 
 
-# What torchvision's ImageFolder takes for an image, and what may be inside. Formats that other
-# programs draw, such as EPS, are not among them, whatever a file's name is.
+# The suffixes of torchvision's ImageFolder, and the formats allowed in a file of any name. Formats
+# that other programs render, such as EPS, are excluded.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
 
@@ -32,21 +32,21 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 class DataNotFound(FileNotFoundError):
-    """A data set is not there, or not whole; the message says where it was looked for."""
+    """A data set is missing or incomplete; the message names the folder that was searched."""
 
 
 def data_root(given: str | Path | None) -> Path:
-    """`given`, or the environment variable SDE_DIFFUSION_DATA, or ./data."""
+    """Return `given`, or the environment variable SDE_DIFFUSION_DATA, or ./data."""
     return Path(given or os.environ.get(VARIABLE) or "data")
 
 
 def mnist(root: str | Path | None = None, *, train: bool = True, download: bool = False) -> Images:
-    """MNIST digits, 60,000 to train and 10,000 to test, 28x28.
+    """Load the MNIST digits, 60,000 to train and 10,000 to test, 28x28.
 
     Args:
-        root: folder that holds MNIST/raw/*-ubyte or *-ubyte.gz; see `data_root`. It is only read,
-            unless `download` is given.
-        download: fetch what is missing into `root`.
+        root: folder that holds MNIST/raw/*-ubyte or *-ubyte.gz; see `data_root`. Only `download`
+            writes to it.
+        download: download missing files into `root`.
     Raises:
         DataNotFound: naming the files, the folder and what to set.
     """
@@ -56,12 +56,12 @@ def mnist(root: str | Path | None = None, *, train: bool = True, download: bool 
 def fashion_mnist(
     root: str | Path | None = None, *, train: bool = True, download: bool = False
 ) -> Images:
-    """Fashion-MNIST, the same sizes; the folder of Debian's dataset-fashion-mnist works too."""
+    """Load Fashion-MNIST, of MNIST's sizes; also from Debian's dataset-fashion-mnist."""
     return _idx("FashionMNIST", data_root(root), train, download)
 
 
 def sample_digits() -> Images:
-    """The first 20 test digits of MNIST, which come with the package."""
+    """Load the first 20 test digits of MNIST, which come with the package."""
     tensors, _ = storage.read(Path(__file__).parents[1] / "weights/digits/mnist_test.safetensors")
     return Images(tensors["pixels"], tensors["labels"])
 
@@ -75,7 +75,7 @@ def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
             made(root, train=train, download=True)
         except (RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise DataNotFound(f"{name} could not be fetched into {root}: {reason}") from None
+            raise DataNotFound(f"{name} could not be downloaded into {root}: {reason}") from None
     with _unpacked(name, root) as folder:
         try:
             loaded = made(folder, train=train)
@@ -92,7 +92,7 @@ def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
 
 @contextmanager
 def _unpacked(name: str, root: Path) -> Iterator[Path]:
-    """A root from which torchvision can read: `root`, or a scratch copy unpacked from its .gz."""
+    """Yield a root for torchvision: `root`, or a temporary copy with its .gz files unpacked."""
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds]
     places = [root / name / "raw", root / name, root]
@@ -122,22 +122,22 @@ def _unpacked(name: str, root: Path) -> Iterator[Path]:
     )
 
 
-def image_folder(path: str | Path, size: int, *, data_class: str | None = None) -> Images:
-    """Images in folders named after their classes, as torchvision's ImageFolder reads them.
+@arguments
+def image_folder(path: str | Path, size: Count, *, data_class: str | None = None) -> Images:
+    """Load images in folders named after their classes, as torchvision's ImageFolder does.
 
-    AFHQ's layout is one: train/cat/*.jpg. A folder that itself holds images is one class. They are
-    made RGB; the shorter side is resized to `size`, antialiased, and the middle of the longer one
-    is kept. Files are in the order of their paths, so index k is the same image everywhere.
+    For example AFHQ: train/cat/*.jpg. A folder that itself holds images is one class. Images are
+    converted to RGB, the shorter side is resized to `size`, antialiased, and the longer one is
+    cropped to its middle. Files are sorted by path, so index k is the same image everywhere.
 
     Args:
         path: the folder.
-        size: of the square images, in pixels.
-        data_class: the only class wanted; its label stays what it is among all classes.
+        size: side of the square images, in pixels.
+        data_class: the only class to load; its label is its index among all classes.
     Raises:
         DataNotFound: if there is no folder, class or image, or a file is not a whole image of 8
             bits a colour, with its name.
     """
-    validate.integer("size", size)
     root = Path(path)
     if not root.is_dir():
         raise DataNotFound(f"{root}: no such folder of images")
@@ -157,34 +157,34 @@ def image_folder(path: str | Path, size: int, *, data_class: str | None = None) 
 
 
 def classes(root: Path) -> list[str]:
-    """The folders in `root`, but hidden ones: the classes of what is in them."""
+    """Return the names of the folders in `root` that are not hidden: the classes."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def images_under(folder: Path) -> list[Path]:
-    """The images at any depth, by their paths."""
+    """Return the paths of the images at any depth, sorted."""
     every = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
     return sorted((p for p in every if is_image(p)), key=lambda p: p.as_posix())
 
 
 def is_image(path: Path) -> bool:
-    """Whether it is a file, neither hidden nor a pipe, with the name of an image."""
+    """True for a regular file that is not hidden and has the suffix of an image."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def square(path: Path, size: int) -> Tensor:
-    """The middle of an image file as uint8 (3, size, size)."""
+    """Read the middle of an image file as uint8 (3, size, size)."""
     from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; but a bomb is refused:
+            warnings.simplefilter("ignore")  # about metadata; decompression bombs are refused
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 if image.mode.startswith(("I", "F")):
                     raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
                 fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
-    except Exception as error:  # decoders raise what they like at bytes that they were not made for
+    except Exception as error:  # decoders raise any exception at damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataNotFound(printable(f"{path} cannot be read: {reason}")) from None

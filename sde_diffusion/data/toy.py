@@ -1,31 +1,54 @@
-r"""Distributions in the plane: small enough to look at, hard enough to go wrong on.
+r"""Distributions in the plane: easy to plot, hard enough to show faults.
 
-By default all are centred and of about unit size, like the noise they are to become. A sample is a
-function of (n, seed) alone, and n points are the first n of any longer sample with that seed.
+By default all are centred and of about unit size, as the noise is. A sample is a function of
+(n, seed) alone, and n points are the first n of any longer sample with that seed.
 
-u is uniform in [0, 1) and z standard normal throughout; R(a) turns by the angle a.
+In the formulas u is uniform in [0, 1), z standard normal, and R(a) a rotation by the angle a.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.noise.sources import Purpose, stream
+from sde_diffusion.validate import (
+    Checked,
+    Count,
+    Integer,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+    arguments,
+)
 
 __all__ = ["Chequerboard", "Moons", "Pinwheel", "SwissRoll", "Toy", "TwoGaussians"]
+
+
+def planar(name: str, x: Tensor) -> Tensor:
+    """Rule of points in the plane: a tensor of floats (..., 2)."""
+    if x.shape[-1:] != (2,) or not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be points (..., 2) of floats; got {tuple(x.shape)}, {x.dtype}"
+        )
+    return x
+
+
+Planar = Annotated[Tensor, planar]
+Finite = Annotated[float, Number()]
+AtLeastTwo = Annotated[int, Integer(2)]
 
 
 class Toy(Protocol):
     """A distribution in the plane. Implementations are frozen dataclasses of its parameters."""
 
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points, float32.
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points, float32.
 
         Raises:
             TypeError, ValueError: unless n is a positive integer.
@@ -34,31 +57,27 @@ class Toy(Protocol):
 
 
 @dataclass(frozen=True)
-class TwoGaussians:
+class TwoGaussians(Checked):
     r"""weight N(+m, std^2 I) + (1 - weight) N(-m, std^2 I),   m = (mean, mean).
 
-    DTU course 02460 has this law in the unit square, with unequal shares: there
-    TwoGaussians(weight=0.2) is mapped by x -> (x + 2) / 4.
+    DTU course 02460 has this distribution in the unit square, with unequal shares:
+    TwoGaussians(weight=0.2), mapped by x -> (x + 2) / 4.
     """
 
-    mean: float = 1.0
-    std: float = 0.4
-    weight: float = 0.5
+    mean: Finite = 1.0
+    std: Positive = 0.4
+    weight: Share = 0.5
 
-    def __post_init__(self) -> None:
-        validate.number("mean", self.mean)
-        validate.number("std", self.std, 0, strict=True)
-        validate.number("weight", self.weight, 0, 1)
-
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points; see Toy."""
+    @arguments
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points; see Toy."""
         u, z = uniforms_and_normals(n, seed)
         sign = np.where(u[:, :1] < self.weight, 1, -1)
         return as_tensor(sign * self.mean + self.std * z)
 
-    def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
-        """Log-density at x."""
-        planar(x)
+    @arguments
+    def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
+        """Return the log-density at x (..., 2)."""
         shares = torch.tensor([self.weight, 1 - self.weight], dtype=x.dtype, device=x.device)
         means = torch.tensor([self.mean, -self.mean], dtype=x.dtype, device=x.device)
         distance2 = ((x[..., None] - means) ** 2).sum(-2)
@@ -67,7 +86,7 @@ class TwoGaussians:
 
 
 @dataclass(frozen=True)
-class Chequerboard:
+class Chequerboard(Checked):
     """Uniform on the dark squares of a board of squares x squares on [-2, 2]^2.
 
     Square (i, j), counted from the lower left corner, is dark where i + j is even. The default is
@@ -75,28 +94,26 @@ class Chequerboard:
     Chequerboard(squares=3), mapped to the unit square by x -> (x + 2) / 4.
     """
 
-    squares: int = 4
-
-    def __post_init__(self) -> None:
-        validate.integer("squares", self.squares, 2)
+    squares: AtLeastTwo = 4
 
     @property
     def side(self) -> float:
         """Side of one square."""
         return 4 / self.squares
 
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points; see Toy."""
+    @arguments
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points; see Toy."""
         u, _ = uniforms_and_normals(n, seed)
         dark = np.argwhere(np.indices((self.squares, self.squares)).sum(0) % 2 == 0)
         corner = dark[(u[:, 0] * len(dark)).astype(int)]
-        clear = 2**-20 / self.side  # of the edges, over which float32 would round
+        clear = 2**-20 / self.side  # margin, so that float32 does not round over an edge
         inside = clear + (1 - 2 * clear) * u[:, 1:]
         return as_tensor(self.side * (corner + inside) - 2)
 
-    def log_prob(self, x: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch"]:
-        """Log-density at x, -inf on the light squares and off the board."""
-        planar(x)
+    @arguments
+    def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
+        """Return the log-density at x (..., 2): -inf on the light squares and off the board."""
         square = ((x + 2) / self.side).floor()
         on_board = ((square >= 0) & (square < self.squares)).all(-1)
         dark = on_board & (square.sum(-1) % 2 == 0)
@@ -105,7 +122,7 @@ class Chequerboard:
 
 
 @dataclass(frozen=True)
-class Moons:
+class Moons(Checked):
     r"""Two interleaved half circles.
 
     x = sqrt(2) (p - c) + noise z,   c = (1/2, 1/4),   a = pi u,
@@ -114,13 +131,11 @@ class Moons:
     The shape is scikit-learn's `make_moons` (Pedregosa et al. 2011), moved to mean 0.
     """
 
-    noise: float = 0.1
+    noise: NonNegative = 0.1
 
-    def __post_init__(self) -> None:
-        validate.number("noise", self.noise, 0)
-
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points; see Toy."""
+    @arguments
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points; see Toy."""
         u, z = uniforms_and_normals(n, seed)
         upper = np.stack([np.cos(np.pi * u[:, 1]), np.sin(np.pi * u[:, 1])], axis=1)
         p = np.where(u[:, :1] < 0.5, upper, (1, 0.5) - upper)
@@ -128,7 +143,7 @@ class Moons:
 
 
 @dataclass(frozen=True)
-class SwissRoll:
+class SwissRoll(Checked):
     r"""A spiral.
 
     x = ((a cos a, a sin a) - c) / 7 + noise z,   a = 3 pi (1/2 + u),   c = (2, 2 / (3 pi))
@@ -137,13 +152,11 @@ class SwissRoll:
     `make_swiss_roll` (Marsland 2014, ch. 6) seen from its end.
     """
 
-    noise: float = 0.1
+    noise: NonNegative = 0.1
 
-    def __post_init__(self) -> None:
-        validate.number("noise", self.noise, 0)
-
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points; see Toy."""
+    @arguments
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points; see Toy."""
         u, z = uniforms_and_normals(n, seed)
         a = 3 * np.pi * (0.5 + u[:, :1])
         p = a * np.concatenate([np.cos(a), np.sin(a)], axis=1)
@@ -151,26 +164,21 @@ class SwissRoll:
 
 
 @dataclass(frozen=True)
-class Pinwheel:
+class Pinwheel(Checked):
     r"""Bent arms, evenly turned (Johnson et al. 2016).
 
     x = sqrt(2) R(2 pi k / arms + rate e^r) (r, tangential z_2),
     r = 1 + radial z_1,   k uniform in 0 .. arms - 1
     """
 
-    arms: int = 5
-    radial: float = 0.3
-    tangential: float = 0.1
-    rate: float = 0.25
+    arms: AtLeastTwo = 5
+    radial: NonNegative = 0.3
+    tangential: NonNegative = 0.1
+    rate: Finite = 0.25
 
-    def __post_init__(self) -> None:
-        validate.integer("arms", self.arms, 2)
-        validate.number("radial", self.radial, 0)
-        validate.number("tangential", self.tangential, 0)
-        validate.number("rate", self.rate)
-
-    def sample(self, n: int, seed: int) -> Float[Tensor, "n 2"]:
-        """n independent points; see Toy."""
+    @arguments
+    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+        """Draw n independent points; see Toy."""
         u, z = uniforms_and_normals(n, seed)
         r, across = 1 + self.radial * z[:, 0], self.tangential * z[:, 1]
         a = 2 * np.pi * np.floor(self.arms * u[:, 0]) / self.arms + self.rate * np.exp(r)
@@ -179,18 +187,11 @@ class Pinwheel:
 
 
 def uniforms_and_normals(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """u (n, 3) and z (n, 2): the beginnings of two endless lists that the seed fixes."""
-    validate.integer("n", n)
+    """Return u (n, 3) and z (n, 2): the first n rows of two sequences that depend on the seed."""
     u, z = (stream(seed, Purpose.TOY, step) for step in (0, 1))
     return u.random((n, 3)), z.standard_normal((n, 2))
 
 
 def as_tensor(x: np.ndarray) -> Tensor:
-    """The sample as a float32 tensor."""
+    """Convert a sample to a float32 tensor."""
     return torch.from_numpy(x.astype(np.float32))
-
-
-def planar(x: Tensor) -> None:
-    """Refuse what is not a batch of points."""
-    if x.shape[-1:] != (2,) or not x.is_floating_point():
-        raise ValueError(f"x must be points (..., 2) of floats; got {tuple(x.shape)}, {x.dtype}")

@@ -1,6 +1,6 @@
-"""Objects as JSON and back: by fixed tables of classes, and by the types of their constructors.
+"""Objects as JSON and back, by fixed tables of classes and the annotations of their constructors.
 
-Nothing is imported or looked up by name in a module, and nothing called but the classes of a table.
+Nothing is imported by name, and nothing is called but the classes of a table.
 """
 
 import inspect
@@ -12,27 +12,27 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
-from sde_diffusion.files.strict_json import near, plain, spoken
+from sde_diffusion.files.strict_json import near, plain, shown
 
 __all__ = ["class_and_arguments", "from_record", "public", "same", "to_record"]
 
 
 def to_record(value: Any) -> dict[str, Any]:
-    """A frozen dataclass as JSON."""
+    """Convert a dataclass instance to JSON."""
     if not is_dataclass(value) or isinstance(value, type):
-        raise TypeError(f"{type(value).__name__} must be a dataclass to be saved")
+        raise TypeError(f"a saved part must be a dataclass instance; got {value!r:.80}")
     return {"class": type(value).__name__, **asdict(value)}
 
 
 def public(module: Any) -> list[type]:
-    """The public classes of a module that `from_record` can make."""
+    """Return the public classes of a module that `from_record` can make."""
     named = [getattr(module, name) for name in module.__all__]
     kinds = [made for made in named if isinstance(made, type) and not inspect.isabstract(made)]
     return [made for made in kinds if is_dataclass(made) or issubclass(made, nn.Module)]
 
 
 def from_record(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
-    """The inverse of `to_record` for these classes; or `given`, if that is what it describes."""
+    """Make the object of these classes that a description names, or return `given` if it fits."""
     if given is not None:
         same(kind, description, to_record(given))
         return given
@@ -45,13 +45,15 @@ def from_record(kind: str, classes: Sequence[type], description: Any, given: Any
 def class_and_arguments(
     kind: str, classes: Sequence[type], description: Any, added: Mapping[str, Any] | None = None
 ) -> tuple[type, dict[str, Any]]:
-    """The class that a description names, of these, and arguments that its constructor takes.
+    """Return the class that a description names and the arguments of its constructor.
 
     Args:
-        added: arguments that older files of this format do not have, and what they were then.
+        kind: the part described, for messages.
+        classes: those allowed.
+        description: JSON.
+        added: arguments that older files lack, with the values that they had then.
     """
-    if not isinstance(description, dict):
-        raise ValueError(f"{kind} must be described by an object; got {spoken(description)}")
+    check_object(kind, description)
     arguments = dict(description)
     if "class" not in arguments:
         raise ValueError(f"{kind} has no 'class'{near('class', arguments)}")
@@ -69,14 +71,13 @@ def class_and_arguments(
         if argument not in arguments:
             raise ValueError(f"{kind} {name} has no {argument!r}: its record is not complete")
         if not matches_type(arguments[argument], parameter.annotation):
-            raise ValueError(f"{argument} of {name} must not be {spoken(arguments[argument])}")
+            raise ValueError(f"{argument} of {name} must not be {shown(arguments[argument])}")
     return made, arguments
 
 
 def same(kind: str, saved: Any, ours: Mapping[str, Any]) -> None:
-    """Refuse a description that is not what was saved, listing what differs."""
-    if not isinstance(saved, dict):
-        raise ValueError(f"{kind} must be described by an object; got {spoken(saved)}")
+    """Refuse a description that differs from the saved one, listing the differences."""
+    check_object(kind, saved)
     old, new = ({name: text(value) for name, value in d.items()} for d in (saved, ours))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     changes = [f"{n} {old.get(n, 'absent'):.80} -> {new.get(n, 'absent'):.80}" for n in names[:5]]
@@ -84,8 +85,14 @@ def same(kind: str, saved: Any, ours: Mapping[str, Any]) -> None:
         raise ValueError(f"the {kind} was saved as another: {', '.join(changes)}")
 
 
+def check_object(kind: str, description: Any) -> None:
+    """Refuse anything but a JSON object."""
+    if not isinstance(description, dict):
+        raise ValueError(f"{kind} must be described by an object; got {shown(description)}")
+
+
 def text(value: Any) -> str:
-    """One text for equal values: 20 and 20.0 are one number."""
+    """Return the same text for equal values: 20 and 20.0 are one number."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list | tuple):
@@ -94,7 +101,7 @@ def text(value: Any) -> str:
 
 
 def matches_type(value: Any, hint: Any) -> bool:
-    """Is a value from JSON what an annotation says? True is no 1, "1" is no 1, 1.0 is no 1."""
+    """True if a value from JSON has the annotated type. True, "1" and 1.0 are not the integer 1."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return matches_type(value, inside[0])

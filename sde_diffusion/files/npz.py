@@ -1,41 +1,25 @@
-"""Arrays in .npz files from anywhere, read without trust.
+"""Arrays in .npz files, read without trust: a .npz is a zip archive of .npy files.
 
-A .npz is a zip of .npy files. What each claims to hold is read and judged before room is made for
-it, and nothing is unpickled.
+Sizes are checked before anything is unpacked, checksums before it is used; nothing is unpickled.
 """
 
 import io
-import lzma
-import math
 import os
-import stat
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sde_diffusion.files import storage
-from sde_diffusion.files.storage import BadFile
 
 __all__ = ["read_npz", "write_npz"]
 
-LIMIT = 4096  # of every size of an array; the widest features in use have 2,048
+LIMIT = 4096  # of the width of features, of which the widest in use have 2,048
 
 
-HEAD = 2**16  # bytes, of the head of an array and of a zip's table of contents
-
-
-# What zipfile, zlib and numpy's header parser raise on bytes that are not theirs.
-DAMAGE = (
-    ValueError, TypeError, KeyError, EOFError, RuntimeError, SyntaxError, OverflowError,
-    RecursionError, MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile,
-    zlib.error, lzma.LZMAError,
-)  # fmt: skip
+HEAD = 2**16  # bytes, of the header of an array and of the archive's directory
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
@@ -47,67 +31,45 @@ def write_npz(path: Path, **arrays: Any) -> None:
 
 
 def read_npz(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """The real arrays by these names, of at most two sizes and 4,096 in each.
+    """Return the arrays of real numbers with these names, 8 LIMIT^2 bytes each at most.
 
     Raises:
         storage.BadFile: naming the file and the reason.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise BadFile(f"{path}: not a regular file")
-        check_contents(path)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            names = sorted(entry.filename.removesuffix(".npy") for entry in entries)
-            allowed = {*required, *optional}
-            if len(set(names)) < len(names) or not set(required) <= set(names) <= allowed:
-                wanted = " and ".join(required) + "".join(f" (and {name})" for name in optional)
-                raise BadFile(f"{path}: must hold {wanted}; it holds {', '.join(names)[:200]}")
-            return {entry.filename.removesuffix(".npy"): array(archive, entry) for entry in entries}
-    except BadFile:
-        raise
-    except OSError as error:
-        raise BadFile(f"{path}: {error.strerror or error}") from None
-    except DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadFile(f"{path}: not a .npz of arrays, or damaged ({reason[:200]})") from None
+    with storage.regular(path) as (file, _):
+        check_directory(file)
+        with zipfile.ZipFile(file) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            storage.check_names("array", entries, required, others=True)
+            if len(archive.infolist()) > len(entries) or not {*required, *optional} >= {*entries}:
+                raise ValueError(f"unknown or repeated arrays among {', '.join(entries):.200}")
+            return {name: array(archive, entry) for name, entry in entries.items()}
 
 
-def check_contents(path: Path) -> None:
-    """Refuse a zip whose table of contents is long: zipfile reads it whole, entry by entry."""
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - HEAD))
-        tail = file.read(HEAD)
-    at = tail.rfind(b"PK\5\6")  # where the record of the end begins; its field 12 is that size
-    if at < 0 or len(tail) < at + 22:
-        raise ValueError("no zip's end")
-    (size,) = struct.unpack("<I", tail[at + 12 : at + 16])
-    if size > HEAD or tail[max(0, at - 20) :].startswith(b"PK\6\7"):
-        raise ValueError("a table of contents too long for a few arrays")
+def check_directory(file: BinaryIO) -> None:
+    """Refuse a zip archive with a long directory: zipfile would read it whole, entry by entry."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - HEAD))
+    tail = file.read(HEAD)
+    at = tail.rfind(b"PK\5\6")  # the end record; the size of the directory is at byte 12
+    size = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if at < 0 or size > HEAD or tail[max(0, at - 20) :].startswith(b"PK\6\7"):
+        raise ValueError("damaged, or not a zip archive of a few arrays")
 
 
 def array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
-    """One array, if it is what it says."""
+    """Return one array of the archive."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{entry.filename} is packed in an unknown way")
+        raise ValueError(f"{entry.filename} must be stored or deflated")
     if entry.file_size > 8 * LIMIT**2 + HEAD:  # no more than this is ever unpacked of it
         raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
-        elif version == (2, 0):
-            shape, columns_first, dtype = np.lib.format.read_array_header_2_0(file)
-        else:
-            raise ValueError(f"{entry.filename} has the unknown version {version}")
-        if dtype.kind not in "fiu":
-            raise ValueError(f"{entry.filename} holds {dtype}, not real numbers")
-        if len(shape) > 2 or any(not 0 <= size <= LIMIT for size in shape):
-            raise ValueError(f"{entry.filename} has the shape {shape}")
-        size = math.prod(shape) * dtype.itemsize
-        data = file.read(size + 1)
-    if len(data) != size:
-        raise ValueError(f"{entry.filename} is not the {size} bytes that its header says")
-    flat = np.frombuffer(data, dtype)
-    return flat.reshape(shape, order="F" if columns_first else "C")
+    try:
+        data = io.BytesIO(archive.read(entry))  # checks the CRC-32
+        value = np.lib.format.read_array(data, allow_pickle=False)
+    except Exception as error:  # numpy's message may advise to allow pickles
+        raise ValueError(f"{entry.filename} is damaged ({type(error).__name__})") from None
+    if value.dtype.kind not in "fiu" or data.read(1):
+        raise ValueError(
+            f"{entry.filename} must hold real numbers and nothing else; got {value.dtype}"
+        )
+    return value

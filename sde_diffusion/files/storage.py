@@ -1,10 +1,9 @@
-"""Files: safetensors for numbers, JSON for words, SHA-256 to notice damage, rename to be whole.
+"""Save and load: tensors as safetensors, metadata as JSON, SHA-256 checks, atomic rename.
 
-A file is untrusted input. Nothing read from one is executed: class names are looked up in fixed
-tables, arguments are held to the types of the constructor. Nothing large is read or made before
-what is small says that it fits: first the record and the head of the weights, each of 4 MiB at
-most, then the numbers, as many bytes as the file has. SHA-256 is for damage, not for malice: who
-changes a file can change its hash, so everything is checked whatever the hash says.
+Files are untrusted input, and nothing in one is executed. Reading has stages: first the JSON record
+and the header of the tensors, 4 MiB each at most; then, if all of it fits together, the tensors, as
+many bytes as the file has. SHA-256 detects corruption and not attacks: whoever changes a file can
+change its hash. So every other check is made whatever the hash is.
 """
 
 import hashlib
@@ -12,21 +11,22 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.files.strict_json import near, parsed, plain, printable, spoken
+from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable, shown
 
 __all__ = [
     "BadFile",
     "Saved",
-    "blaming",
-    "blaming_record",
+    "as_bad_file",
+    "as_bad_record",
     "check_fit",
     "examine",
     "load",
@@ -39,13 +39,10 @@ __all__ = [
 FORMAT = 2
 
 
-OURS = ("format", "sha256", "record_sha256")  # what `write` adds to a record
+OURS = ("format", "sha256", "record_sha256")  # entries that `write` adds to a record
 
 
-LIMIT = 4 * 2**20  # bytes of a record, and of the head of a .safetensors file
-
-
-SMALL = 64 * 2**20  # bytes: so much is read to tell damage from what was written to harm
+SMALL = 64 * 2**20  # bytes; up to here SHA-256 is checked before the header is used
 
 
 TENSORS = 10_000  # in one file
@@ -59,7 +56,7 @@ DTYPES = {
 
 
 SIGNS = {
-    b"PK": "a zip archive; sde_diffusion.importing reads those of torch.save",
+    b"PK": "a zip archive; files.torch_archives reads those of torch.save",
     b"\x80\x02": "a pickle, which is never read",
     b"\x80\x03": "a pickle, which is never read",
     b"\x80\x04": "a pickle, which is never read",
@@ -76,53 +73,52 @@ SIGNS = {
 
 
 class BadFile(ValueError):
-    """A file that cannot be used; the message names it and says why, in one printable line."""
+    """A file that cannot be used: one printable line with its name and the reason."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class Saved(NamedTuple):
-    """A pair of files whose record and head are sound; `load` gives the numbers."""
+    """A pair of files whose record and header are valid; `load` reads the tensors."""
 
     path: Path
     record: dict[str, Any]
-    outline: dict[str, Tensor]  # names, shapes and dtypes, on the meta device: without numbers
+    outline: dict[str, Tensor]  # names, shapes and dtypes: tensors on the meta device
     size: int  # bytes
-    data: bytes | None  # the whole file, where it is small
+    data: bytes | None  # the whole file if it is small
 
 
 # ---- writing ----------------------------------------------------------------------------------
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write path (.safetensors) and its JSON: both, or neither where the disk refuses.
+    """Write path (.safetensors) and its JSON: both, or neither if the disk is full.
 
-    What `read` would refuse is not written. A kill between the two renames leaves a pair that it
-    refuses; a checkpoint, which is a folder renamed whole, does not have that instant.
+    Anything that `read` would refuse is refused here. A process killed between the two renames
+    leaves a pair that `read` refuses; training checkpoints avoid this by renaming a whole folder.
 
     Raises:
-        ValueError: if a number is not finite, by the name of its tensor.
+        ValueError: if a number is not finite, with the name of its tensor.
     """
     from safetensors.torch import save
 
+    check_suffix("path", path)
     taken = [name for name in OURS if name in record]
     if taken:
-        raise ValueError(f"{', '.join(taken)}: a name that the record keeps for itself")
+        raise ValueError(f"record must not hold the reserved name {', '.join(taken)}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     data = save(tensors)
-    outlined(data[8 : head_end(data[:8], len(data))], len(data))
+    parse_header(data[8 : header_end(data[:8], len(data))], len(data))
     check_numbers(tensors)
-    told = plain({"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record})
-    told["record_sha256"] = record_hash(told)
-    words = (json.dumps(told, indent=1) + "\n").encode()
-    if len(words) > LIMIT:
-        raise ValueError(f"a record of {len(words):,} bytes; it may have {LIMIT:,}")
-    parsed(words)
+    whole = plain({"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record})
+    whole["record_sha256"] = record_hash(whole)
+    text = (json.dumps(whole, indent=1) + "\n").encode()
+    parsed(text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_all({path: data, path.with_suffix(".json"): words})
+    replace_all({path: data, path.with_suffix(".json"): text})
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a record, however it is laid out as text."""
+    """SHA-256 of a record; independent of white space and of the order of names."""
     rest = {name: value for name, value in record.items() if name != "record_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -151,63 +147,79 @@ def replace_all(contents: Mapping[Path, bytes]) -> None:
 
 
 # ---- reading ----------------------------------------------------------------------------------
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record that `write` wrote, or BadFile."""
+def read(
+    path: Path, names: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the record that `write` wrote.
+
+    Args:
+        names: of the tensors that the file must hold, and no others [any].
+    Raises:
+        BadFile: naming the file and the reason.
+    """
     saved = examine(path)
+    if names is not None:
+        with as_bad_file(path):
+            check_names("tensor", saved.outline, names)
     return load(saved), saved.record
 
 
 def examine(path: Path) -> Saved:
-    """The record and the names, shapes and dtypes of what `write` wrote, or BadFile.
+    """Return the record and the names, shapes and dtypes of the tensors that `write` wrote.
 
-    Reads 64 MiB at most, however large the files are or say that they are. What follows can be held
-    against the outline before the numbers are read.
+    Reads at most 64 MiB, whatever the size of the files, so that the caller can check the outline
+    before the tensors are read.
+
+    Raises:
+        BadFile: naming the file and the reason.
     """
-    if path.suffix != ".safetensors":
-        raise BadFile(f"{path}: its name does not end in .safetensors")
+    with as_bad_file(path):
+        check_suffix("the name", path)
     with regular(path) as (file, size):
         start = file.read(8)
-        head = file.read(head_end(start, size) - 8)
-        outline = outlined(head, size)
-    with regular(path.with_suffix(".json"), record_note(path)) as (file, length):
-        if length > LIMIT:
-            raise ValueError(f"{length:,} bytes; a record has {LIMIT:,} at most")
+        outline = parse_header(file.read(header_end(start, size) - 8), size)
+    with regular(path.with_suffix(".json"), record_note(path)) as (file, _):
         record = parsed(file.read(LIMIT + 1))
         check_record(record)
     saved = Saved(path, record, outline, size, None)
-    return saved._replace(data=whole(saved)) if size <= SMALL else saved
+    return saved._replace(data=checked_bytes(saved)) if size <= SMALL else saved
 
 
 def load(saved: Saved) -> dict[str, Tensor]:
-    """The tensors of a pair that has been examined, or BadFile. Takes twice its size in memory."""
+    """Return the tensors of an examined pair, or raise BadFile. Takes twice its size in memory."""
     from safetensors.torch import load as decode
 
-    with blaming(saved.path):
-        tensors = decode(whole(saved) if saved.data is None else saved.data)
+    with as_bad_file(saved.path):
+        tensors = decode(checked_bytes(saved) if saved.data is None else saved.data)
         check_numbers(tensors)
     return tensors
 
 
-def whole(saved: Saved) -> bytes:
-    """The bytes of the .safetensors file, which must be those that its record was written for."""
+def checked_bytes(saved: Saved) -> bytes:
+    """Return the bytes of the .safetensors file if they have the SHA-256 of its record."""
     with regular(saved.path) as (file, size):
-        if size > (most := memory()):
-            raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
+        check_memory(size)
         data = file.read(saved.size + 1)
         if hashlib.sha256(data).hexdigest() != saved.record["sha256"]:
             raise ValueError(
-                f"truncated, damaged, or not the file of {saved.path.stem}.json (its SHA-256 is "
-                f"not the recorded one)"
+                f"truncated, damaged, or not the file of {saved.path.stem}.json: its SHA-256 "
+                f"differs from the record"
             )
     return data
 
 
+def check_suffix(name: str, path: Path) -> None:
+    """Refuse any path but one of a .safetensors file."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{name} must end in .safetensors; got {path}")
+
+
 @contextmanager
 def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
-    """A file opened for reading, and its size; all that goes wrong with it is a BadFile."""
-    no_wait = getattr(os, "O_NONBLOCK", 0)  # a pipe without a writer would keep us
+    """Open a regular file for reading and yield it with its size; any exception is a BadFile."""
+    no_wait = getattr(os, "O_NONBLOCK", 0)  # opening a pipe without a writer would block
     with (
-        blaming(path, note),
+        as_bad_file(path, note),
         open(path, "rb", opener=lambda name, how: os.open(name, how | no_wait)) as file,
     ):
         status = os.fstat(file.fileno())
@@ -217,11 +229,11 @@ def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def blaming(path: Path, note: str = "") -> Iterator[None]:
-    """Whatever is raised inside is a BadFile of `path`.
+def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
+    """Turn every exception raised inside into a BadFile of `path`.
 
-    Every exception, and not a list of them: what torch or a constructor raises at a number that it
-    was never meant for is not written anywhere.
+    Every exception, not a list of them: it is nowhere documented what torch or a constructor raises
+    at a number far outside its range.
     """
     try:
         yield
@@ -232,45 +244,59 @@ def blaming(path: Path, note: str = "") -> Iterator[None]:
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror or error}{note}") from None
     except Exception as error:
-        said = str(error).strip().splitlines() or [f"damaged ({type(error).__name__})"]
-        raise BadFile(f"{path}: {said[0]:.500}{note}") from None
+        lines = str(error).strip().splitlines() or [f"damaged ({type(error).__name__})"]
+        raise BadFile(f"{path}: {lines[0]:.500}{note}") from None
 
 
-def blaming_record(path: Path) -> AbstractContextManager[None]:
-    """`blaming` for the record of a .safetensors file, whichever of the two the caller knows."""
-    return blaming(path.with_suffix(".json"), record_note(path))
+def as_bad_record(path: Path) -> AbstractContextManager[None]:
+    """`as_bad_file` for the JSON record beside the .safetensors file `path`."""
+    return as_bad_file(path.with_suffix(".json"), record_note(path))
 
 
 def record_note(path: Path) -> str:
     return f" (the record of {path})"
 
 
-def memory() -> int:
-    """Bytes of memory of this machine, where it says so."""
+def check_memory(size: int) -> None:
+    """Refuse a file larger than the memory of this machine, if the system reports it."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return 2**63 - 1
+        return
+    if size > most:
+        raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
 
 
 def check_record(record: Any) -> None:
-    """Refuse what `write` has not written as a record."""
+    """Refuse anything but a record of `write`."""
     if not isinstance(record, dict):
-        raise ValueError(f"not a record but {spoken(record)}")
-    for name in OURS:
-        if name not in record:
-            raise ValueError(f"not a record: it has no {name!r}{near(name, record)}")
-    given = record["format"]
-    if type(given) is not int or given != FORMAT:
-        known = "not one there is" if type(given) is not int or given < 1 else "an older one"
-        age = "of a newer version" if type(given) is int and given > FORMAT else known
-        raise ValueError(f"format {given!r:.40}, {age}; this version reads format {FORMAT}")
+        raise ValueError(f"a record must be an object; got {shown(record)}")
+    check_names("entry", record, OURS, others=True)
+    found = record["format"]
+    if type(found) is not int or found != FORMAT:
+        known = "unknown" if type(found) is not int or found < 1 else "an older one"
+        age = "of a newer version" if type(found) is int and found > FORMAT else known
+        raise ValueError(f"format {found!r:.40}, {age}; this version reads format {FORMAT}")
     if record["record_sha256"] != record_hash(record):
-        raise ValueError("damaged (its SHA-256 is not the recorded one)")
+        raise ValueError("damaged: its SHA-256 differs from the recorded one")
 
 
-def head_end(start: bytes, size: int) -> int:
-    """Where the head of a .safetensors file of `size` bytes ends, from its first 8 bytes."""
+def check_names(
+    kind: str, found: Iterable[str], wanted: Sequence[str], *, others: bool = False
+) -> None:
+    """Refuse a collection of names that lacks one of `wanted`, or has others unless allowed."""
+    found = list(found)
+    unknown = [name for name in found if name not in wanted]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        more = f" nor {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"no {kind} {missing[0]!r:.200}{more}{near(missing[0], unknown)}")
+    if unknown and not others:
+        raise ValueError(f"unknown {kind} {unknown[0]!r:.200}{near(unknown[0], wanted)}")
+
+
+def header_end(start: bytes, size: int) -> int:
+    """Return where the header of a .safetensors file of `size` bytes ends, by its first 8 bytes."""
     length = int.from_bytes(start, "little")
     if len(start) == 8 and 2 <= length <= min(size - 8, LIMIT):
         return 8 + length
@@ -279,93 +305,81 @@ def head_end(start: bytes, size: int) -> int:
         what = "text"
     if not what and size < 8:
         what = "truncated" if size else "empty"
-    told = what or f"truncated, or something else (its head would have {length:,} bytes)"
-    raise ValueError(f"not a safetensors file: {told}; it has {size:,} bytes")
+    what = what or f"truncated, or of another format (its header would have {length:,} bytes)"
+    raise ValueError(f"not a safetensors file: {what}; it has {size:,} bytes")
 
 
-def outlined(head: bytes, size: int) -> dict[str, Tensor]:
-    """The tensors that the head of a file of `size` bytes announces, without their numbers.
+def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
+    """Return the tensors in the header of a file of `size` bytes, on the meta device.
 
-    Their bytes must be all the rest of the file, one after the other.
+    Their bytes must follow each other and fill the rest of the file.
     """
     try:
-        told = parsed(head)
+        entries = parsed(header)
     except ValueError as error:
-        raise ValueError(f"damaged, or not a safetensors file; its head: {error}") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"not a safetensors file: its head is {spoken(told)}")
-    notes = told.pop("__metadata__", {})
+        raise ValueError(f"damaged, or not a safetensors file; its header: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"not a safetensors file: its header is {shown(entries)}")
+    notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("its __metadata__ is not made of strings")
-    if len(told) > TENSORS:
-        raise ValueError(f"{len(told):,} tensors; a file has {TENSORS:,} at most")
-    pieces = sorted((announced(name, entry) for name, entry in told.items()), key=lambda p: p[2:])
+        raise ValueError("__metadata__ must hold strings only")
+    if len(entries) > TENSORS:
+        raise ValueError(f"a file must hold at most {TENSORS:,} tensors; got {len(entries):,}")
+    pieces = sorted(map(parse_entry, entries, entries.values()), key=itemgetter(2, 3))
     end = 0
     for name, _, begin, stop in pieces:
         if begin != end:
-            raise ValueError(f"tensor {name!r:.80} begins at byte {begin}, not at {end}")
+            raise ValueError(f"tensor {name!r:.80} must begin at byte {end}; got {begin}")
         end = stop
-    if 8 + len(head) + end != size:
-        raise ValueError(
-            f"truncated or damaged: {size:,} bytes, of which its head accounts for "
-            f"{8 + len(head) + end:,}"
-        )
+    if (accounted := 8 + len(header) + end) != size:
+        raise ValueError(f"truncated or damaged: {size:,} bytes; its header needs {accounted:,}")
     return {name: tensor for name, tensor, _, _ in pieces}
 
 
-def announced(name: str, entry: Any) -> tuple[str, Tensor, int, int]:
-    """Name, outline, first and last byte of one tensor."""
+def parse_entry(name: str, entry: Any) -> tuple[str, Tensor, int, int]:
+    """Return name, outline, first and last byte of one tensor."""
     if not name.isprintable() or len(name) > 200:
         raise ValueError(f"a tensor's name is not printable, or too long: {name!r:.80}")
     if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
-        raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets only")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r:.40}")
     dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not whole_numbers(shape) or len(shape) > 64:
+    if not naturals(shape) or len(shape) > 64:
         raise ValueError(f"tensor {name!r} has the shape {shape!r:.80}")
-    if not whole_numbers(offsets) or len(offsets) != 2:
+    if not naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has the data_offsets {offsets!r:.80}")
     count = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != count:
-        raise ValueError(
-            f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes; its shape {shape!r:.80} takes "
-            f"{count}"
-        )
+        found = offsets[1] - offsets[0]
+        raise ValueError(f"tensor {name!r} of {shape!r:.80} needs {count} bytes; got {found}")
     return name, torch.empty(shape, dtype=dtype, device="meta"), offsets[0], offsets[1]
 
 
-def whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+def naturals(value: Any) -> bool:
+    """True for a list of integers in [0, 2^63)."""
+    return isinstance(value, list) and (
+        not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**63)
+    )
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that are not finite, and bytes that are no bool: damage, by any hash."""
+    """Refuse values that are not finite, and bytes that are no bool."""
     for name, value in tensors.items():
         if value.dtype == torch.bool and not bool((value.view(torch.uint8) <= 1).all()):
             raise ValueError(f"tensor {name!r} has bytes that are no bool")
         ends = value.detach().aminmax() if value.is_floating_point() and value.numel() else ()
-        if not all(bool(end.isfinite()) for end in ends):
+        if not all(map(math.isfinite, ends)):
             raise ValueError(f"tensor {name!r} has values that are not finite")
 
 
-def check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not, by name, shape and dtype, those that are wanted."""
-    missing = [name for name in wanted if name not in given]
-    unknown = [name for name in given if name not in wanted]
-    if missing:
-        more = f" nor {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise ValueError(f"no tensor {missing[0]!r:.200}{more}{near(missing[0], unknown)}")
-    if unknown:
-        raise ValueError(f"unknown tensor {unknown[0]!r:.200}{near(unknown[0], wanted)}")
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not the wanted ones."""
+    check_names("tensor", found, list(wanted))
     for name, like in wanted.items():
-        value = given[name]
-        if value.shape != like.shape:
+        value = found[name]
+        if value.shape != like.shape or value.dtype != like.dtype:
             raise ValueError(
-                f"tensor {name!r} has the shape {tuple(value.shape)}; "
-                f"the network's has {tuple(like.shape)}"
-            )
-        if value.dtype != like.dtype:
-            raise ValueError(
-                f"tensor {name!r} is of {value.dtype}; the network's is of {like.dtype}"
+                f"tensor {name!r} must be {tuple(like.shape)} of {like.dtype}; "
+                f"got {tuple(value.shape)} of {value.dtype}"
             )

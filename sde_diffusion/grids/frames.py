@@ -11,7 +11,7 @@ the same limit in every frame; what differs is how much is left to integrate.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.files import storage
-from sde_diffusion.files.strict_json import near
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
@@ -188,35 +187,24 @@ class GaussianFrame:
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors, in float32) and its JSON; read it with `load`."""
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise ValueError(f"path must end in .safetensors; got {path}")
-        parts = {name: getattr(self, name) for name in PARTS}
-        storage.write(
-            path,
-            {name: part.float() for name, part in parts.items()},
-            {"rest": self.rest, **record},
-        )
+        tensors = {name: getattr(self, name).float() for name in PARTS}
+        storage.write(Path(path), tensors, {"rest": self.rest, **record})
 
     @staticmethod
     def load(path: str | Path) -> "GaussianFrame":
-        """Read what `save` wrote.
+        """Read a file of `save`.
 
         Raises:
             storage.BadFile: naming the file and the reason, if anything is missing or damaged.
         """
         path = Path(path)
-        saved = storage.examine(path)
-        with storage.blaming_record(path):
-            if "rest" not in saved.record:
-                raise ValueError(f"not a frame: it has no 'rest'{near('rest', saved.record)}")
-            rest = validate.number("rest", saved.record["rest"], 0, strict=True)
-        with storage.blaming(path):
-            check_outline(saved.outline)
-        tensors = storage.load(saved)
-        with storage.blaming(path):
+        tensors, record = storage.read(path, PARTS)
+        with storage.as_bad_file(path):
+            storage.check_names("entry", record, ["rest"], others=True)
+            if not all(value.is_floating_point() for value in tensors.values()):
+                raise ValueError("tensors of a frame must be floating-point")
             mean, axes, variances = (tensors[name].double() for name in PARTS)
-            made = GaussianFrame(mean, axes, variances, rest)
+            made = GaussianFrame(mean, axes, variances, record["rest"])
             check_orthonormal(made.axes)
         return made
 
@@ -262,30 +250,18 @@ def on(
     return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
 
 
-def check_outline(outline: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not those of a frame, before their numbers are read."""
-    for name in (*outline, *PARTS):
-        if name not in PARTS:
-            raise ValueError(f"not a frame: unknown tensor {name!r}{near(name, PARTS)}")
-        if name not in outline:
-            raise ValueError(f"not a frame: no tensor {name!r}")
-        if not outline[name].is_floating_point():
-            raise ValueError(f"not a frame: {name} is of {outline[name].dtype}")
-    axes = outline["axes"]
-    if axes.ndim != 2 or not 0 < axes.shape[1] <= axes.shape[0]:
-        raise ValueError(f"not a frame: axes of shape {tuple(axes.shape)}")
-
-
 def check_orthonormal(axes: Tensor) -> None:
     """Refuse V (d, r) unless  V^T V w = w  for one w in general position: d r operations.
 
     Rounding to float32 moves each entry by a share 2^-24, and w by 2^-24 d at most.
     """
+    if not 0 < axes.shape[1] <= axes.shape[0]:
+        raise ValueError(f"axes must be (d, r) with 0 < r <= d; got {tuple(axes.shape)}")
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(axes.shape[1], generator=generator, dtype=axes.dtype)
     off = float((axes.T @ (axes @ w) - w).abs().max())
     if not off <= 1e-6 * len(axes):
-        raise ValueError(f"not a frame: its axes are not orthonormal (by {off:.1g})")
+        raise ValueError(f"axes must be orthonormal; got an error of {off:.1g}")
 
 
 def rows(scalar: Scalar) -> Scalar:

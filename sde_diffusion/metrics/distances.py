@@ -1,16 +1,18 @@
-r"""Distances between two clouds of points, and what every measured figure carries.
+r"""Distances between two sets of points, and measured numbers with their sample sizes.
 
 Points are (N, ...), any rank from 1, flattened to (N, d); arithmetic is float64. A distance between
 samples is not 0 where the laws are equal: compare it with `metrics.floor`.
 """
 
 import importlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
+from sde_diffusion.validate import Count, Integer, Positive, arguments
 
 __all__ = [
     "Figure",
@@ -24,11 +26,11 @@ __all__ = [
 
 
 class MissingExtra(ImportError, ValueError):
-    """A library of the extra `metrics` is not installed; scripts refuse it in one line."""
+    """A library of the extra `metrics` is not installed; scripts report it in one line."""
 
 
 def required(module: str) -> Any:
-    """A module of a library of the extra `metrics`, or MissingExtra."""
+    """Import a module of the extra `metrics`, or raise MissingExtra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -38,12 +40,11 @@ def required(module: str) -> Any:
 
 
 class Figure(float):
-    """A measured number with what is needed to judge it.
+    """A measured number with its sample sizes and its standard error.
 
     Attributes:
-        counts: how many real and how many made samples it was measured on; None where a file did
-            not say.
-        standard_error: of the number, where it can be told.
+        counts: numbers of real and of made samples; None where unknown.
+        standard_error: of the number; None where unknown.
     """
 
     counts: tuple[int | None, int | None]
@@ -65,7 +66,29 @@ class Figure(float):
         return f"{float(self):.4g}{error} (N = {made} against {real})"
 
 
-def wasserstein(real: Tensor, made: Tensor) -> Figure:
+@dataclass(frozen=True)
+class Cloud:
+    """Rule of sets of points: finite floats (N, ...) with N > 1, of `ndim` axes if given."""
+
+    ndim: int | None = None
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        validate.batch(name, value)
+        form = "(N, ...)" if self.ndim is None else "(N, d)"
+        wrong = value.ndim < 2 if self.ndim is None else value.ndim != self.ndim
+        if wrong or len(value) < 2 or not value[0].numel():
+            raise ValueError(f"{name} must be {form}, N > 1; got shape {tuple(value.shape)}")
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite; it holds nan or infinity")
+        return value
+
+
+Points = Annotated[Tensor, Cloud()]
+Features = Annotated[Tensor, Cloud(2)]
+
+
+@arguments
+def wasserstein(real: Points, made: Points) -> Figure:
     r"""Exact Wasserstein-2 distance of two samples, by POT's network simplex.
 
     W_2 = (min_P  sum_ij P_ij |x_i - y_j|^2)^(1/2),  P >= 0 with rows 1/N and columns 1/M: the root
@@ -81,15 +104,20 @@ def wasserstein(real: Tensor, made: Tensor) -> Figure:
     return Figure(max(0.0, float(value)) ** 0.5, (len(x), len(y)))
 
 
-def sliced_wasserstein(real: Tensor, made: Tensor, projections: int = 500, seed: int = 0) -> Figure:
+@arguments
+def sliced_wasserstein(
+    real: Points,
+    made: Points,
+    projections: Count = 500,
+    seed: Annotated[int, Integer(0)] = 0,
+) -> Figure:
     r"""Sliced Wasserstein-2 distance (Bonneel et al. 2015), by POT.
 
     SW_2 = (E_theta W_2(theta . x, theta . y)^2)^(1/2) over directions theta uniform on the sphere,
     here `projections` of them, a function of (seed, d) alone. For a shift by c it is |c| / sqrt(d).
     """
     x, y = as_points(real, made)
-    validate.integer("projections", projections)
-    generator = torch.Generator().manual_seed(validate.integer("seed", seed, at_least=0))
+    generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
     directions /= directions.norm(dim=0)
     ot = required("ot")
@@ -99,7 +127,8 @@ def sliced_wasserstein(real: Tensor, made: Tensor, projections: int = 500, seed:
     return Figure(float(value), (len(x), len(y)))
 
 
-def mmd(real: Tensor, made: Tensor, bandwidth: float | None = None) -> Figure:
+@arguments
+def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure:
     r"""Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, Lemma 6).
 
     MMD^2 = mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
@@ -110,12 +139,9 @@ def mmd(real: Tensor, made: Tensor, bandwidth: float | None = None) -> Figure:
     """
     x, y = as_points(real, made)
     xx, yy, xy = gaps(x, x), gaps(y, y), gaps(x, y)
-    if bandwidth is None:
-        h = float(off_diagonal(xx).median())
-        if h == 0:
-            raise ValueError("half of the real points are the same one: give a bandwidth")
-    else:
-        h = validate.number("bandwidth", bandwidth, 0, strict=True)
+    h = float(off_diagonal(xx).median()) if bandwidth is None else bandwidth
+    if h == 0:
+        raise ValueError("half of the real points are the same one: give a bandwidth")
 
     def kernel(gap: Tensor) -> Tensor:
         return torch.exp(-gap.square() / (2 * h**2))
@@ -126,7 +152,8 @@ def mmd(real: Tensor, made: Tensor, bandwidth: float | None = None) -> Figure:
     return Figure(float(value), (len(x), len(y)))
 
 
-def energy_distance(real: Tensor, made: Tensor) -> Figure:
+@arguments
+def energy_distance(real: Points, made: Points) -> Figure:
     r"""Energy distance, unbiased (Szekely and Rizzo 2013, Section 2).
 
     2 mean_ij |x_i - y_j| - mean_(i != j) |x_i - x_j| - mean_(i != j) |y_i - y_j|:  an estimate of
@@ -139,30 +166,22 @@ def energy_distance(real: Tensor, made: Tensor) -> Figure:
 
 
 def gaps(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances |x_i - y_j|, (N, M)."""
+    """Return the Euclidean distances |x_i - y_j|, (N, M)."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def off_diagonal(square: Tensor) -> Tensor:
-    """The N (N - 1) entries of a square matrix that are not on its diagonal."""
+    """Return the N (N - 1) entries of a square matrix that are off its diagonal."""
     size = len(square)
     return square.flatten()[1:].reshape(size - 1, size + 1)[:, :-1]
 
 
 def as_points(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-    """Both clouds as float64 (N, d), or a ValueError that says what is wrong with them."""
-    clouds: list[Tensor] = []
-    for name, given in (("real", real), ("made", made)):
-        validate.batch(name, given)
-        if given.ndim < 2 or len(given) < 2 or given[0].numel() < 1:
-            raise ValueError(f"{name} must be (N, ...), N > 1; got shape {tuple(given.shape)}")
-        cloud = given.detach().cpu().flatten(1).double()
-        if not bool(cloud.isfinite().all()):
-            raise ValueError(f"{name} must be finite; it holds nan or infinity")
-        clouds.append(cloud)
-    if clouds[0].shape[1] != clouds[1].shape[1]:
+    """Return both sets as float64 (N, d) on the CPU: not every device has float64."""
+    x, y = (points.detach().cpu().flatten(1).double() for points in (real, made))
+    if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"real and made must have the same width; got {tuple(real.shape)} "
             f"and {tuple(made.shape)}"
         )
-    return clouds[0], clouds[1]
+    return x, y

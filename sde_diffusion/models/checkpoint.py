@@ -1,111 +1,179 @@
-"""A denoiser's description, and the network that one describes, made no larger than its file."""
+"""Denoisers in files: the stages of `Denoiser.save` and `Denoiser.load`.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+Loading parses the record, makes the parts that it describes (the network on the meta device, where
+it takes no memory), checks them against the header of the tensors, and only then reads the tensors.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from sde_diffusion import networks, validate
-from sde_diffusion.files import describe
+from sde_diffusion import networks, processes
+from sde_diffusion.files import describe, storage
 from sde_diffusion.files.describe import public
-from sde_diffusion.files.strict_json import near
+from sde_diffusion.models import noise_inputs, parameterizations
+from sde_diffusion.models.model import LogSNRRange
+from sde_diffusion.models.noise_inputs import NoiseInput
+from sde_diffusion.models.prediction import Parameterization
+from sde_diffusion.processes import Process
+from sde_diffusion.validate import Kind, arguments
+
+__all__ = ["PARTS", "load", "save"]
 
 PARTS = ("network", "process", "parameterization", "noise_input")  # of a description
+OPTIONAL = ("trained", "null")
+EXTRA = "+"  # before the names of tensors outside the network: +null.cond, +process.rate
+ADDED = {"dropout": 0.0}  # arguments that older files lack, with the values that they had then
 
 
-LONGEST = 10_000  # letters that describe a network
+def save(path: Path, denoiser: Any, record: dict[str, object]) -> None:
+    """Write the tensors of a denoiser's network, and a record with its four parts."""
+    if "denoiser" in record:
+        raise ValueError("record must not hold the reserved name denoiser")
+    parts = {name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]}
+    parts["network"] = network_record(denoiser.network)
+    if denoiser.trained is not None:
+        low, high, only = denoiser.trained
+        parts["trained"] = [*(x if math.isfinite(x) else None for x in (low, high)), only]
+    if denoiser.null is not None:
+        learned = dict(denoiser.null.named_parameters())
+        parts["null"] = {name: name in learned for name in denoiser.null.state_dict()}
+    tensors = dict(denoiser.network.state_dict())
+    for name, value in denoiser.state_dict().items():
+        if not name.startswith("network."):
+            tensors[EXTRA + name] = value
+    storage.write(path, tensors, {"denoiser": parts, **record})
 
 
-ADDED = {"dropout": 0.0}  # arguments that older files do not have, and what they were
+@arguments
+def load(
+    path: str | Path,
+    network: Annotated[nn.Module, Kind("a torch module", "state_dict", "load_state_dict")] | None,
+    process: Annotated[Process, Kind("a process such as VP()", "log_alpha", "variance")] | None,
+    parameterization: Annotated[Parameterization, Kind("one such as Eps()", "x0", "target")] | None,
+    noise_input: Annotated[NoiseInput, Kind("one such as ContinuousTime()", "__call__")] | None,
+) -> dict[str, Any]:
+    """Return the parts of a saved denoiser by name; those given must be the saved ones."""
+    path = Path(path)
+    saved = storage.examine(path)
+    with storage.as_bad_record(path):
+        parts = described_parts(saved.record)
+        made = {
+            name: describe.from_record(name, public(module), parts[name], given)
+            for name, module, given in (
+                ("process", processes, process),
+                ("parameterization", parameterizations, parameterization),
+                ("noise_input", noise_inputs, noise_input),
+            )
+        }
+        check_levels(**made)
+        trained, learned = trained_of(parts), learned_of(parts)
+        filled = network if network is not None else empty_network(parts["network"])
+        check_same(filled, parts["network"])
+        wanted = filled.state_dict()
+        if network is None:
+            dtype = common_dtype(saved.outline)
+            wanted = {name: value.to(dtype) for name, value in wanted.items()}
+        state = made["process"].state_dict() if isinstance(made["process"], nn.Module) else {}
+        wanted |= {f"{EXTRA}process.{name}": value for name, value in state.items()}
+        names = [f"{EXTRA}null.{name}" for name in learned]
+        storage.check_names("tensor", saved.outline, names, others=True)
+        storage.check_fit(saved.outline, wanted | {name: saved.outline[name] for name in names})
+    tensors = storage.load(saved)
+    with storage.as_bad_file(path):
+        # Copied, as the bytes of a file are not aligned.
+        own = {name: value.clone() if network is None else value
+               for name, value in tensors.items() if not name.startswith(EXTRA)}  # fmt: skip
+        filled.load_state_dict(own, assign=network is None)
+        if state:
+            made["process"].load_state_dict(
+                {name: tensors[f"{EXTRA}process.{name}"] for name in state}
+            )
+    null = {name: nn.Parameter(tensors[full].clone()) if learned[name] else tensors[full].clone()
+            for name, full in zip(learned, names, strict=True)}  # fmt: skip
+    return {"network": filled, **made, "trained": trained, "null": null or None}
 
 
-def described(network: nn.Module) -> dict[str, Any]:
-    """The class of a network and the arguments that it was made with, if it tells them."""
+def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
+    """Return the range of log-SNRs that a record states, if it states one."""
+    given = parts.get("trained")
+    if given is None:
+        return None
+    low, high, only = given if isinstance(given, list) and len(given) == 3 else (None, None, None)
+    numbers = all(x is None or type(x) in (int, float) for x in (low, high))
+    if not numbers or not isinstance(only, bool):
+        raise ValueError("trained must be [low, high, only], numbers or null and a bool")
+    return LogSNRRange(
+        -math.inf if low is None else float(low), math.inf if high is None else float(high), only
+    )
+
+
+def learned_of(parts: dict[str, Any]) -> dict[str, bool]:
+    """Return the names of the null's entries, and which are parameters."""
+    given = parts.get("null", {})
+    if not isinstance(given, dict) or not all(isinstance(v, bool) for v in given.values()):
+        raise ValueError("null must map names to true (learned) or false")
+    if not all(name.isidentifier() for name in given):
+        raise ValueError("null must have names that are identifiers")
+    return given
+
+
+def network_record(network: nn.Module) -> dict[str, Any]:
+    """Return the class of a network and, for those of this package, its constructor's arguments."""
     return {"class": type(network).__name__, **getattr(network, "config", {})}
 
 
-def checked_parts(record: dict[str, Any]) -> dict[str, Any]:
-    """The four parts of the description of a denoiser."""
-    if "denoiser" not in record:
-        raise ValueError(f"describes no denoiser{near('denoiser', record)}")
+def described_parts(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the descriptions of the four parts of a denoiser."""
+    storage.check_names("entry", record, ["denoiser"], others=True)
     parts = record["denoiser"]
-    if not isinstance(parts, dict):
-        raise ValueError("its denoiser is not described by an object")
-    for name in (*parts, *PARTS):
-        if name not in PARTS:
-            raise ValueError(f"a denoiser has no {name!r:.80}{near(name, PARTS)}")
-        if name not in parts:
-            raise ValueError(f"its denoiser has no {name!r}{near(name, parts)}")
+    describe.check_object("denoiser", parts)
+    needed = [name for name in parts if name not in OPTIONAL]
+    storage.check_names("denoiser part", needed, PARTS)
     return parts
 
 
-def maker(description: Any) -> Callable[[], nn.Module]:
-    """What makes the network that a record describes, one of this package."""
-    kind, arguments = describe.class_and_arguments("network", public(networks), description, ADDED)
-    if len(repr(arguments)) > LONGEST:
-        raise ValueError(f"its network is described in more than {LONGEST:,} letters")
+def empty_network(description: Any) -> nn.Module:
+    """Make the network that a record describes, its parameters on the meta device.
 
-    def make() -> nn.Module:
-        network = kind(**arguments)
-        describe.same("network", {"class": kind.__name__, **arguments}, described(network))
-        return network
-
-    return make
+    Its constructor limits its integers, so that this takes less than a second and no memory.
+    """
+    kind, given = describe.class_and_arguments("network", public(networks), description, ADDED)
+    with torch.device("meta"):
+        return kind(**given)
 
 
 def check_same(network: nn.Module, description: Any) -> None:
-    """Refuse a network that is not of the class, and with the arguments, of the one saved."""
-    ours = described(network)
+    """Refuse a network whose class or arguments are not the saved ones."""
+    ours = network_record(network)
     older = {name: value for name, value in ADDED.items() if name in ours}
     if isinstance(description, dict):
         description = {**older, **description}
     describe.same("network", description, ours)
 
 
-def sketched(make: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network on the meta device, where numbers take no memory.
-
-    Raises:
-        ValueError: if it is larger than these tensors, in the memory it would take or in the torch
-            calls that make it: a record can say a number that a file cannot fill.
-    """
-    with torch.device("meta"), Calls(2000 + 20 * len(tensors)):
-        network = make().to(dtype_of(tensors))
-    takes = sum(held.nbytes for held in [*network.parameters(), *network.buffers()])
-    has = sum(value.nbytes for value in tensors.values())
-    if takes > 2 * has + 2**20:
-        raise ValueError(f"its network takes {takes:,} bytes; the file has {has:,}")
-    return network
-
-
-class Calls(TorchFunctionMode):
-    """At most so many calls of torch: what a constructor's loops may cost.
-
-    A table of frequencies is made for real: what computes on the meta device loads the half of
-    torch that compiles, for a second or two.
-    """
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.left = most
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError("its network has many more tensors than the file")
-        kwargs = kwargs or {}
-        if func is torch.linspace:
-            steps = args[2] if len(args) > 2 else kwargs["steps"]
-            validate.integer("the steps of a table", steps, at_most=2**16)
-            kwargs = {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
+def check_levels(
+    process: Process, parameterization: Parameterization, noise_input: NoiseInput
+) -> None:
+    """Refuse settings that are each in range and together give levels that are not finite."""
+    try:
+        end = float(process.variance(torch.ones((), dtype=torch.float64)))
+        level = process.levels(torch.tensor([0.1], dtype=torch.float64))[0]
+        values = [end, process.prior_std, parameterization.input_scale(level), noise_input(level)]
+        values += [*parameterization.x0(level), *parameterization.eps(level)]
+        finite = all(map(math.isfinite, values)) and level.alpha > 0 and level.sigma > 0
+    except ArithmeticError:  # floats of Python overflow by raising
+        finite = False
+    if not finite:
+        raise ValueError("its process and parameterization give levels that are not finite, or 0")
 
 
-def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of a network with these tensors, which is one for all."""
-    found = next(iter(tensors.values())).dtype if tensors else torch.float32
-    if not found.is_floating_point:
-        raise ValueError(f"its tensors are of {found}")
-    return found
+def common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """Return the floating-point dtype of a network with these tensors."""
+    dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"tensors of a network must be floating-point; got {dtype}")
+    return dtype

@@ -1,4 +1,4 @@
-"""Networks: plain torch modules called as network(x, c, context=None)."""
+"""*Networks to train.* Plain torch modules, called as network(x, c, cond=None)."""
 
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier

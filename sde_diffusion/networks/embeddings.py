@@ -1,11 +1,13 @@
 """Features of a scalar noise condition c (time in [0, 1], or log-SNR), shape (B,) -> (B, width)."""
 
 import math
+from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import validate
+from sde_diffusion.validate import Integer, Positive, arguments
 
 __all__ = ["Fourier"]
 
@@ -16,8 +18,8 @@ class Fourier(nn.Module):
     c  ->  [sin(w_k c), cos(w_k c)],   w_k = max_frequency^(k / (n - 1)),   k < n = width / 2
 
     With c = t in [0, 1] and max_frequency = 1000 this is the transformer embedding of the integer
-    step that DDPM uses (Ho et al. 2020, App. B), its lowest frequencies (longer than the whole
-    interval) left out.
+    step that DDPM uses (Ho et al. 2020, App. B), without its lowest frequencies, whose periods
+    are longer than the whole interval.
 
     Args:
         width: number of features, even.
@@ -26,16 +28,19 @@ class Fourier(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, width: int, max_frequency: float = 1000.0) -> None:
+    @arguments
+    def __init__(
+        self,
+        width: Annotated[int, Integer(4, 2**16, multiple_of=2)],
+        max_frequency: Positive = 1000.0,
+    ) -> None:
         super().__init__()
-        if width < 4 or width % 2:
-            raise ValueError(f"width must be even and at least 4; got {width}")
-        validate.number("max_frequency", max_frequency, 0, strict=True)
-        exponents = torch.linspace(0, 1, width // 2, dtype=torch.float64)
-        frequencies = torch.exp(exponents * math.log(max_frequency)).float()
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        frequencies = np.exp(np.linspace(0, 1, width // 2) * math.log(max_frequency))
+        # From numpy: a constant holds its numbers even where `torch.device("meta")` is in force.
+        constant = torch.from_numpy(frequencies.astype(np.float32))
+        self.register_buffer("frequencies", constant, persistent=False)
 
     def forward(self, c: Tensor) -> Tensor:
         """c: (B,).  Returns (B, width)."""
-        angles = c[:, None] * self.frequencies.to(c.dtype)
+        angles = c[:, None] * self.frequencies.to(c)
         return torch.cat([angles.sin(), angles.cos()], dim=1)

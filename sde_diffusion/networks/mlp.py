@@ -1,14 +1,17 @@
-"""The exercises' fully connected network on (x, t in [0, 1])."""
+"""A fully connected network on (x, t), t in [0, 1], as course exercises use."""
 
+from collections.abc import Sequence
 from math import prod
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
+from sde_diffusion.networks.inputs import Cond, Side, Width, check_cond
+from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["MLP"]
 
@@ -20,28 +23,26 @@ class MLP(nn.Module):
         shape: shape of one sample, such as (2,) or (1, 28, 28); it is flattened inside.
         width: width of each hidden layer.
         depth: number of hidden layers.
-        fourier: number of Fourier features of the condition, 0 to feed the number itself.
+        fourier: number of Fourier features of the noise condition; 0 for the plain number.
         cond: width of the cond vector, 0 for none.
-        dropout: share of the hidden numbers that a training step leaves out.
+        dropout: probability with which training sets a hidden number to 0.
     """
 
+    @arguments
     def __init__(
         self,
-        shape: tuple[int, ...] | list[int] = (2,),
-        width: int = 128,
-        depth: int = 3,
-        fourier: int = 0,
-        cond: int = 0,
-        dropout: float = 0.0,
+        shape: Annotated[Sequence[int], Each(Side, 8)] = (2,),
+        width: Width = 128,
+        depth: Annotated[int, Integer(1, 1000)] = 3,
+        fourier: Annotated[int, Integer(0, 2**16, multiple_of=2)] = 0,
+        cond: Cond = 0,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        for side in shape:
-            validate.integer("the sides of shape", side)
-        validate.integer("width", width)
-        validate.integer("depth", depth)
-        validate.integer("cond", cond, 0)
-        if validate.integer("fourier", fourier, 0) % 2 or fourier == 2:
-            raise ValueError(f"fourier must be 0, or even and at least 4; got {fourier}")
+        if fourier == 2:
+            raise ValueError("fourier must be 0 or at least 4; got 2")
+        if prod(shape) > 2**24:
+            raise ValueError(f"prod(shape) must be at most {2**24}; got {prod(shape)}")
         self.config = {
             "shape": list(shape),
             "width": width,
@@ -69,9 +70,7 @@ class MLP(nn.Module):
         """x: noisy data; c: noise condition; cond: condition vectors."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
-        given = 0 if cond is None else cond.shape[-1]
-        if given != self.cond:
-            raise ValueError(f"this network takes a cond of width {self.cond}; got {given}")
+        check_cond(cond, self.cond)
         parts = [
             x.reshape(len(x), prod(self.shape)),
             self.embed(c) if self.embed is not None else c[:, None],

@@ -1,6 +1,5 @@
 """A U-Net of plain convolutions, the shape that course exercises use on MNIST."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -8,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import validate
+from sde_diffusion.networks.inputs import Width, Widths, check_images
+from sde_diffusion.validate import arguments
 
 __all__ = ["PlainUNet"]
 
@@ -16,24 +16,18 @@ __all__ = ["PlainUNet"]
 class PlainUNet(nn.Module):
     """Convolution and pooling down, convolution and repetition up; the condition is a channel.
 
-    No normalization, no attention, no residual blocks: with its default widths the network of the
-    DTU exercise 3.5, after the score-based tutorial of M. F. Kasim. Images of any size are halved
-    with the last row and column kept, so 28x28 goes to 14, 7, 4 and 2.
+    No normalization, no attention, no residual blocks. With its default widths it is the network
+    of the DTU exercise 3.5, after the score-based tutorial of M. F. Kasim. Odd sides are rounded
+    up when they are halved, so 28x28 goes to 14, 7, 4 and 2.
 
     Args:
         in_channels: image channels; the output has as many.
         channels: width at each resolution, finest first.
     """
 
-    def __init__(
-        self, in_channels: int = 1, channels: Sequence[int] = (32, 64, 128, 256, 256)
-    ) -> None:
+    @arguments
+    def __init__(self, in_channels: Width = 1, channels: Widths = (32, 64, 128, 256, 256)) -> None:
         super().__init__()
-        validate.integer("in_channels", in_channels)
-        for width in channels:
-            validate.integer("the widths of channels", width)
-        if not channels:
-            raise ValueError("channels must hold at least one width")
         self.config = {"in_channels": in_channels, "channels": list(channels)}
         widths = [in_channels + 1, *channels]
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
@@ -48,11 +42,7 @@ class PlainUNet(nn.Module):
         c: Float[Tensor, " batch"],
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition, best in [0, 1]."""
-        if x.shape[1] != self.config["in_channels"]:
-            raise ValueError(
-                f"this network takes images of {self.config['in_channels']} channels; "
-                f"got {x.shape[1]}"
-            )
+        check_images(x, self.config["in_channels"])
         h = torch.cat([x, c[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
         skips: list[Tensor] = []
         for layer in self.down:

@@ -1,10 +1,11 @@
-"""A small U-Net for images, conditioned on the noise level and, if asked, on a cond vector.
+"""A small U-Net for images, conditioned on the noise level and optionally on a cond vector.
 
 The first layer folds patch x patch pixels into channels, so that on 28x28 digits nearly all of the
 work happens at 14x14 and 7x7: about four times cheaper than a U-Net that starts at full resolution.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from einops import rearrange
@@ -12,9 +13,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
+from sde_diffusion.networks.inputs import Cond, Width, check_cond, check_images
+from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["UNet"]
 
@@ -26,46 +28,43 @@ class UNet(nn.Module):
         in_channels: image channels; the output has as many.
         channels: width of each resolution, finest first; each further one halves the image.
         blocks: residual blocks per resolution, on the way down and again on the way up.
-        attention: indices into `channels` of the resolutions that attend.
+        attention: indices into `channels` of the resolutions with attention.
         patch: side of the square of pixels folded into channels before the first convolution.
         embedding: width of the vector that carries the condition into each block.
         cond: width of the cond vector, 0 for none.
-        heads: attention heads; must divide the widths that attend.
-        dropout: share of the numbers before each block's last convolution that a training step
-            leaves out.
+        heads: attention heads; must divide the widths with attention.
+        dropout: probability with which training sets an input of each block's last convolution
+            to 0.
 
     Images whose sides are not divisible by patch * 2^(len(channels) - 1) are padded by repeating
     the border, and the output is cropped to match.
     """
 
+    @arguments
     def __init__(
         self,
-        in_channels: int = 1,
-        channels: Sequence[int] = (32, 64),
-        blocks: int = 2,
-        attention: Sequence[int] = (1,),
-        patch: int = 2,
-        embedding: int = 128,
-        cond: int = 0,
-        heads: int = 4,
-        dropout: float = 0.0,
+        in_channels: Width = 1,
+        channels: Annotated[Sequence[int], Each(Integer(8, 2**16, 8), 10, 1)] = (32, 64),
+        blocks: Annotated[int, Integer(1, 32)] = 2,
+        attention: Annotated[Sequence[int], Each(Integer(0, 9), 10)] = (1,),
+        patch: Annotated[int, Integer(1, 512)] = 2,
+        embedding: Annotated[int, Integer(4, 2**16, 2)] = 128,
+        cond: Cond = 0,
+        heads: Width = 4,
+        dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        validate.integer("in_channels", in_channels)
-        validate.integer("blocks", blocks)
-        validate.integer("patch", patch)
-        validate.integer("cond", cond, 0)
-        validate.integer("heads", heads)
-        if validate.integer("embedding", embedding, 4) % 2:
-            raise ValueError(f"embedding must be even; got {embedding}")
-        if not channels or any(width < 8 or width % 8 for width in channels):
-            raise ValueError(f"channels must be non-empty multiples of 8; got {tuple(channels)}")
-        if any(not 0 <= level < len(channels) for level in attention):
+        if max(attention, default=0) >= len(channels):
             raise ValueError(
                 f"attention must index channels 0..{len(channels) - 1}; got {tuple(attention)}"
             )
         if any(channels[level] % heads for level in attention):
-            raise ValueError(f"heads={heads} must divide the widths that attend")
+            raise ValueError(f"heads must divide the widths with attention; got {heads}")
+        self.stride = patch * 2 ** (len(channels) - 1)
+        if self.stride > 512:
+            raise ValueError(
+                f"patch * 2^(len(channels) - 1) must be at most 512; got {self.stride}"
+            )
         self.config = {
             "in_channels": in_channels,
             "channels": list(channels),
@@ -77,13 +76,7 @@ class UNet(nn.Module):
             "heads": heads,
             "dropout": dropout,
         }
-        if patch * 2 ** (len(channels) - 1) > 512:
-            raise ValueError(
-                f"patch={patch} and {len(channels)} resolutions fold {patch}x2^{len(channels) - 1} "
-                f"pixels into one; at most 512"
-            )
         self.patch = patch
-        self.stride = patch * 2 ** (len(channels) - 1)
         self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())
         self.context = nn.Linear(cond, embedding) if cond else None
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
@@ -132,16 +125,10 @@ class UNet(nn.Module):
         cond: Shaped[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition in [0, 1]; cond: condition vectors."""
-        if x.shape[1] != self.config["in_channels"]:
-            raise ValueError(
-                f"this network takes images of {self.config['in_channels']} channels; "
-                f"got {x.shape[1]}"
-            )
-        given = 0 if cond is None else cond.shape[-1]
-        if given != self.config["cond"]:
-            raise ValueError(
-                f"this network takes a cond of width {self.config['cond']}; got {given}"
-            )
+        check_images(x, self.config["in_channels"])
+        check_cond(cond, self.config["cond"])
+        if not len(x):  # torch folds no pixels of an empty batch
+            return x
         e = self.noise(c)
         if self.context is not None and cond is not None:
             e = e + self.context(cond.to(e.dtype))
@@ -234,7 +221,7 @@ def pad(x: Tensor, stride: int) -> Tensor:
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The module with its parameters set to 0, so that its block starts as the identity."""
+    """Set the parameters of a module to 0, so that its block starts as the identity; return it."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

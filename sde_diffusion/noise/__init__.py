@@ -1,4 +1,4 @@
-"""*Where random numbers come from.* Nothing here reads or moves a global generator."""
+"""*Where random numbers come from.* No global generator is read or advanced."""
 
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Purpose, Seeded, stream

@@ -1,4 +1,4 @@
-"""Random numbers by counting: a word of a stream is a mixed counter, so any can be had alone.
+"""Counter-based random numbers: each word of a stream can be computed alone.
 
 SplitMix64 (Steele, Lea & Flood 2014) on int64 tensors, on the device that needs the numbers.
 """
@@ -38,19 +38,19 @@ WORDS = 2**64
 
 
 def signed(word: int) -> int:
-    """The 64-bit word as torch.int64 reads it."""
+    """Reinterpret a 64-bit word as int64."""
     return word - WORDS if word >= WORDS // 2 else word
 
 
 def mixed(word: int) -> int:
-    """SplitMix64's mixing of a 64-bit word, Variant 13 of Stafford."""
+    """Mix a 64-bit word as SplitMix64 does, by Stafford's variant 13."""
     for shift, factor in ROUNDS:
         word = (word ^ word >> shift) * factor % WORDS
     return word ^ word >> LAST
 
 
 def mixed_(words: Tensor) -> Tensor:
-    """The same in place for a tensor of int64, whose shifts would draw in the sign."""
+    """Mix a tensor of int64 in place, like `mixed`; masks undo the sign extension of shifts."""
     shifted = torch.empty_like(words)
     for shift, factor in ROUNDS:
         torch.bitwise_right_shift(words, shift, out=shifted).bitwise_and_(2 ** (64 - shift) - 1)
@@ -60,13 +60,13 @@ def mixed_(words: Tensor) -> Tensor:
 
 
 def normals(keys: Tensor, like: Tensor) -> Tensor:
-    r"""N(0, I) by key: row k is a function of keys[k] and of the shape of a row.
+    r"""Return N(0, I) by key: row k is a function of keys[k] and of the shape of a row.
 
     The two 32-bit halves of a word make two normals (Box & Muller 1958): with u, v in (-1, 1),
 
         sign(u) sqrt(-2 log |u|) (sin(pi v / 2), cos(pi v / 2)).
 
-    A float64 batch has 31 more bits in u and v; else the numbers are those of a float32 one.
+    In float64, u and v have 31 more bits; the numbers are otherwise those of float32.
 
     Args:
         keys: (B,) int64, on the device of `like`.
@@ -87,9 +87,9 @@ def normals(keys: Tensor, like: Tensor) -> Tensor:
 
 
 def odd_halves(keys: Tensor, size: int, like: Tensor) -> Tensor:
-    """Odd integers of 32 bits, with sign, in the type of `like`: (B, 2, pairs) for `size` numbers.
+    """Return odd signed 32-bit integers in the dtype of `like`, (B, 2, pairs) for `size` numbers.
 
-    Odd, so that none is 0 and each is as likely as its negative.
+    As they are odd, none is 0 and each is as likely as its negative.
     """
     words = mixed_(keys[:, None] + counters((size + 1) // 2, keys.device))
     words.bitwise_or_(2**32 + 1)
@@ -99,12 +99,12 @@ def odd_halves(keys: Tensor, size: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def counters(n: int, device: torch.device) -> Tensor:
-    """GAMMA, 2 GAMMA, ..., n GAMMA."""
+    """Return GAMMA, 2 GAMMA, ..., n GAMMA."""
     return torch.arange(1, n + 1, device=device).mul_(signed(GAMMA))
 
 
 def quarter_sine(v: Tensor) -> Tensor:
-    """sqrt(2) sin(pi v / 2) on [-1, 1], by a polynomial: half the time of torch.sin."""
+    """Compute sqrt(2) sin(pi v / 2) on [-1, 1] by a polynomial, in half the time of torch.sin."""
     first, *rest = sine_series(5 if v.dtype == torch.float32 else 9)
     square = v * v
     made = square * rest[-1]
@@ -115,9 +115,9 @@ def quarter_sine(v: Tensor) -> Tensor:
 
 @lru_cache
 def sine_series(terms: int) -> list[float]:
-    """c_k of sqrt(2) sin(pi v / 2) = sum c_k v^(2 k + 1), by Chebyshev interpolation in v^2.
+    """Return c_k of sqrt(2) sin(pi v / 2) = sum c_k v^(2 k + 1), by Chebyshev interpolation in v^2.
 
-    To 1e-8 with 5 terms, 2e-15 with 9.
+    The error is 1e-8 with 5 terms, 2e-15 with 9.
     """
     ratio = Chebyshev.interpolate(
         lambda square: np.pi / np.sqrt(2) * np.sinc(np.sqrt(square) / 2), terms - 1, domain=[0, 1]
@@ -126,13 +126,13 @@ def sine_series(terms: int) -> list[float]:
 
 
 def row_keys(base: int, positions: range, device: torch.device | None = None) -> Tensor:
-    """A key for each position: word number `position` of the stream with this base, (n,) int64."""
+    """Return a key for each position: the word of that number in the stream of `base`, (n,)."""
     places = torch.arange(positions.start, positions.stop, device=device)
     return mixed_(places.mul_(signed(GAMMA)).add_(signed(base)))
 
 
 def uniforms(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uniform in [0, 1) with 24 bits, float32, (B, *shape): row k is a function of keys[k]."""
+    """Return uniforms in [0, 1) of 24 bits, float32, (B, *shape): row k depends on keys[k]."""
     size = math.prod(shape)
     words = mixed_(keys[:, None] + counters(size, keys.device))
     words.bitwise_right_shift_(40).bitwise_and_(2**24 - 1)

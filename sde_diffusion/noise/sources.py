@@ -1,11 +1,11 @@
-"""Where random numbers come from. Nothing in this package reads or moves a global generator.
+"""Sources of random numbers. Nothing in this package reads or advances a global generator.
 
 Every draw of a seeded source is a function of its key alone: a Philox counter (Salmon et al. 2011)
-addressed by (seed, purpose, step, position). So a sample does not depend on its batch mates, nor a
-training step on the number of processes that share it.
+with the key (seed, purpose, step, position). So a sample does not depend on the rest of its batch,
+and a training step does not depend on the number of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from enum import IntEnum
 from typing import Protocol
 
@@ -19,7 +19,7 @@ __all__ = ["Generated", "Noise", "Purpose", "Seeded", "stream"]
 
 
 class Purpose(IntEnum):
-    """What a stream of numbers is for; streams of different purposes never overlap."""
+    """Purpose of a stream of numbers; streams of different purposes never overlap."""
 
     PRIOR = 0
     PATH = 1
@@ -34,10 +34,10 @@ class Purpose(IntEnum):
 def stream(
     seed: int, purpose: Purpose, step: int = 0, position: int = 0, block: int = 0
 ) -> np.random.Generator:
-    """The random stream at one address, from its block number `block` on.
+    """Return the random stream of one address, from its block number `block` on.
 
-    An address has 2^64 blocks that no other shares; a block is four 64-bit words, such as four
-    float64 numbers in [0, 1).
+    An address has 2^64 blocks of its own; a block is four 64-bit words, such as four float64
+    numbers in [0, 1).
     """
     seed = validate.integer("seed", seed, at_least=0, at_most=2**128 - 1)
     counter = [block, position, step, int(purpose)]
@@ -45,22 +45,29 @@ def stream(
 
 
 class Noise(Protocol):
-    """A source of the standard normal that belongs to the interval [s, t] of a path.
+    """A source of standard normal noise for the interval [s, t] of a path.
 
     An independent source ignores t and s; a Brownian path or a bridge needs them.
     """
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
-        """A draw of N(0, I) with the shape, dtype and device of `like`."""
+        """Draw N(0, I) with the shape, dtype and device of `like`."""
         ...
+
+
+def check_seeds(seeds: Sized, like: Tensor) -> None:
+    """Refuse a number of seeds that is not the number of samples."""
+    if len(seeds) != len(like):
+        raise ValueError(
+            f"seeds must hold one seed per sample; got {len(seeds)} for a batch of {len(like)}"
+        )
 
 
 class Generated:
     """Independent draws for the whole batch from one torch generator.
 
     Args:
-        generator: where the numbers come from, on the CPU or on the batch's own device; None takes
-            fresh entropy.
+        generator: on the CPU or on the device of the batch; None makes one with fresh entropy.
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -76,29 +83,25 @@ class Generated:
         return draw.to(like.device)
 
     def entropy(self) -> int:
-        """A seed for a library that keeps random numbers of its own."""
+        """Draw a seed for a library with its own generator."""
         low, high = 0, 2**62
         draw = torch.randint(low, high, (), generator=self.generator, device=self.generator.device)
         return int(draw)
 
 
 class Seeded:
-    """Independent draws with one stream per sample: row k depends on seeds[k] and on nothing else.
+    """Independent draws with one stream per sample: row k depends on seeds[k] alone.
 
     Args:
         seeds: one non-negative integer per row of the batch.
-        purpose: PRIOR for the start of a path, PATH for what drives it.
+        purpose: PRIOR for the start of a path, PATH for its noise.
     """
 
     def __init__(self, seeds: Sequence[int], purpose: Purpose = Purpose.PATH) -> None:
         self.streams = [stream(seed, purpose) for seed in seeds]
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
-        if len(self.streams) != len(like):
-            raise ValueError(
-                f"seeds must hold one seed per sample; got {len(self.streams)} for a batch of "
-                f"{len(like)}"
-            )
+        check_seeds(self.streams, like)
         dtype = np.float64 if like.dtype == torch.float64 else np.float32
         rows = [row.standard_normal(like.shape[1:], dtype=dtype) for row in self.streams]
         return torch.from_numpy(np.stack(rows)).to(like) if rows else torch.empty_like(like)

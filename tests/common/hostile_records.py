@@ -117,6 +117,8 @@ NETWORK = {
     "cond -1": {"cond": -1}, "dropout 2": {"dropout": 2.0}, "dropout -1": {"dropout": -1.0},
     "wdith": {"width": ..., "wdith": 8}, "no width": {"width": ...}, "no shape": {"shape": ...},
     "no arguments": {"width": ..., "shape": ..., "depth": ..., "fourier": ..., "cond": ...},
+    "as large as it may be": {"shape": [2**16, 256], "width": 2**16, "depth": 1000,
+                              "fourier": 2**16},
     "only a class": {"class": "UNet", "width": ..., "shape": ..., "depth": ..., "fourier": ...},
     "Fourier of 10^9": {"class": "Fourier", "width": HUGE, "max_frequency": 50.0, "shape": ...,
                         "depth": ..., "fourier": ..., "cond": ..., "dropout": ...},
@@ -134,6 +136,8 @@ for _name, _changed in {
     "patch 10^9": {"patch": HUGE}, "patch 0": {"patch": 0}, "embedding 10^9": {"embedding": HUGE},
     "embedding 7": {"embedding": 7}, "heads 0": {"heads": 0}, "heads 10^30": {"heads": MANY},
     "in_channels 10^9": {"in_channels": HUGE}, "no heads": {"heads": ...},
+    "as large as it may be": {"channels": [2**16] * 10, "blocks": 32, "attention": [*range(10)],
+                              "patch": 1, "embedding": 2**16, "cond": 2**16},
 }.items():  # fmt: skip
     part_case(f"unet: {_name}", "network", base=unet, **_changed)
 

@@ -37,18 +37,18 @@ HINTS = {
     ("denoiser", "a byte less"): "truncated",
     ("denoiser", "a pipe as .safetensors"): "a pipe",
     ("denoiser", "the record of another file"): "not the file of x.json",
-    ("denoiser", "record: a name twice"): "the name 'format' stands there twice",
+    ("denoiser", "record: a name twice"): "the name 'format' occurs twice",
     ("denoiser", "record: format 3"): "format 3, of a newer version; this version reads format 2",
     ("denoiser", "record: format 1"): "format 1, an older one",
     ("denoiser", "record: denoisre"): "did you mean 'denoisre'?",
-    ("denoiser", "record: a part misspelt"): "has no 'proces' (did you mean 'process'?)",
+    ("denoiser", "record: a part misspelt"): "no denoiser part 'process' (did you mean 'proces'?)",
     ("denoiser", "network: unet: chanels"): "has no argument 'chanels' (did you mean 'channels'?)",
     ("denoiser", "network: wdith"): "has no argument 'wdith' (did you mean 'width'?)",
     ("denoiser", "network: no width"): "has no 'width'",
     ("denoiser", "network: class 'mlp'"): "unknown network class 'mlp'",
     ("denoiser", "network: width true"): "width of MLP must not be true",
-    ("denoiser", "network: width 10^9"): "bytes; the file has",
-    ("denoiser", "network: depth 10^9"): "many more tensors than the file",
+    ("denoiser", "network: width 10^9"): "width must be at most 65536; got 1000000000",
+    ("denoiser", "network: depth 10^9"): "depth must be at most 1000; got 1000000000",
     ("denoiser", "tensors: another name"): "did you mean 'layers.0.weigth'?",
     ("denoiser", "tensors: nan"): "tensor 'layers.0.weight' has values that are not finite",
     ("foreign", "a bomb"): "mkdir",
@@ -126,7 +126,9 @@ def equal(first, second):
 @pytest.mark.parametrize("what", FLIPPED)
 @pytest.mark.parametrize("flips", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_flipped_bit_changes_what_is_read_silently(tmp_path, what, flips):
-    """Refused; or, in the record, without effect: 1e-05 and 1E-05 are one number."""
+    """Refused; or without effect: 1e-05 and 1E-05 are one number in a record, and no tensor
+    depends on the times and attributes that a zip archive has beside the contents of its members.
+    """
     kind, make, suffix = FLIPPED[what]
     path = make(tmp_path)
     place, numbers = path.with_suffix(suffix), random.Random(flips)
@@ -140,7 +142,7 @@ def test_no_flipped_bit_changes_what_is_read_silently(tmp_path, what, flips):
         except BadFile as error:
             refusals.append(str(error))
         else:
-            assert suffix == ".json", f"bit {bit} went unnoticed"
+            assert suffix != ".safetensors", f"bit {bit} went unnoticed"
             assert equal(loaded, untouched), f"bit {bit} changed what was read"
     assert all(str(path) in message and message.isprintable() for message in refusals)
     assert len(refusals) > flips / 2
@@ -207,7 +209,7 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
         storage.write(path, {"a": torch.zeros(1, dtype=torch.complex64)}, {})
     with pytest.raises(ValueError, match="not printable"):
         storage.write(path, {"\x1b[2J": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match=r"a record of .* bytes"):
+    with pytest.raises(ValueError, match="more than 4,194,304 bytes"):
         storage.write(path, {}, {"long": "x" * 5_000_000})
     with pytest.raises(ValueError, match="an integer of 100 digits"):
         storage.write(path, {}, {"seed": 10**99})

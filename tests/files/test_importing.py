@@ -79,13 +79,16 @@ def test_one_dict_of_several_is_taken_by_its_key(tmp_path, key):
             "state_dict": OrderedDict(a=torch.ones(2)), "lr": 0.1}  # fmt: skip
     path = saved(tmp_path, made)
     assert_same(import_weights(path, key=key), made[key])
-    with pytest.raises(BadFile, match=r"'model' is not a tensor .* key of a dict: model, ema"):
+    with pytest.raises(BadFile, match=r"'model' must be a tensor; .* key of a dict: model, ema"):
         import_weights(path)
 
 
 @pytest.mark.parametrize(
     ("key", "told"),
-    [("modle", r"no 'modle' \(did you mean 'model'\?\)"), ("step", "'step' is a int, not a dict")],
+    [
+        ("modle", r"no 'modle' \(did you mean 'model'\?\)"),
+        ("step", "'step' must hold a dict of tensors; got a int"),
+    ],
 )
 def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path, key, told):
     with pytest.raises(BadFile, match=told):
@@ -188,10 +191,10 @@ def test_the_script_refuses_in_one_line_and_writes_nothing(tmp_path):
 FITS = {
     "no tensor 'b'": {"a": torch.zeros(2)},
     "unknown tensor 'c'": {"a": torch.zeros(2), "b": torch.zeros(1), "c": torch.zeros(1)},
-    r"'a' has the shape \(3,\); the network's has \(2,\)": {
+    r"'a' must be \(2,\) of torch.float32; got \(3,\) of torch.float32": {
         "a": torch.zeros(3), "b": torch.zeros(1)
     },
-    "'b' is of torch.int64; the network's is of torch.float32": {
+    r"'b' must be \(1,\) of torch.float32; got \(1,\) of torch.int64": {
         "a": torch.zeros(2), "b": torch.zeros(1).long()
     },
 }  # fmt: skip

@@ -113,6 +113,23 @@ def test_a_denoiser_comes_back_bit_for_bit(
     assert torch.equal(loaded(x, level).eps, denoiser.eval()(x, level).eps)
 
 
+def test_a_loaded_network_can_be_trained(saved):
+    """It is made on the meta device, and none of that is left."""
+    denoiser = Denoiser.load(saved)
+    made = small()
+    for name, parameter in made.named_parameters():
+        loaded = denoiser.get_parameter(name)
+        assert type(loaded) is torch.nn.Parameter
+        assert loaded.requires_grad
+        assert (loaded.device, loaded.dtype) == (parameter.device, parameter.dtype)
+        assert loaded.stride() == parameter.stride()
+    x = torch.ones(2, 2)
+    denoiser.network(x, torch.ones(2)).sum().backward()
+    optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.1)
+    optimizer.step()
+    assert all(parameter.grad is not None for parameter in denoiser.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_denoiser_keeps_its_dtype(tmp_path, dtype):
     denoiser = small()

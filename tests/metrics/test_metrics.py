@@ -184,7 +184,7 @@ def test_principal_components_are_those_of_the_covariance():
     assert_close(found - found.diag().diag(), torch.zeros_like(found), rtol=0, atol=1e-9)
     outside = vectors[:, :-4].T @ metrics.principal(x, 4).basis.numpy()
     assert np.abs(outside).max() < 1e-9
-    with pytest.raises(ValueError, match="20 samples have fewer than 20 principal"):
+    with pytest.raises(ValueError, match="components must be at most 19; got 20"):
         metrics.principal(x[:20], 20)
 
 
@@ -215,12 +215,12 @@ BAD = {
     "a wrong suffix": (lambda: Statistics.of(X).save("stats.npy"), "must end in .npz"),
     "widths": (
         lambda: frechet_distance(Statistics.of(X), Statistics.of(X[:, :2])),
-        "features alike; got 3 and 2",
+        "same width; got 3 and 2",
     ),
-    "kid widths": (lambda: metrics.kid(X, X[:, :2]), "alike"),
+    "kid widths": (lambda: metrics.kid(X, X[:, :2]), "same width"),
     "kid of few": (lambda: metrics.kid(X, X[:19]), "need 20 samples .* 19 made"),
     "kid of one subset": (lambda: metrics.kid(X, X, subsets=1), "subsets"),
-    "precision of few": (lambda: metrics.precision_recall(X, X[:3]), "k = 3"),
+    "precision of few": (lambda: metrics.precision_recall(X, X[:3]), "k must be at most 2; got 3"),
     "no images": (lambda: metrics.extract(X[:0], of_images), "at least one"),
     "images of nan": (lambda: metrics.extract(X * torch.nan, of_images), "finite"),
     "features of another shape": (lambda: metrics.extract(X, lambda x: x[:, 0]), "network must"),

@@ -68,10 +68,10 @@ MU, SIGMA = np.zeros(3), np.eye(3)
 NAN, SKEW = np.eye(3) * np.nan, np.eye(3) + np.triu(np.ones((3, 3)), 1)
 GOOD = {"mu": npy(MU), "sigma": npy(SIGMA)}
 HOSTILE = {
-    "no sigma": ({"mu": npy(MU)}, "must hold mu and sigma"),
-    "another name": (GOOD | {"sigma2": npy(SIGMA)}, "must hold mu and sigma"),
-    "near misses": ({"Mu": npy(MU), "sigma": npy(SIGMA)}, "must hold"),
-    "nothing": ({}, "must hold"),
+    "no sigma": ({"mu": npy(MU)}, "no array 'sigma'"),
+    "another name": (GOOD | {"sigma2": npy(SIGMA)}, "unknown or repeated arrays"),
+    "near misses": ({"Mu": npy(MU), "sigma": npy(SIGMA)}, "no array 'mu'"),
+    "nothing": ({}, "no array 'mu' nor 1 others"),
     "nan": ({"mu": npy(MU), "sigma": npy(NAN)}, "finite"),
     "infinite": ({"mu": npy(MU + np.inf), "sigma": npy(SIGMA)}, "finite"),
     "not symmetric": ({"mu": npy(MU), "sigma": npy(SKEW)}, "symmetric"),
@@ -79,21 +79,24 @@ HOSTILE = {
     "sizes apart": ({"mu": npy(np.zeros(4)), "sigma": npy(SIGMA)}, r"\(4,\) and \(3, 3\)"),
     "a matrix for mu": ({"mu": npy(SIGMA), "sigma": npy(SIGMA)}, "must be"),
     "no features": ({"mu": npy(MU[:0]), "sigma": npy(SIGMA[:0, :0])}, "must be"),
-    "three sizes": ({"mu": npy(MU), "sigma": npy(np.zeros((3, 3, 1)))}, "shape"),
+    "three sizes": ({"mu": npy(MU), "sigma": npy(np.zeros((3, 3, 1)))}, "must be"),
     "integers": ({"mu": npy(MU.astype(int)), "sigma": npy(SIGMA)}, "dtype of mu"),
-    "complex": ({"mu": npy(MU + 0j), "sigma": npy(SIGMA)}, "not real"),
+    "complex": ({"mu": npy(MU + 0j), "sigma": npy(SIGMA)}, "real numbers"),
     "half": ({"mu": npy(MU.astype(np.float16)), "sigma": npy(SIGMA)}, "dtype of mu"),
-    "text": ({"mu": npy(np.array("x")), "sigma": npy(SIGMA)}, "not real"),
-    "a pickle": ({"mu": npy(np.array([Bomb()] * 3)), "sigma": npy(SIGMA)}, "not real"),
-    "fields": ({"mu": npy(np.zeros(3, "f8,f8")), "sigma": npy(SIGMA)}, "not real"),
+    "text": ({"mu": npy(np.array("x")), "sigma": npy(SIGMA)}, "real numbers"),
+    "a pickle": ({"mu": npy(np.array([Bomb()] * 3)), "sigma": npy(SIGMA)}, "damaged"),
+    "fields": ({"mu": npy(np.zeros(3, "f8,f8")), "sigma": npy(SIGMA)}, "real numbers"),
     "a count of two": (GOOD | {"count": npy(np.array([5, 5]))}, "one integer"),
     "a real count": (GOOD | {"count": npy(np.array(5.0))}, "one integer"),
     "a count below 2": (GOOD | {"count": npy(np.array(1))}, "at least 2"),
     "an oversized header": (GOOD | {"mu": npy(header=header("(3,)") + " " * 60_000)}, "damaged"),
-    "a huge shape": (GOOD | {"sigma": npy(header=header("(4000000, 4000000)"))}, "shape"),
-    "more than is there": (GOOD | {"sigma": npy(header=header("(4000, 4000)"))}, "128000000 bytes"),
-    "less than is there": (GOOD | {"mu": npy(header=header("(2,)"), data=b"\0" * 24)}, "16 bytes"),
-    "a negative size": (GOOD | {"mu": npy(header=header("(-3,)"))}, "shape"),
+    "a huge shape": (GOOD | {"sigma": npy(header=header("(4000000, 4000000)"))}, "damaged"),
+    "more than is there": (GOOD | {"sigma": npy(header=header("(4000, 4000)"))}, "damaged"),
+    "less than is there": (
+        GOOD | {"mu": npy(header=header("(2,)"), data=b"\0" * 24)},
+        "real numbers",
+    ),
+    "a negative size": (GOOD | {"mu": npy(header=header("(-3,)"))}, "damaged"),
     "code in the header": (GOOD | {"mu": npy(header="__import__('os').abort()")}, "damaged"),
     "nested brackets": (GOOD | {"mu": npy(header="(" * 9000)}, "damaged"),
     "an odd version": (GOOD | {"mu": npy(header=header("(3,)"), version=7)}, "damaged"),
@@ -130,17 +133,17 @@ def test_what_is_no_npz_is_refused(tmp_path):
             archive.writestr(member + ".npy", data)
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("mu.npy", npy(MU + 1))
-    with pytest.raises(BadFile, match="must hold"):
+    with pytest.raises(BadFile, match="unknown or repeated"):
         Statistics.load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
         for member, data in GOOD.items():
             archive.writestr(member + ".npy", data)
-    with pytest.raises(BadFile, match="packed in an unknown way"):
+    with pytest.raises(BadFile, match="must be stored or deflated"):
         Statistics.load(path)
     os.mkfifo(tmp_path / "pipe.npz")
     for other, reason in (
-        (tmp_path, "not a regular file"),
-        (tmp_path / "pipe.npz", "not a regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe.npz", "not a file"),
         (tmp_path / "absent.npz", "No such file"),
     ):
         with pytest.raises(BadFile, match=reason):
@@ -160,7 +163,7 @@ def test_what_would_unpack_to_more_than_an_array_is_not_unpacked(tmp_path, monke
     with zipfile.ZipFile(path, "w") as archive:
         for k in range(10_000):
             archive.writestr(f"{k}.npy", b"")
-    with pytest.raises(BadFile, match="table of contents"):
+    with pytest.raises(BadFile, match="not a zip archive of a few arrays"):
         Statistics.load(path)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import silu
 from torch.testing import assert_close
 
-from sde_diffusion.networks import MLP, Fourier, UNet
+from sde_diffusion.networks import MLP, Fourier, PlainUNet, UNet
 from sde_diffusion.networks.unet import Attention, Residual
 
 SMALL = {"channels": (16, 24), "blocks": 1, "embedding": 16}
@@ -102,12 +102,12 @@ def test_the_output_depends_on_every_input(name):
 def test_a_context_is_required_refused_or_of_another_width_by_name(name):
     conditional, unconditional, shape = CONDITIONAL[name]
     x, c = batch(*shape, dtype=next(conditional.parameters()).dtype)
-    with pytest.raises(ValueError, match="takes a cond of width 5; got"):
+    with pytest.raises(ValueError, match="cond must have width 5; got"):
         conditional(x, c)
-    with pytest.raises(ValueError, match="takes a cond of width 5; got"):
+    with pytest.raises(ValueError, match="cond must have width 5; got"):
         conditional(x, c, x.new_zeros(3, 4))
     x, c = batch(*shape, dtype=torch.float32)
-    with pytest.raises(ValueError, match="takes a cond of width 0; got"):
+    with pytest.raises(ValueError, match="cond must have width 0; got"):
         unconditional(x, c, x.new_zeros(3, 5))
 
 
@@ -116,7 +116,7 @@ def test_samples_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"samples must have shape \(2,\); got \(3,\)"):
         MLP()(x, c)
     x, c = batch(3, 8, 8, dtype=torch.float32)
-    with pytest.raises(ValueError, match="1 channel"):
+    with pytest.raises(ValueError, match=r"x must be \(B, 1, H, W\); got shape \(3, 3, 8, 8\)"):
         UNet(**SMALL)(x, c)
 
 
@@ -245,10 +245,52 @@ def test_the_config_of_a_network_makes_it_again(made, config):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("fourier", [0, 8])
-def test_an_mlp_takes_a_batch_of_nothing(fourier):
-    network = MLP((3,), width=8, fourier=fourier)
-    assert network(torch.zeros(0, 3), torch.zeros(0)).shape == (0, 3)
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (MLP((3,), width=8), (3,)),
+        (MLP((3,), width=8, fourier=8), (3,)),
+        (UNet(**SMALL), (1, 28, 28)),
+        (UNet(**SMALL), (1, 27, 30)),
+        (PlainUNet(channels=(8, 8)), (1, 28, 28)),
+    ],
+)
+def test_an_empty_batch_gives_an_empty_batch(network, shape):
+    assert network(torch.zeros(0, *shape), torch.zeros(0)).shape == (0, *shape)
+
+
+LARGE = {
+    "width": lambda: MLP(width=10**9),
+    "depth": lambda: MLP(depth=10**9),
+    "fourier": lambda: MLP(fourier=10**9),
+    "cond": lambda: UNet(cond=10**9),
+    r"prod\(shape\)": lambda: MLP(shape=(2**16, 2**16)),
+    r"len\(shape\)": lambda: MLP(shape=(1,) * 9),
+    r"channels\[1\]": lambda: UNet(channels=(8, 2**30)),
+    r"len\(channels\)": lambda: UNet(channels=(8,) * 100),
+    r"len\(attention\)": lambda: UNet(attention=(0,) * 100),
+    "blocks": lambda: UNet(blocks=10**9),
+    "patch": lambda: UNet(patch=10**9),
+    "embedding": lambda: UNet(embedding=10**9),
+    "in_channels": lambda: PlainUNet(10**9),
+}
+
+
+@pytest.mark.parametrize("argument", LARGE)
+def test_a_size_that_no_file_could_fill_is_refused_by_name(argument):
+    with pytest.raises(ValueError, match=rf"^{argument} must be at most"):
+        LARGE[argument]()
+
+
+@pytest.mark.parametrize("made", [lambda: UNet(**SMALL), lambda: MLP(fourier=8)])
+def test_a_network_on_the_meta_device_has_its_constants(made):
+    """So that it can be filled from a file: `load_state_dict(tensors, assign=True)`."""
+    with torch.device("meta"):
+        network = made()
+    assert all(parameter.is_meta for parameter in network.parameters())
+    constants = dict(network.named_buffers())
+    for name, value in made().named_buffers():
+        assert torch.equal(constants[name], value)
 
 
 def test_a_fold_of_too_many_pixels_is_refused():
@@ -256,3 +298,10 @@ def test_a_fold_of_too_many_pixels_is_refused():
     with pytest.raises(ValueError, match="at most 512"):
         UNet(channels=(8,) * 10, patch=2, attention=(), heads=1)
     UNet(channels=(8,) * 9, patch=2, blocks=1, attention=(), heads=1)
+
+
+@pytest.mark.parametrize("value", [8, "ab", None, 2.5])
+def test_a_size_in_the_place_of_a_sequence_is_refused_by_name(value):
+    for made, argument in ((UNet, "channels"), (PlainUNet, "channels"), (MLP, "shape")):
+        with pytest.raises(TypeError, match=rf"^{argument} must be a sequence; got"):
+            made(**{argument: value})

@@ -1,0 +1,32 @@
+"""Rules of what a network is made from and called with.
+
+The upper limits keep a record in a file from describing a network that no file could fill.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from torch import Tensor
+
+from sde_diffusion.validate import Each, Integer
+
+__all__ = ["Cond", "Side", "Width", "Widths", "check_cond", "check_images"]
+
+Side = Integer(1, 2**16)
+
+Width = Annotated[int, Side]
+Cond = Annotated[int, Integer(0, 2**16)]
+Widths = Annotated[Sequence[int], Each(Side, 16, 1)]
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise ValueError unless x is (B, channels, H, W)."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be (B, {channels}, H, W); got shape {tuple(x.shape)}")
+
+
+def check_cond(cond: Tensor | None, width: int) -> None:
+    """Raise ValueError unless cond is (B, width), or None where width is 0."""
+    found = 0 if cond is None else cond.shape[-1]
+    if found != width:
+        raise ValueError(f"cond must have width {width}; got {found}")

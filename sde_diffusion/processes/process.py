@@ -157,6 +157,7 @@ class Process(validate.Checked, ABC):
             like: the batch (B, ...), whose rank, dtype and device the fields take; t and log_snr,
                 which networks are fed, are at least float32.
         """
+        validate.batch("like", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(

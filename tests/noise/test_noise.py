@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from sde_diffusion import noise
+from sde_diffusion.noise import sources
 from sde_diffusion.noise.sources import Generated, Purpose, Seeded, stream
 
 # As users have it: beartype would refuse first, and draws from `random` to pick what it checks.
-PLAIN = runpy.run_path(noise.__file__)
+PLAIN = runpy.run_path(sources.__file__)
 
 
 def global_states():

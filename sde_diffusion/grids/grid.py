@@ -9,16 +9,19 @@ from the start of the path to exactly 0 (data).
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids.frames import Frame, Straight
+from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.processes import Process
-from sde_diffusion.validate import Positive
+from sde_diffusion.validate import Kind, Number, Positive
 
-__all__ = ["Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+__all__ = ["IS_GRID", "Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+
+IS_GRID = Kind("a grid such as Karras()", "times", "__call__")
 
 SLACK = 1e-9  # relative: a node nearer than this to the end of the trained range is that end
 
@@ -122,13 +125,9 @@ class Power(Grid):
     """
 
     p: Positive = 1.0
-    frame: Frame = Straight()  # noqa: RUF009 a frozen value
-    first: Positive = 1.0
+    frame: Annotated[Frame, IS_FRAME] = Straight()  # noqa: RUF009 a frozen value
+    first: Annotated[float, Number(0, 1, strict=True)] = 1.0
     ratio: Positive | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.number("first", self.first, 0, 1, strict=True)
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         begin = start
@@ -163,7 +162,7 @@ class FromTMax(Grid):
         grid: the other one.
     """
 
-    grid: Grid = Usual()
+    grid: Annotated[Grid, IS_GRID] = Usual()
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         return self.grid.times(process, steps, min(start, process.t_max), least_ratio)

@@ -177,7 +177,8 @@ class Process(validate.Checked, ABC):
 
     def level_at(self, u: float) -> Level[float]:
         """The level at which sigma / (alpha + sigma) = u."""
-        return self.levels(self.time(log_snr_at(torch.tensor([u]).double().clamp(0, 1))))[0]
+        u64 = torch.tensor([u], dtype=torch.float64).clamp(0, 1)
+        return self.levels(self.time(log_snr_at(u64)))[0]
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
         """x = alpha x0 + sigma eps."""

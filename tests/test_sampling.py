@@ -184,9 +184,7 @@ def test_a_network_told_the_log_snr_is_finite_at_the_ends_too():
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
-def test_drift_and_diffusion_are_computed_for_the_whole_grid_at_once_or_not_at_all(
-    process, monkeypatch
-):
+def test_drift_and_diffusion_are_computed_for_a_grid_at_once_or_not_at_all(process, monkeypatch):
     asked = []
     times, rates = sd.grids.Usual()(process, 50, process.t_max), type(process)._rates
     model, x = network(process), torch.ones(2, 3)

@@ -294,7 +294,7 @@ def test_a_device_is_never_asked_for_the_values_of_its_times(process):
         (lambda: sd.VE(0.5, 0.5), "sigma_min must be below sigma_max"),
         (lambda: sd.VE(True, 50.0), "sigma_min must be a number"),
         (lambda: sd.Discrete.cosine(10, max_beta=0), "max_beta"),
-        (lambda: sd.Discrete.linear(10, 0.0, 0.02), "need 0 < beta_min"),
+        (lambda: sd.Discrete.linear(10, 0.0, 0.02), "beta_min must lie"),
         (lambda: sd.Discrete.linear(10, "low"), "beta_min must be a number"),
         (lambda: sd.Discrete.linear(10, 1e-4, "high"), "beta_max must be a number"),
         (lambda: sd.Discrete.scaled_linear(10, "low"), "beta_min must be a number"),

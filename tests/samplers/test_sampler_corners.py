@@ -318,9 +318,7 @@ def test_milstein_takes_an_empty_batch():
 def test_a_chain_says_how_many_steps_are_left_below_its_t_max():
     chain = sd.Discrete.linear().zero_terminal_snr()
     data = sd.exact.Gaussian(chain)
-    with pytest.raises(
-        ValueError, match=r"steps must be at most 999 on a chain of 1000 from t=0\.999"
-    ):
+    with pytest.raises(ValueError, match=r"at most 999 on a chain of 1000 from t=0\.999"):
         sd.sample(data, sd.EulerMaruyama(), torch.ones(1, 1), steps=1000)
     assert sd.sample(data, sd.EulerMaruyama(), torch.ones(1, 1), steps=999).isfinite().all()
 

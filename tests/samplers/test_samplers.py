@@ -155,9 +155,7 @@ def test_torchsde_on_our_brownian_path_is_euler_maruyama(process, method):
     [(sd.samplers.TorchSDE("srk"), {"steps": 200}), (sd.AdaptiveSDE(), {})],
     ids=["srk", "adaptive"],
 )
-def test_solvers_with_paths_of_their_own_give_the_data_and_repeat_with_the_generator(
-    sampler, arguments
-):
+def test_paths_that_a_generator_gives_end_in_the_data_and_repeat_with_it(sampler, arguments):
     """4,000 samples: 4.5 standard errors, and as much again for the steps.
 
     Euler-Maruyama, the coarsest of them, has an exact error of 0.0035 in W2 at 200 steps.

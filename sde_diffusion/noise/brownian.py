@@ -1,24 +1,24 @@
-r"""A Brownian path for each sample: what `seeds=` drives a sampler with.
+r"""A Brownian path for each sample: the noise of samplers called with `seeds=`.
 
-Row k of a batch follows a path of its own, a function of seeds[k] alone: the same in any batch and
-on any number of steps. The noise of an interval [s, t] is the path's increment over it, divided by
+Row k of a batch follows its own path, a function of seeds[k] alone: equal in any batch and on any
+number of steps. The noise of an interval [s, t] is the path's increment over it, divided by
 its standard deviation. The clock of the path is the share of signal
 
     kappa = alpha^2 / (alpha^2 + sigma^2),        from 0 (noise) to 1 (data),
 
-which is finite at both ends and has the same meaning on every process. In it the noise of the
-reverse SDE is additive:  y = alpha x / (alpha^2 + sigma^2)  solves
+which is finite at both ends and has the same meaning on every process. On this clock the noise of
+the reverse SDE is additive:  y = alpha x / (alpha^2 + sigma^2)  solves
 
     dy = (x0 + alpha score) dkappa + dW.
 
-The path is a virtual tree (Gaines & Lyons 1997) of rotations. An interval holds its increment over
-its standard deviation, z. Split at the share r of its length it gives
+The path is a virtual tree (Gaines & Lyons 1997) of rotations. An interval stores z, its increment
+divided by its standard deviation. Split at the share r of its length it gives
 
     noise side   sqrt(r) z + sqrt(1 - r) n,         n ~ N(0, I), the normal of this split,
-    data side    sqrt(1 - r) z - sqrt(r) n,         the Brownian bridge in other words,
+    data side    sqrt(1 - r) z - sqrt(r) n,         a Brownian bridge,
 
-which are standard normal and independent whatever r is. Nothing is subtracted that is nearly equal.
-Only the intervals that lie ahead on the way from the root are stored, about log2 of the steps.
+which are standard normal and independent for any r. No nearly equal numbers are subtracted. Only
+the intervals ahead on the way from the root are stored, about log2 of the number of steps.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,20 +34,16 @@ from sde_diffusion.noise.sources import Purpose, stream
 
 __all__ = ["ROOT", "WHOLE", "Brownian", "child", "rotated", "share", "span"]
 
-# What normals are drawn by: a code.
+# Codes: a normal is a function of a key and a code.
 WHOLE = mixed(1)  # the increment of the whole path
-
-
 ROOT = mixed(2)  # its first split
+FREE = mixed(3)  # intervals without length
 
 
-FREE = mixed(3)  # and what follows it: intervals without length
-
-
-# An interval with more times of the grid in it is split at its middle, any other at a time. On a
-# mixture 20 and 40 steps of SDE-DPM-Solver++ 2M differ by this share of what two seeds do: .160 on
-# the path itself (6.6 normals a step); .168 for 1 time (2 normals), .170 for 2 (1.5), .176 for 3
-# (1.35), .192 where every split is at a time (1).
+# An interval that contains more grid times than FEW is split at its middle, any other at a time. On
+# a mixture, the distance between 20 and 40 steps of SDE-DPM-Solver++ 2M over that between two seeds
+# is .160 on the path itself (6.6 normals a step), .168 for FEW = 1 (2 normals), .170 for 2 (1.5),
+# .176 for 3 (1.35), .192 if every split is at a time (1).
 FEW = 3
 
 
@@ -88,7 +84,7 @@ def rotated(z: Tensor, n: Tensor, first: Any, second: Any) -> tuple[Tensor, Tens
 
     Args:
         z: the increment of the whole.
-        n: the normal of this split; what it holds afterwards is of no use.
+        n: the normal of this split; overwritten.
         first, second: the shares of the parts, floats or tensors that broadcast against z.
     """
     a, b = first**0.5, second**0.5
@@ -97,11 +93,11 @@ def rotated(z: Tensor, n: Tensor, first: Any, second: Any) -> tuple[Tensor, Tens
 
 
 class Interval(NamedTuple):
-    """A part of the path that is not yet walked.
+    """A part of the path that lies ahead.
 
     Attributes:
         high, low: its ends in u.
-        code: what its split is drawn by.
+        code: code of the normal of its split.
         z: its increment over its standard deviation, (B, ...).
     """
 
@@ -120,19 +116,19 @@ def path_keys(seeds: Iterable[int]) -> Tensor:
 class Brownian:
     """Standard normals noise(t, s, like), one Brownian path per sample.
 
-    The tree halves [0, 1] in u = sigma / (alpha + sigma) until few times of the grid are left in an
-    interval, which is then split at the one nearest to its middle: 1.35 normals a step. On every
-    grid the same normals belong to nearly the same times, so two grids differ by what happens
-    within a step: the strong order is 1.
+    The tree halves [0, 1] in u = sigma / (alpha + sigma) until an interval contains few times of
+    the grid; it is then split at the time nearest to its middle: 1.35 normals a step. On every grid
+    the same normals belong to nearly the same times, so two grids differ only within a step: the
+    strong order is 1.
 
-    A source is walked once, downwards. An interval that reaches above the last one's end begins a
-    new path: who draws more than once over the same times, as resampling and correctors do, gets
-    independent noise each time. So does an interval without length.
+    A source is used once, downwards. An interval that reaches above the end of the previous one
+    begins a new path: repeated draws over the same times, as in resampling and correctors, are
+    independent. So are the draws of intervals without length.
 
     Args:
         seeds: one non-negative integer per row of the batch.
         clock: u = sigma / (alpha + sigma) of the process, at times (n,).
-        times: the grid that will be walked; other times are located when they are needed.
+        times: the grid of the run; other times are located when they are needed.
     """
 
     def __init__(
@@ -184,7 +180,7 @@ class Brownian:
         return normals(self.keys + signed(code), like)
 
     def increment(self, high: float, low: float) -> Tensor:
-        """The path's increment from high down to low, over its standard deviation; walks there."""
+        """The increment from high down to low, over its standard deviation; advances to low."""
         while self.ahead[-1].high > high:
             if self.ahead[-1].low >= high:
                 self.ahead.pop()
@@ -205,7 +201,7 @@ class Brownian:
         return made
 
     def split(self, wanted: float) -> None:
-        """Put two parts in the place of the next interval."""
+        """Replace the next interval by its two parts."""
         high, low, code, z = self.ahead.pop()
         at = self.place(high, low, wanted)
         first, second = share(high, at, high, low), share(at, low, high, low)
@@ -214,12 +210,12 @@ class Brownian:
         self.ahead.append(Interval(high, at, child(code, 0), noise))
 
     def place(self, high: float, low: float, wanted: float) -> float:
-        """Where an interval is split: its middle, a time of the grid, or what is asked for."""
+        """The u at which an interval is split: its middle, a time of the grid, or `wanted`."""
         first, last = bisect_right(self.grid, low), bisect_left(self.grid, high)
         middle = (high + low) / 2
         after = bisect_left(self.grid, middle, first, last)
         beside = self.grid[max(after - 1, first) : min(after + 1, last)]
         nearest = min(beside, key=lambda u: abs(u - middle), default=wanted)
-        # A time that is the middle but for rounding would leave an interval of no use.
+        # A time equal to the middle up to rounding would leave an interval without length.
         own = last - first > FEW and abs(nearest - middle) > 1e-6 * (high - low)
         return middle if own and low < middle < high else nearest

@@ -1,6 +1,6 @@
-"""Random numbers by counting: a word of a stream is a mixed counter, so any can be had alone.
+"""Counter-based random numbers: each word of a stream is a mixed counter, computed alone.
 
-SplitMix64 (Steele, Lea & Flood 2014) on int64 tensors, on the device that needs the numbers.
+SplitMix64 (Steele, Lea & Flood 2014) on int64 tensors, on the device that uses the numbers.
 """
 
 import math
@@ -38,7 +38,7 @@ WORDS = 2**64
 
 
 def signed(word: int) -> int:
-    """The 64-bit word as torch.int64 reads it."""
+    """The 64-bit word as a signed integer, as in torch.int64."""
     return word - WORDS if word >= WORDS // 2 else word
 
 
@@ -50,7 +50,7 @@ def mixed(word: int) -> int:
 
 
 def mixed_(words: Tensor) -> Tensor:
-    """The same in place for a tensor of int64, whose shifts would draw in the sign."""
+    """`mixed` in place for int64 tensors; masks clear the sign bits that their shifts copy."""
     shifted = torch.empty_like(words)
     for shift, factor in ROUNDS:
         torch.bitwise_right_shift(words, shift, out=shifted).bitwise_and_(2 ** (64 - shift) - 1)
@@ -66,7 +66,7 @@ def normals(keys: Tensor, like: Tensor) -> Tensor:
 
         sign(u) sqrt(-2 log |u|) (sin(pi v / 2), cos(pi v / 2)).
 
-    A float64 batch has 31 more bits in u and v; else the numbers are those of a float32 one.
+    A float64 batch has 31 more bits in u and v; otherwise its numbers equal those of float32.
 
     Args:
         keys: (B,) int64, on the device of `like`.
@@ -126,7 +126,7 @@ def sine_series(terms: int) -> list[float]:
 
 
 def row_keys(base: int, positions: range, device: torch.device | None = None) -> Tensor:
-    """A key for each position: word number `position` of the stream with this base, (n,) int64."""
+    """A key per position: word number `position` of the stream with this base, (n,) int64."""
     places = torch.arange(positions.start, positions.stop, device=device)
     return mixed_(places.mul_(signed(GAMMA)).add_(signed(base)))
 

@@ -1,8 +1,8 @@
-"""Where random numbers come from. Nothing in this package reads or moves a global generator.
+"""Sources of random numbers. Global generators are neither read nor advanced.
 
 Every draw of a seeded source is a function of its key alone: a Philox counter (Salmon et al. 2011)
-addressed by (seed, purpose, step, position). So a sample does not depend on its batch mates, nor a
-training step on the number of processes that share it.
+addressed by (seed, purpose, step, position). A sample is therefore independent of the rest of its
+batch, and a training step of the number of processes that share it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ __all__ = ["Generated", "Noise", "Purpose", "Seeded", "stream"]
 
 
 class Purpose(IntEnum):
-    """What a stream of numbers is for; streams of different purposes never overlap."""
+    """Purpose of a stream of numbers; streams of different purposes never overlap."""
 
     PRIOR = 0
     PATH = 1
@@ -34,7 +34,7 @@ class Purpose(IntEnum):
 def stream(
     seed: int, purpose: Purpose, step: int = 0, position: int = 0, block: int = 0
 ) -> np.random.Generator:
-    """The random stream at one address, from its block number `block` on.
+    """The random stream at one address, from block number `block` on.
 
     An address has 2^64 blocks that no other shares; a block is four 64-bit words, such as four
     float64 numbers in [0, 1).
@@ -59,7 +59,7 @@ class Generated:
     """Independent draws for the whole batch from one torch generator.
 
     Args:
-        generator: where the numbers come from, on the CPU or on the batch's own device; None takes
+        generator: source of the numbers, on the CPU or on the device of the batch; None stands for
             fresh entropy.
     """
 
@@ -76,18 +76,18 @@ class Generated:
         return draw.to(like.device)
 
     def entropy(self) -> int:
-        """A seed for a library that keeps random numbers of its own."""
+        """A seed for a library with its own random generator."""
         low, high = 0, 2**62
         draw = torch.randint(low, high, (), generator=self.generator, device=self.generator.device)
         return int(draw)
 
 
 class Seeded:
-    """Independent draws with one stream per sample: row k depends on seeds[k] and on nothing else.
+    """Independent draws with one stream per sample: row k depends on seeds[k] alone.
 
     Args:
         seeds: one non-negative integer per row of the batch.
-        purpose: PRIOR for the start of a path, PATH for what drives it.
+        purpose: PRIOR for the start of a path, PATH for its noise.
     """
 
     def __init__(self, seeds: Sequence[int], purpose: Purpose = Purpose.PATH) -> None:

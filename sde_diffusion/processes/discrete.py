@@ -30,9 +30,9 @@ class Interpolated(VariancePreserving):
     """The SDE that passes through a discrete chain: beta(t) constant between the chain's times i/N.
 
     log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
-    transitions at the times i/N are the chain's own; drift and diffusion there are those of the
-    interval below. Where beta_N = 1 (zero terminal SNR) it is alpha that falls linearly to 0 over
-    the last interval; t_max is then (N - 1) / N.
+    transitions at the times i/N are those of the chain; drift and diffusion there are those of the
+    interval below. If beta_N = 1 (zero terminal SNR), alpha falls linearly to 0 over the last
+    interval and t_max is (N - 1) / N.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
@@ -70,8 +70,8 @@ class Interpolated(VariancePreserving):
     def log_alpha(self, t: Tensor) -> Tensor:
         table, last = self.table.to(t), self.num_steps - 1
         position = t * self.num_steps
-        # A node i belongs to the interval that ends there, whose rate a step down from i needs; in
-        # float32 i/N may lie above the node, by a share 2^-24 of it.
+        # Node i belongs to the interval that ends there: a step down from i needs its rate. In
+        # float32 i/N may lie above the node, by a relative 2^-24.
         left = (position.detach() - self.num_steps * 2.0**-22).ceil().sub(1).clamp(0, last).long()
         fraction = position - left
         if self.betas[-1] < 1:
@@ -95,8 +95,8 @@ class Interpolated(VariancePreserving):
 class Discrete(Interpolated):
     """The DDPM chain of Ho et al. 2020 as a process: index i in 1 .. N is the time i/N.
 
-    Its own grids stand on the chain's times, where a network trained on the chain has been; a grid
-    of n < N steps is the nearest sub-chain. `equivalence.continuous` gives the SDE between them.
+    Its usual grids consist of the chain's times, at which a network was trained; a grid of n < N
+    steps is the nearest sub-chain. `processes.continuous` gives the SDE between the times.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
@@ -145,7 +145,7 @@ class Discrete(Interpolated):
     ) -> "Discrete":
         """beta_i = min(1 - abar(i/N) / abar((i-1)/N), max_beta) of `Cosine(s)`.
 
-        Nichol & Dhariwal 2021, eq. 17. It is the CMU sheet's clip of alpha_i to [0.001, 1], too.
+        Nichol & Dhariwal 2021, eq. 17; equal to clipping alpha_i to [0.001, 1].
         """
         t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         betas = kernel_variances(Cosine(s).log_alpha(t))
@@ -160,11 +160,11 @@ class Discrete(Interpolated):
     ) -> "Discrete":
         """z_i = alpha z_(i-1) + sqrt(1 - alpha^2) eps, with the same alpha in every step.
 
-        beta = 1 - alpha^2: TTIC's alpha is the square root of Ho et al.'s.
+        beta = 1 - alpha^2: alpha of TTIC 31230 is the square root of that of Ho et al. 2020.
 
         Args:
             num_steps: N.
-            alpha: in (0, 1); e^(-1/N) by default, whose limit is OU(1.0) and which agrees with it.
+            alpha: in (0, 1); by default e^(-1/N), the exact discretization of OU(1.0).
         """
         beta = -math.expm1(-2 / num_steps) if alpha is None else 1 - alpha**2
         if beta == 0:
@@ -174,8 +174,8 @@ class Discrete(Interpolated):
     def zero_terminal_snr(self) -> "Discrete":
         """The chain rescaled so that alpha(1) = 0 exactly (Lin et al. 2024, Alg. 1).
 
-        sqrt(abar_i) is shifted by -sqrt(abar_N) and scaled to keep sqrt(abar_1). Eps and Score
-        cannot say x0 at t = 1 of it: train V or X0.
+        sqrt(abar_i) is shifted by -sqrt(abar_N) and scaled to keep sqrt(abar_1). At t = 1 Eps and
+        Score do not determine x0: train V or X0.
         """
         if self.num_steps == 1:
             raise ValueError(
@@ -202,8 +202,8 @@ class Discrete(Interpolated):
     def model_variances(self, variance: Variance) -> Tensor:
         """sigma_i^2 of the model's kernels p(x_(i-1) | x_i), i = 1 .. N: (N,) float64, positive.
 
-        beta_i, or the posterior's (Ho et al. 2020, sec. 3.2), in which at i = 1, where that is 0,
-        the value of i = 2 stands in, as in the authors' code: a density needs some variance.
+        beta_i, or the variance of the posterior (Ho et al. 2020, sec. 3.2). The latter is 0 at
+        i = 1; the value of i = 2 replaces it, as in the authors' code, so that a density exists.
         """
         if variance == "beta":
             return self.beta_table
@@ -218,7 +218,7 @@ def kernel_variances(log_alpha: Tensor) -> Tensor:
 
 
 def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
-    """A table of betas as Python floats, or a ValueError that says what is wrong with it."""
+    """Return a table of betas as Python floats, or raise a ValueError that names the fault."""
     try:
         betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).cpu()
     except (TypeError, ValueError):
@@ -295,6 +295,6 @@ def discretize(
 def continuous(discrete: Annotated[Discrete, IS_CHAIN]) -> Interpolated:
     """The SDE with piecewise constant beta(t) and the chain's marginals and transitions at i/N.
 
-    It is the same path, but its own grids go anywhere between the chain's times.
+    The path is the same; its usual grids are not limited to the chain's times.
     """
     return Interpolated(discrete.betas)

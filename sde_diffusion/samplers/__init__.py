@@ -1,4 +1,4 @@
-"""*From a noise level to a lower one.* Each sampler is a rule for one step."""
+"""*From a noise level to a lower one.* A sampler is a rule for one step."""
 
 from sde_diffusion.samplers.adams import Adams
 from sde_diffusion.samplers.adaptive_ode import AdaptiveODE

@@ -26,7 +26,7 @@ from sde_diffusion.files.strict_json import near
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
-from sde_diffusion.validate import Kind
+from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments
 
 __all__ = ["IS_FRAME", "Frame", "GaussianFrame", "Straight"]
 
@@ -83,7 +83,7 @@ class Straight:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianFrame:
+class GaussianFrame(Checked):
     r"""Coordinates in which the flow of Gaussian data N(m, S) is constant.
 
     With  C = alpha^2 S + sigma^2 I,  the covariance of x_t for Gaussian data,
@@ -108,9 +108,10 @@ class GaussianFrame:
     mean: Tensor
     axes: Tensor
     variances: Tensor
-    rest: float
+    rest: Positive
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("mean", "axes", "variances"):
             if not bool(getattr(self, name).isfinite().all()):
                 raise ValueError(f"{name} must be finite; got nan or inf")
@@ -128,14 +129,14 @@ class GaussianFrame:
             raise ValueError(
                 f"variances must be positive; got {float(self.variances.min()):g}; use a floor"
             )
-        validate.number("rest", self.rest, 0, strict=True)
 
     def __repr__(self) -> str:
         return f"GaussianFrame(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
 
     @staticmethod
+    @arguments
     def of(
-        mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: float = 0.0
+        mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: NonNegative = 0.0
     ) -> "GaussianFrame":
         """The frame of a mean (*shape,) and a covariance (d, d).
 
@@ -151,7 +152,6 @@ class GaussianFrame:
                 f"covariance must be ({mean.numel()}, {mean.numel()}) for this mean; "
                 f"got {tuple(covariance.shape)}"
             )
-        floor = validate.number("floor", floor, 0)
         variances, axes = torch.linalg.eigh(covariance)
         variances = variances.clamp(min=floor)
         kept = validate.integer("rank", len(axes) if rank is None else rank, 1, len(axes))

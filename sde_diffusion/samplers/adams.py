@@ -19,14 +19,13 @@ from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.grids import Grid, Power
 from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level
 from sde_diffusion.samplers.sampler import Claims, finest
-from sde_diffusion.validate import Checked, Integer, Positive
+from sde_diffusion.validate import Checked, Count, Integer, Positive, arguments
 
 __all__ = ["Adams", "adams_weights"]
 
@@ -82,14 +81,17 @@ class Adams(Checked):
             raise ValueError(f"start must be None in the straight frame; got {self.start}")
 
     @staticmethod
-    def auto(calls: int, frame: Frame = Straight()) -> "Adams":  # noqa: B008 a frozen value
+    @arguments
+    def auto(
+        calls: Count,
+        frame: Annotated[Frame, IS_FRAME] = Straight(),  # noqa: B008 a frozen value
+    ) -> "Adams":
         """The setting with the least error at this number of calls.
 
         Used as `sample(..., Adams.auto(n), x, steps=n)`. From the first row of a table with at
         least so many calls; experiments/adams_table.py derives the table on mixtures and can be
         run on other data.
         """
-        validate.integer("calls", calls)
         table = STRAIGHT if frame == Straight() else GAUSSIAN
         k, p, start = table[min((n for n in table if n >= calls), default=max(table))]
         return Adams(k, p, frame, start)

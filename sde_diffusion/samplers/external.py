@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Generated, Noise
@@ -37,15 +36,10 @@ class AdaptiveSolver(Checked, ABC):
     LARGEST_STEP: ClassVar = 0.125
     SAFETY: ClassVar = 0.3
 
-    METHODS: ClassVar[tuple[str, ...]]
     method: str
     rtol: float
     atol: float
     max_calls: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.choice("method", self.method, self.METHODS)
 
     @property
     def claims(self) -> Claims:
@@ -98,7 +92,7 @@ class TorchODE(AdaptiveSolver):
     )  # fmt: skip
     METHODS: ClassVar = ADAPTIVE + FIXED
 
-    method: str = "dopri5"
+    method: Annotated[str, Choice(*METHODS)] = "dopri5"
     rtol: Positive = 1e-5
     atol: Positive = 1e-5
     max_calls: Count = 10_000
@@ -131,7 +125,7 @@ class ScipyODE(AdaptiveSolver):
 
     METHODS: ClassVar = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
-    method: str = "DOP853"
+    method: Annotated[str, Choice(*METHODS)] = "DOP853"
     rtol: Positive = 1e-8
     atol: Positive = 1e-8
     max_calls: Count = 100_000

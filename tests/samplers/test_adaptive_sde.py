@@ -324,7 +324,7 @@ def test_a_model_that_is_not_finite_is_named():
 
 def test_injected_noise_and_steps_are_refused():
     model, x = gaussian(sd.VP()), torch.ones(2, 1)
-    with pytest.raises(ValueError, match="noise must be left out for AdaptiveSDE.*generator="):
+    with pytest.raises(ValueError, match=r"noise must be left out for AdaptiveSDE.*generator="):
         sd.sample(model, sd.AdaptiveSDE(), x, noise=lambda t, s, like: torch.zeros_like(like))
     with pytest.raises(ValueError, match="steps must be left out for AdaptiveSDE"):
         sd.sample(model, sd.AdaptiveSDE(), x, steps=5)

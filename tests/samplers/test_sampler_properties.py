@@ -133,4 +133,5 @@ def test_a_batch_without_dimensions_is_one_named_error(samplers, data):
         lambda: ddpm.negative_elbo(x),
         lambda: ddpm.bound(x),
     ):
-        refused(attempt, r"(x|x0|like|the batch) must be a floating-point batch \(B, ...\); got shape")
+        words = r"(x|x0|like|the batch) must be a floating-point batch \(B, ...\); got shape"
+        refused(attempt, words)

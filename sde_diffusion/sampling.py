@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
-from sde_diffusion.grids.grid import within
+from sde_diffusion.grids.grid import IS_GRID, within
 from sde_diffusion.models.model import (
     IS_MODEL,
     Bound,
@@ -86,7 +86,7 @@ def trajectory(
     x: Annotated[Tensor, Batch()],
     *,
     steps: int | None = None,
-    grid: Grid | None = None,
+    grid: Annotated[Grid, IS_GRID] | None = None,
     times: Tensor | Sequence[float] | None = None,
     cond: Cond | None = None,
     generator: torch.Generator | None = None,

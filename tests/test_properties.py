@@ -22,11 +22,7 @@ from sde_diffusion.models.prediction import truth
 
 TINY = np.finfo(np.float64).tiny
 
-# What AdaptiveTorchSDE's docstring promises at dt_min, where some of the problems drawn here lead.
-pytestmark = pytest.mark.filterwarnings("ignore:Hitting minimum allowed step size")
-
-
-every_process = draws.for_every("processes", draws.EVERY_PROCESS)
+every_process = draws.for_every("processes", draws.PROCESSES)
 every_sampler = draws.for_every("samplers", draws.SAMPLERS)
 
 
@@ -153,8 +149,8 @@ def test_kernels_solve_the_published_sde_at_any_parameters(processes, data):
 def test_kernels_compose(processes, data):
     """Chapman-Kolmogorov:  a_st = a_rt a_sr,  b_st^2 = b_rt^2 + a_rt^2 b_sr^2,  rel 1e-10.
 
-    From data, s = 0, the kernel is the marginal. A chain's log a, and all of a shortened process's
-    kernel, are differences of log alpha and sigma^2, of which some eps are lost.
+    From data, s = 0, the kernel is the marginal. A chain's log a and its
+    kernel's variance are differences of log alpha and sigma^2, of which some eps are lost.
     """
     process = data.draw(processes)
     time = st.one_of(st.just(0.0), draws.times(last=1 - 1e-9))
@@ -178,14 +174,15 @@ def test_levels_are_finite_and_the_log_snr_falls(processes, data):
     process = data.draw(processes)
     grid = data.draw(draws.grids())
     levels = process.levels(double(*grid))
-    for level in levels:
+    rates = (rate.tolist() for rate in process.rates(double(*grid)))
+    for level, f, g2 in zip(levels, *rates, strict=True):
         assert 0 <= level.alpha <= 1
         assert 0 <= level.sigma < math.inf
         assert not math.isnan(level.log_snr)
-        promised = level.t <= process.t_max
-        assert math.isfinite(level.drift) == math.isfinite(level.diffusion2) == promised
-        if promised:
-            assert level.drift <= 0 <= level.diffusion2
+        defined = level.t <= process.t_max
+        assert math.isfinite(f) == math.isfinite(g2) == defined
+        if defined:
+            assert f <= 0 <= g2
     for later, earlier in itertools.pairwise(levels):
         slack = 8 * EPS * (1 + abs(earlier.log_snr)) if math.isfinite(earlier.log_snr) else 0
         assert later.log_snr <= earlier.log_snr + slack
@@ -208,7 +205,7 @@ def test_time_inverts_the_log_snr(processes, data):
 def test_own_grids_decrease_from_noise_to_data(samplers, data):
     process, sampler = data.draw(draws.processes()), data.draw(samplers)
     steps = None
-    if not draws.picks_its_steps(sampler):
+    if not sampler.claims.adaptive:
         steps = data.draw(st.integers(1, min(60, draws.most_steps(process, sampler))))
     times = sampler.grid(process, steps)
     assert times.dtype == torch.float64

@@ -1,13 +1,13 @@
 r"""Frames: changes of variables in which the probability flow is integrated.
 
 In t the flow  dx/dt = f x - g^2 score / 2  is singular at the data: sigma(t) starts like sqrt(t),
-and solvers spend their steps there. A frame has coordinates z(x) and a clock that depends on the
-noise-to-signal ratio alone, in which every process has one and the same flow and nothing is
-singular. At the data the clock is 0 and z = x0. The change of variables is exact, so a solver has
-the same limit in every frame; what differs is how much is left to integrate.
+and solvers need many steps there. A frame consists of coordinates z(x) and a clock that depends on
+the noise-to-signal ratio alone. In it all processes have the same flow, without a singularity. At
+the data the clock is 0 and z = x0. The change of variables is exact, so a solver has the same limit
+in every frame; frames differ in the size of the slope that remains.
 
-    Straight   y = x / (alpha + sigma),  u = sigma / (alpha + sigma),  dy/du = eps - x0
-    Gaussian   where the exact flow of N(m, S) would end,  theta = arctan(sigma / alpha)
+    Straight        y = x / (alpha + sigma),  u = sigma / (alpha + sigma),  dy/du = eps - x0
+    GaussianFrame   the end of the exact flow of N(m, S),  theta = arctan(sigma / alpha)
 """
 
 import math
@@ -25,7 +25,7 @@ from sde_diffusion.files import storage
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
-from sde_diffusion.validate import Kind
+from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments
 
 __all__ = ["IS_FRAME", "Frame", "GaussianFrame", "Straight"]
 
@@ -38,11 +38,11 @@ class Frame(Protocol):
     """Coordinates and a clock. Implementations are frozen dataclasses."""
 
     def clock(self, level: Level[float]) -> float:
-        """The clock's reading at a level: it falls to 0 at the data."""
+        """The value of the clock at a level, 0 at the data."""
         ...
 
     def log_snr(self, clock: Tensor) -> Tensor:
-        """The log-SNR at a reading: the inverse of `clock`; any shape, float64."""
+        """The log-SNR at a value of the clock: the inverse of `clock`; any shape, float64."""
         ...
 
     def enter(self, x: Tensor, level: Level) -> Tensor:
@@ -82,8 +82,8 @@ class Straight:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussianFrame:
-    r"""Where the exact flow of N(m, S) would end: only what no Gaussian explains is integrated.
+class GaussianFrame(Checked):
+    r"""Coordinates in which the flow of Gaussian data N(m, S) is constant.
 
     With  C = alpha^2 S + sigma^2 I,  the covariance of x_t for Gaussian data,
 
@@ -91,9 +91,9 @@ class GaussianFrame:
         dz/dtheta = (alpha^2 + sigma^2) S^(1/2) C^(-3/2) (alpha S eps - sigma (x0 - m)),
 
     which is 0 for data N(m, S), and small at high noise for any data of that mean and covariance.
-    For S = I and m = 0 it is v over its scale, in the angle of Salimans & Ho 2022. On the clock u
-    the same coordinates need more steps: near the data they move with sigma / alpha, which is theta
-    up to the third order and u only up to the second.
+    For S = I and m = 0 the slope is v over its scale, in the angle of Salimans & Ho 2022. On the
+    clock u the same coordinates need more steps: near the data they move with sigma / alpha, which
+    equals theta up to third order and u only up to second order.
 
     S = V diag(variances) V^T + rest (I - V V^T): of full rank or of low rank plus isotropic.
 
@@ -101,18 +101,19 @@ class GaussianFrame:
         mean: m (*shape,), the shape of one sample; () for any shape.
         axes: V (d, r) with orthonormal columns.
         variances: (r,), positive.
-        rest: the variance of the directions that V leaves out; positive, of no effect for r = d.
+        rest: the variance of the directions orthogonal to V; positive, without effect for r = d.
     """
 
     mean: Tensor
     axes: Tensor
     variances: Tensor
-    rest: float
+    rest: Positive
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("mean", "axes", "variances"):
             if not bool(getattr(self, name).isfinite().all()):
-                raise ValueError(f"{name} must be finite")
+                raise ValueError(f"{name} must be finite; got nan or inf")
         if self.axes.ndim != 2 or self.variances.shape != self.axes.shape[1:]:
             raise ValueError(
                 f"axes and variances must be (d, r) and (r,); got {tuple(self.axes.shape)} and "
@@ -120,26 +121,28 @@ class GaussianFrame:
             )
         if self.mean.numel() not in (1, len(self.axes)):
             raise ValueError(
-                f"mean of shape {tuple(self.mean.shape)} does not fit axes of {len(self.axes)} "
-                f"coordinates"
+                f"mean must have {len(self.axes)} coordinates, as the axes; "
+                f"got shape {tuple(self.mean.shape)}"
             )
         if not bool((self.variances > 0).all()):
-            raise ValueError("variances must be positive: give a floor")
-        validate.number("rest", self.rest, 0, strict=True)
+            raise ValueError(
+                f"variances must be positive; got {float(self.variances.min()):g}; use a floor"
+            )
 
     def __repr__(self) -> str:
         return f"GaussianFrame(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
 
     @staticmethod
+    @arguments
     def of(
-        mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: float = 0.0
+        mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: NonNegative = 0.0
     ) -> "GaussianFrame":
         """The frame of a mean (*shape,) and a covariance (d, d).
 
         Args:
-            rank: of the eigenvectors that are kept, those of the largest eigenvalues [all]; the
-                others get the mean of theirs.
-            floor: least eigenvalue. Constant pixels have none of their own: for dequantized images
+            rank: number of eigenvectors that are kept, those of the largest eigenvalues [all];
+                the other directions get the mean of the other eigenvalues.
+            floor: least eigenvalue. Constant pixels have eigenvalue 0: for dequantized images use
                 the variance of that noise, `data.DEQUANTIZATION`.
         """
         covariance = covariance.double()
@@ -148,7 +151,6 @@ class GaussianFrame:
                 f"covariance must be ({mean.numel()}, {mean.numel()}) for this mean; "
                 f"got {tuple(covariance.shape)}"
             )
-        floor = validate.number("floor", floor, 0)
         variances, axes = torch.linalg.eigh(covariance)
         variances = variances.clamp(min=floor)
         kept = validate.integer("rank", len(axes) if rank is None else rank, 1, len(axes))
@@ -210,7 +212,7 @@ class GaussianFrame:
 
     @staticmethod
     def pretrained(name: str) -> "GaussianFrame":
-        """The frame of a data set that comes with the package: "mnist", 28x28 digits in [-1, 1]."""
+        """Load a packaged frame: "mnist", 28x28 digits in [-1, 1]."""
         folder = Path(__file__).parents[1] / "weights" / "frames"
         validate.choice("name", name, sorted(path.stem for path in folder.glob("*.safetensors")))
         return GaussianFrame.load(folder / f"{name}.safetensors")
@@ -220,7 +222,8 @@ class GaussianFrame:
         flat = coordinates(x)
         if flat.shape[1] != len(self.axes):
             raise ValueError(
-                f"the frame is of samples of {len(self.axes)} coordinates; got {flat.shape[1]}"
+                f"x must have {len(self.axes)} coordinates per sample, as the frame; "
+                f"got {flat.shape[1]}"
             )
         return flat
 
@@ -228,7 +231,7 @@ class GaussianFrame:
         return on(self, like.dtype, like.device)[0]
 
     def _spectrum(self, like: Tensor) -> Iterator[Scalar]:
-        """The eigenvalues of the axes, (r,), and that of what they leave out."""
+        """The eigenvalues of the axes, (r,), then the one of the directions orthogonal to them."""
         yield on(self, like.dtype, like.device)[2]
         yield self.rest
 
@@ -245,7 +248,7 @@ class GaussianFrame:
 def on(
     frame: GaussianFrame, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (d,), axes and variances of a frame as a batch needs them; copied once, not per step."""
+    """Mean (d,), axes and variances of a frame in a dtype on a device; copied once."""
     mean = frame.mean.flatten().to(device, dtype)
     return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
 

@@ -9,23 +9,26 @@ from the start of the path to exactly 0 (data).
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids.frames import Frame, Straight
+from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.processes import Process
-from sde_diffusion.validate import Positive
+from sde_diffusion.validate import Kind, Number, Positive
 
-__all__ = ["Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+__all__ = ["IS_GRID", "Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+
+IS_GRID = Kind("a grid such as Karras()", "times", "__call__")
 
 SLACK = 1e-9  # relative: a node nearer than this to the end of the trained range is that end
 
 
 @dataclass(frozen=True)
 class Grid(validate.Checked, ABC):
-    """A rule for n + 1 times. A new one defines `times`."""
+    """A rule for n + 1 times. Subclasses define `times`."""
 
     def __call__(
         self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
@@ -33,11 +36,11 @@ class Grid(validate.Checked, ABC):
         """The times (n + 1,), float64, decreasing to 0.
 
         Args:
-            process: whose levels they are.
+            process: the process that the times belong to.
             steps: n.
             start: the time at which the path begins.
-            least_ratio: least sigma / alpha at which the model is trained; 0 where it is trained
-                down to the data. Nodes below it other than the last are left to `within`.
+            least_ratio: least sigma / alpha at which the model is trained, 0 if there is none.
+                Nodes below it, except the last, are moved by `within` afterwards.
         """
         return self.times(process, validate.integer("steps", steps), start, least_ratio)
 
@@ -61,8 +64,8 @@ class Karras(Grid):
     ratio_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
     i = 0 .. n - 1;   ratio_n = 0.
 
-    Where the path starts above sigma_max, its start stands in front: a batch drawn from the prior
-    belongs to t = 1 and to no other level. Where it starts below, so do the ratios.
+    If the path starts above sigma_max, its start is put in front: a batch drawn from the prior
+    belongs to t = 1 and to no other level. If the path starts below, so do the ratios.
 
     Args:
         sigma_max, sigma_min: the largest and the smallest ratio sigma / alpha.
@@ -88,7 +91,7 @@ class Karras(Grid):
         begin = torch.tensor([start], dtype=torch.float64)
         first = (-process.log_snr(begin) / 2).exp().item()
         above = first > self.sigma_max * (1 + 1e-9)  # EDM's own 80 is reached with rounding
-        # A solver that needs the drift starts at t_max, and leaves that stiff start out.
+        # A solver that needs the drift starts at t_max; that start is stiff and is left out.
         in_front = above and (start != process.t_max or start == 1)
         if in_front and steps == 1:
             return torch.tensor([start, 0.0], dtype=torch.float64)
@@ -115,20 +118,16 @@ class Power(Grid):
 
     Args:
         p: the exponent.
-        frame: whose clock, `frames.Straight()` or a `frames.GaussianFrame`.
+        frame: the frame of the clock, `frames.Straight()` or a `frames.GaussianFrame`.
         first: length of the first interval, in units of the others, in (0, 1].
         ratio: the sigma / alpha at which the n steps begin; one step more leads there from the
             start. None: they begin at the start.
     """
 
     p: Positive = 1.0
-    frame: Frame = Straight()  # noqa: RUF009 a frozen value
-    first: Positive = 1.0
+    frame: Annotated[Frame, IS_FRAME] = Straight()  # noqa: RUF009 a frozen value
+    first: Annotated[float, Number(0, 1, strict=True)] = 1.0
     ratio: Positive | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.number("first", self.first, 0, 1, strict=True)
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         begin = start
@@ -157,13 +156,13 @@ class Usual(Grid):
 
 @dataclass(frozen=True)
 class FromTMax(Grid):
-    """Another grid, started where drift and diffusion are defined, at t_max.
+    """Another grid, from at most t_max, where drift and diffusion are defined.
 
     Args:
-        grid: the other one.
+        grid: the other grid.
     """
 
-    grid: Grid = Usual()
+    grid: Annotated[Grid, IS_GRID] = Usual()
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         return self.grid.times(process, steps, min(start, process.t_max), least_ratio)
@@ -171,7 +170,7 @@ class FromTMax(Grid):
 
 @dataclass(frozen=True)
 class Ends(Grid):
-    """Start and 0 alone, for a solver that chooses the steps between."""
+    """The start and 0, for a solver that chooses the steps between."""
 
     def __call__(
         self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
@@ -183,7 +182,7 @@ class Ends(Grid):
 
 
 def within(times: Tensor, end: float) -> Tensor:
-    """The times at or above `end`; the nodes beyond it, but the last, become one node there."""
+    """The times at or above `end`; the nodes below it, except the last, become one node there."""
     inner = times[:-1]
     kept = inner[inner >= end * (1 - SLACK)]
     if len(kept) == len(inner):

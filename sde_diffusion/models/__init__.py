@@ -16,6 +16,7 @@ from sde_diffusion.models.noise_inputs import (
     LogSNR,
     NoiseInput,
     TimestepIndex,
+    WholeTimestep,
 )
 from sde_diffusion.models.parameterizations import X0, Eps, Preconditioned, Score, V, Velocity
 from sde_diffusion.models.prediction import Parameterization, Prediction, truth

@@ -1,6 +1,6 @@
 """Counter-based random numbers: each word of a stream can be computed alone.
 
-SplitMix64 (Steele, Lea & Flood 2014) on int64 tensors, on the device that needs the numbers.
+SplitMix64 (Steele, Lea & Flood 2014) on int64 tensors, on the device that uses the numbers.
 """
 
 import math

@@ -1,6 +1,6 @@
 r"""The processes of the literature, as their two formulas.
 
-Convention: t in [0, 1]; x_t = alpha(t) x_0 + sigma(t) eps; sigma(0) = 0 for every one of them.
+Convention: t in [0, 1]; x_t = alpha(t) x_0 + sigma(t) eps; sigma(0) = 0 for every process.
 
 At t = 1 a batch is N(0, prior_std^2 I), nearly (alpha(1) or 1 / sigma(1) small) or exactly
 (alpha(1) = 0: Cosine, RectifiedFlow). Where alpha(1) = 0 the drift has a pole there, and drift and
@@ -87,9 +87,9 @@ class SubVP(LinearRate):
 class OU(VariancePreserving):
     """Ornstein-Uhlenbeck:  dx = -rate x dt + sqrt(2 rate) dW.
 
-    Its kernel over any dt >= 0 is  N(e^(-rate dt) x, 1 - e^(-2 rate dt)),  and `transition` gives
-    it at any real times; [0, 1] is the stretch that samplers use. With the default rate alpha(1) is
-    0.0067, that of VP. TTIC 31230's w(t) is OU(1.0).
+    Its kernel over any dt >= 0 is  N(e^(-rate dt) x, 1 - e^(-2 rate dt)),  which `transition`
+    gives at any times >= 0; samplers use [0, 1]. With the default rate alpha(1) = 0.0067, as for
+    VP. w(t) of TTIC 31230 is OU(1.0).
     """
 
     rate: Positive = 5.0
@@ -129,7 +129,7 @@ class Cosine(VariancePreserving):
         return math.pi / 2 / (1 + self.s)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        # Each form keeps its digits at one end: the first is log1p(alpha - 1), expanded.
+        # Each form is precise at one end: the first is log1p(alpha - 1), expanded.
         near_data = t < 0.5
         early = self.c * torch.where(near_data, t, 0.0)
         late = self.c * (1 - torch.where(near_data, 0.5, t))
@@ -180,7 +180,7 @@ class RectifiedFlow(Process):
 
 
 class VarianceExploding(Process):
-    """alpha = 1: the data stay as they are, and noise is added to them."""
+    """alpha = 1: noise is added to unscaled data."""
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
@@ -196,8 +196,8 @@ class VE(VarianceExploding):
     r"""dx = sigma_min r^t sqrt(2 log r) dW,  r = sigma_max / sigma_min.
 
     Song et al. 2021, eq. 9 and 31.
-    sigma^2(t) = sigma_min^2 (r^(2t) - 1) is the exact kernel of that SDE from t = 0, where it is 0;
-    the paper's sigma_min^2 r^(2t) has its first level added to the data.
+    sigma^2(t) = sigma_min^2 (r^(2t) - 1) is the exact variance of that SDE, 0 at t = 0; the
+    paper's sigma_min^2 r^(2t) includes the variance sigma_min^2 of its first level.
     """
 
     sigma_min: Positive = 0.01
@@ -231,7 +231,7 @@ class VE(VarianceExploding):
 class EDM(VarianceExploding):
     """sigma = sigma_max t:  dx = sigma_max sqrt(2 t) dW  (Karras et al. 2022, on the clock t).
 
-    Their clock is sigma itself; their sigma_min = 0.002 belongs to the grid. g(0) = 0.
+    The paper's time is sigma itself; its sigma_min = 0.002 is a setting of the grid. g(0) = 0.
     """
 
     sigma_max: Positive = 80.0

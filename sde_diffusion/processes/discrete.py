@@ -7,18 +7,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sde_diffusion import validate
 from sde_diffusion.processes.continuous import Cosine
-from sde_diffusion.processes.process import Process, VariancePreserving
+from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
+from sde_diffusion.validate import Choice, Count, Kind, Number, Positive, arguments
 
 __all__ = ["Discrete", "Interpolated", "continuous", "discretize", "kernel_variances"]
+
+Beta = Annotated[float, Number(0, 1, strict=True)]
+Variance = Annotated[Literal["beta", "posterior"], Choice("beta", "posterior")]
+IS_CHAIN = Kind("a Discrete process", "betas")
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Interpolated(VariancePreserving):
     """The SDE that passes through a discrete chain: beta(t) constant between the chain's times i/N.
 
     log alpha(i/N) = 1/2 sum_(j <= i) log(1 - beta_j), linear in between. Its marginals and
-    transitions at the times i/N are the chain's own; drift and diffusion there are those of the
-    interval below. Where beta_N = 1 (zero terminal SNR) it is alpha that falls linearly to 0 over
-    the last interval; t_max is then (N - 1) / N.
+    transitions at the times i/N are those of the chain; drift and diffusion there are those of the
+    interval below. If beta_N = 1 (zero terminal SNR), alpha falls linearly to 0 over the last
+    interval and t_max is (N - 1) / N.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
@@ -66,8 +70,8 @@ class Interpolated(VariancePreserving):
     def log_alpha(self, t: Tensor) -> Tensor:
         table, last = self.table.to(t), self.num_steps - 1
         position = t * self.num_steps
-        # A node i belongs to the interval that ends there, whose rate a step down from i needs; in
-        # float32 i/N may lie above the node, by a share 2^-24 of it.
+        # Node i belongs to the interval that ends there: a step down from i needs its rate. In
+        # float32 i/N may lie above the node, by a relative 2^-24.
         left = (position.detach() - self.num_steps * 2.0**-22).ceil().sub(1).clamp(0, last).long()
         fraction = position - left
         if self.betas[-1] < 1:
@@ -91,84 +95,92 @@ class Interpolated(VariancePreserving):
 class Discrete(Interpolated):
     """The DDPM chain of Ho et al. 2020 as a process: index i in 1 .. N is the time i/N.
 
-    Its own grids stand on the chain's times, where a network trained on the chain has been; a grid
-    of n < N steps is the nearest sub-chain. `equivalence.continuous` gives the SDE between them.
+    Its usual grids consist of the chain's times, at which a network was trained; a grid of n < N
+    steps is the nearest sub-chain. `processes.continuous` gives the SDE between the times.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
     """
 
     @classmethod
+    @arguments
     def linear(
-        cls, num_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
+        cls, num_steps: Count = 1000, beta_min: Beta = 1e-4, beta_max: Beta = 0.02
     ) -> "Discrete":
         """beta_i evenly spaced from beta_min to beta_max (Ho et al. 2020, sec. 4)."""
         return cls(tuple(rising(num_steps, beta_min, beta_max).tolist()))
 
     @classmethod
+    @arguments
     def scaled_linear(
-        cls, num_steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
+        cls, num_steps: Count = 1000, beta_min: Beta = 0.00085, beta_max: Beta = 0.012
     ) -> "Discrete":
         """sqrt(beta_i) evenly spaced (Rombach et al. 2022; the table of Stable Diffusion)."""
-        rising(num_steps, beta_min, beta_max)  # refuses what is no range
-        return cls(tuple((rising(num_steps, beta_min**0.5, beta_max**0.5) ** 2).tolist()))
+        return cls(tuple(rising(num_steps, beta_min, beta_max, 2).tolist()))
 
     @classmethod
+    @arguments
     def sigmoid(
         cls,
-        num_steps: int = 1000,
-        beta_min: float = 1e-4,
-        beta_max: float = 0.02,
-        span: float = 6.0,
+        num_steps: Count = 1000,
+        beta_min: Beta = 1e-4,
+        beta_max: Beta = 0.02,
+        span: Positive = 6.0,
     ) -> "Discrete":
         """beta_i = beta_min + (beta_max - beta_min) / (1 + e^(-z_i)), z_i even in [-span, span].
 
         Xu et al. 2022 (GeoDiff); in diffusers, beta_schedule="sigmoid".
         """
-        rising(num_steps, beta_min, beta_max)
-        validate.number("span", span, 0, strict=True)
+        rising(num_steps, beta_min, beta_max)  # checks the order of the two
         z = torch.linspace(-span, span, num_steps, dtype=torch.float64)
         return cls(tuple((beta_min + (beta_max - beta_min) * torch.sigmoid(z)).tolist()))
 
     @classmethod
-    def cosine(cls, num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> "Discrete":
+    @arguments
+    def cosine(
+        cls,
+        num_steps: Count = 1000,
+        s: float = 0.008,
+        max_beta: Annotated[float, Number(0, 1, strict=True)] = 0.999,
+    ) -> "Discrete":
         """beta_i = min(1 - abar(i/N) / abar((i-1)/N), max_beta) of `Cosine(s)`.
 
-        Nichol & Dhariwal 2021, eq. 17. It is the CMU sheet's clip of alpha_i to [0.001, 1], too.
+        Nichol & Dhariwal 2021, eq. 17; equal to clipping alpha_i to [0.001, 1].
         """
-        validate.integer("num_steps", num_steps)
-        validate.number("max_beta", max_beta, 0, 1, strict=True)
         t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         betas = kernel_variances(Cosine(s).log_alpha(t))
         return cls(tuple(betas.clamp(max=max_beta).tolist()))
 
     @classmethod
-    def constant(cls, num_steps: int = 1000, alpha: float | None = None) -> "Discrete":
+    @arguments
+    def constant(
+        cls,
+        num_steps: Count = 1000,
+        alpha: Annotated[float, Number(0, 1, strict=True)] | None = None,
+    ) -> "Discrete":
         """z_i = alpha z_(i-1) + sqrt(1 - alpha^2) eps, with the same alpha in every step.
 
-        beta = 1 - alpha^2: TTIC's alpha is the square root of Ho et al.'s.
+        beta = 1 - alpha^2: alpha of TTIC 31230 is the square root of that of Ho et al. 2020.
 
         Args:
             num_steps: N.
-            alpha: in (0, 1); e^(-1/N) by default, whose limit is OU(1.0) and which agrees with it.
+            alpha: in (0, 1); by default e^(-1/N), the exact discretization of OU(1.0).
         """
-        validate.integer("num_steps", num_steps)
-        if alpha is None:
-            beta = -math.expm1(-2 / num_steps)
-        else:
-            beta = 1 - validate.number("alpha", alpha, 0, 1, strict=True) ** 2
-            if beta == 0:
-                raise ValueError(f"alpha must lie in (0, 1); got {alpha}: no noise is added")
+        beta = -math.expm1(-2 / num_steps) if alpha is None else 1 - alpha**2
+        if beta == 0:
+            raise ValueError(f"alpha must lie in (0, 1) so that noise is added; got {alpha}")
         return cls((beta,) * num_steps)
 
     def zero_terminal_snr(self) -> "Discrete":
         """The chain rescaled so that alpha(1) = 0 exactly (Lin et al. 2024, Alg. 1).
 
-        sqrt(abar_i) is shifted by -sqrt(abar_N) and scaled to keep sqrt(abar_1). Eps and Score
-        cannot say x0 at t = 1 of it: train V or X0.
+        sqrt(abar_i) is shifted by -sqrt(abar_N) and scaled to keep sqrt(abar_1). At t = 1 Eps and
+        Score do not determine x0: train V or X0.
         """
         if self.num_steps == 1:
-            raise ValueError("a chain of 1 step cannot keep its only level and have it at zero SNR")
+            raise ValueError(
+                "num_steps must be at least 2 for zero terminal SNR; got a chain of 1 step"
+            )
         alpha = self.table.exp()
         scale = alpha[1] / (alpha[1] - alpha[-1])
         alpha = torch.cat([alpha[:1], (alpha[1:] - alpha[-1]) * scale])
@@ -186,13 +198,14 @@ class Discrete(Interpolated):
         """
         return self.beta_table * self.noise_table[:-1] / self.noise_table[1:]
 
-    def model_variances(self, kind: Literal["beta", "posterior"]) -> Tensor:
+    @arguments
+    def model_variances(self, variance: Variance) -> Tensor:
         """sigma_i^2 of the model's kernels p(x_(i-1) | x_i), i = 1 .. N: (N,) float64, positive.
 
-        beta_i, or the posterior's (Ho et al. 2020, sec. 3.2), in which at i = 1, where that is 0,
-        the value of i = 2 stands in, as in the authors' code: a density needs some variance.
+        beta_i, or the variance of the posterior (Ho et al. 2020, sec. 3.2). The latter is 0 at
+        i = 1; the value of i = 2 replaces it, as in the authors' code, so that a density exists.
         """
-        if validate.choice("variance", kind, ("beta", "posterior")) == "beta":
+        if variance == "beta":
             return self.beta_table
         variances = self.posterior_variances.clone()
         variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
@@ -205,7 +218,7 @@ def kernel_variances(log_alpha: Tensor) -> Tensor:
 
 
 def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
-    """A table of betas as Python floats, or a ValueError that says what is wrong with it."""
+    """Return a table of betas as Python floats, or raise a ValueError that names the fault."""
     try:
         betas = torch.as_tensor(given if isinstance(given, Tensor) else np.asarray(given)).cpu()
     except (TypeError, ValueError):
@@ -226,18 +239,21 @@ def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, 
     return tuple(betas.tolist())
 
 
-def rising(num_steps: int, low: float, high: float) -> Tensor:
-    """num_steps numbers evenly spaced from beta_min to beta_max."""
-    validate.integer("num_steps", num_steps)
-    validate.number("beta_min", low)
-    validate.number("beta_max", high)
-    if not 0 < low <= high < 1:
-        raise ValueError(f"need 0 < beta_min <= beta_max < 1; got {low} and {high}")
-    return torch.linspace(low, high, num_steps, dtype=torch.float64)
+def rising(num_steps: int, low: float, high: float, power: int = 1) -> Tensor:
+    """num_steps betas whose roots of order `power` are evenly spaced."""
+    if not low <= high < 1:
+        raise ValueError(
+            f"beta_min and beta_max must be 0 < beta_min <= beta_max < 1; got {low} and {high}"
+        )
+    ends = low ** (1 / power), high ** (1 / power)
+    return torch.linspace(*ends, num_steps, dtype=torch.float64) ** power
 
 
+@arguments
 def discretize(
-    process: Process, num_steps: int, rule: Literal["euler", "exact"] = "euler"
+    process: Annotated[Process, IS_PROCESS],
+    num_steps: Count,
+    rule: Annotated[Literal["euler", "exact"], Choice("euler", "exact")] = "euler",
 ) -> Discrete:
     r"""The DDPM chain of N steps whose limit is a variance-preserving process.
 
@@ -251,20 +267,17 @@ def discretize(
     Raises:
         ValueError: if the process is not variance-preserving, or a beta exceeds 1.
     """
-    validate.kind("process", process, "a Process", "log_alpha", "variance")
-    validate.integer("num_steps", num_steps)
-    validate.choice("rule", rule, ("euler", "exact"))
     t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     log_alpha = process.log_alpha(t)
     total = torch.exp(2 * log_alpha) + process.variance(t)
     if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12):
         raise ValueError(
-            f"{type(process).__name__} is not variance-preserving, so no DDPM chain tends to it"
+            f"process must be variance-preserving, the limit of a DDPM chain; got {process!r:.80}"
         )
     if rule == "euler" and process.t_max < 1:
         raise ValueError(
-            f"rule 'euler' reads the drift up to t = 1, and {type(process).__name__} promises it "
-            f"on [0, {process.t_max}]: take rule='exact'"
+            f"rule must be 'exact' for {type(process).__name__}, whose drift is defined on "
+            f"[0, {process.t_max}]; got 'euler'"
         )
     if rule == "euler":
         betas = -2 * process.drift(t[1:]) / num_steps
@@ -272,15 +285,16 @@ def discretize(
         betas = kernel_variances(log_alpha)
     if bool((betas[:-1] >= 1).any()) or bool(betas[-1] > 1):
         raise ValueError(
-            f"rule {rule!r} gives beta = {betas.max():.3g} >= 1 with num_steps={num_steps}; "
-            f"take more steps"
+            f"num_steps must be large enough for beta < 1 by rule {rule!r}; got {num_steps}, where "
+            f"beta = {betas.max():.3g}; take more steps"
         )
     return Discrete(tuple(betas.tolist()))
 
 
-def continuous(discrete: Discrete) -> Interpolated:
+@arguments
+def continuous(discrete: Annotated[Discrete, IS_CHAIN]) -> Interpolated:
     """The SDE with piecewise constant beta(t) and the chain's marginals and transitions at i/N.
 
-    It is the same path, but its own grids go anywhere between the chain's times.
+    The path is the same; its usual grids are not limited to the chain's times.
     """
-    return Interpolated(validate.kind("discrete", discrete, "a Discrete process", "betas").betas)
+    return Interpolated(discrete.betas)

@@ -1,4 +1,4 @@
-r"""Levels: where on the path a batch stands, and how per-sample numbers broadcast against a batch.
+r"""Noise levels of a batch, and the broadcasting of per-sample numbers against a batch.
 
 Convention: x = alpha x0 + sigma eps. The straight frame is y = x / (alpha + sigma) with the clock
 u = sigma / (alpha + sigma), and log_snr = 2 log((1 - u) / u).

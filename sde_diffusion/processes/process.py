@@ -32,7 +32,7 @@ IS_PROCESS = Kind("a Process such as VP()", "log_alpha", "variance")
 
 @dataclass(frozen=True)
 class Process(validate.Checked, ABC):
-    """A linear-Gaussian noising process. A new one defines `log_alpha` and `variance`."""
+    """A linear-Gaussian noising process. Subclasses define `log_alpha` and `variance`."""
 
     @property
     def t_max(self) -> float:
@@ -130,10 +130,10 @@ class Process(validate.Checked, ABC):
         return None
 
     def nearest(self, times: Tensor) -> Tensor:
-        """The nearest of the process's own times: the same, or i/N on a chain.
+        """The nearest times at which the process is defined: i/N on a chain, any time elsewhere.
 
         Raises:
-            ValueError: if two of the times have the same one.
+            ValueError: if two of the times have the same nearest one.
         """
         n = self.chain_steps
         if n is None:
@@ -150,13 +150,14 @@ class Process(validate.Checked, ABC):
     # ---- levels and batches ------------------------------------------------------------------
 
     def level(self, t: Scalar, like: Tensor) -> Level[Tensor]:
-        """Levels of a batch whose samples stand at times t, broadcast against it.
+        """The levels of a batch whose samples are at times t; they broadcast against it.
 
         Args:
             t: () or (B,), in [0, 1].
-            like: the batch (B, ...), whose rank, dtype and device the fields take; t and log_snr,
-                which networks are fed, are at least float32.
+            like: the batch (B, ...), which sets rank, dtype and device of the fields; t and
+                log_snr, the inputs of networks, are at least float32.
         """
+        validate.batch("like", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(
@@ -185,7 +186,8 @@ class Process(validate.Checked, ABC):
 
     def level_at(self, u: float) -> Level[float]:
         """The level at which sigma / (alpha + sigma) = u."""
-        return self.levels(self.time(log_snr_at(torch.tensor([u]).double().clamp(0, 1))))[0]
+        u64 = torch.tensor([u], dtype=torch.float64).clamp(0, 1)
+        return self.levels(self.time(log_snr_at(u64)))[0]
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
         """x = alpha x0 + sigma eps."""
@@ -238,8 +240,8 @@ class Process(validate.Checked, ABC):
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """log a and b^2 of the kernel from s to t, float64.
 
-        As differences: for t - s = d they lose a share 1e-16 / d of their digits, which a process
-        overrides that has a closed form.
+        As differences: for t - s = d the relative rounding error is 1e-16 / d. Processes with a
+        closed form override it.
         """
         log_a = self._log_ratio(s, t)
         b2 = self.variance(t) - (2 * log_a).exp() * self.variance(s)

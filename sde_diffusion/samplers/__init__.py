@@ -1,4 +1,4 @@
-"""*From a noise level to a lower one.* Each sampler is a rule for one step."""
+"""*From a noise level to a lower one.* A sampler is a rule for one step."""
 
 from sde_diffusion.samplers.adams import Adams
 from sde_diffusion.samplers.adaptive_ode import AdaptiveODE
@@ -9,7 +9,7 @@ from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
 from sde_diffusion.samplers.exponential import DPMSolver, VelocityMultistep
 from sde_diffusion.samplers.external import ScipyODE, TorchODE, TorchSDE
 from sde_diffusion.samplers.heun import Heun
-from sde_diffusion.samplers.sampler import Memory, Sampler, SampleReport, SolverError
+from sde_diffusion.samplers.sampler import Claims, Memory, Sampler, SampleReport, SolverError
 
 __all__ = [
     "CATALOGUE",

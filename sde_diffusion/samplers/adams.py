@@ -1,15 +1,15 @@
 r"""Variable-step Adams methods, with a correction that costs no call.
 
 With slopes F_n = dz/dc of a frame (see frames.py) at c_n on its clock, a step from c_n to c_(n+1)
-is predicted by Adams-Bashforth, and before the *next* step, when F at the predicted point has been
-evaluated anyway, it is redone by Adams-Moulton (the idea of UniPC, Zhao et al. 2023):
+is predicted by Adams-Bashforth. Before the *next* step, which evaluates F at the predicted point
+anyway, it is corrected by Adams-Moulton (the idea of UniPC, Zhao et al. 2023):
 
     predict   z_(n+1) = z_n + sum_j w_j F_(n-j),   j = 0 .. k-1     w = integrals of the Lagrange
     correct   z_(n+1) = z_n + sum_j w_j F_(n+1-j), j = 0 .. c-1     basis over [c_n, c_(n+1)]
 
-One call a step. A prediction extrapolates and few slopes serve it best; a correction interpolates,
-and takes as many as there are, up to five. The last step, to sigma = 0, is a prediction that
-nothing corrects: it has one slope less.
+One call a step. A prediction extrapolates, which favours few slopes; a correction interpolates and
+uses all slopes that exist, up to five. The last step, to sigma = 0, is a prediction without a
+correction and uses one slope less.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,13 @@ from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.grids import Grid, Power
 from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level
 from sde_diffusion.samplers.sampler import Claims, finest
-from sde_diffusion.validate import Checked, Integer, Positive
+from sde_diffusion.validate import Checked, Count, Integer, Positive, arguments
 
 __all__ = ["Adams", "adams_weights"]
 
@@ -58,17 +57,17 @@ class History(NamedTuple):
 class Adams(Checked):
     """Adams-Bashforth-Moulton with k slopes, on a grid evenly spaced in clock^(1/p).
 
-    The first steps have fewer slopes, so the first one is half as long as the others would be. The
-    order is k + 1, that of a prediction once corrected, but 3 at most, the order of the first
-    step, and k at most, that of the last (but for k = 1).
+    The first steps have fewer slopes, so the first one is half as long as the others. A corrected
+    prediction has order k + 1; the first step limits the order to 3 and the last to k (except for
+    k = 1).
 
     Args:
         k: slopes in the prediction, 1 to 5.
         p: concentration of the grid towards the data; 1 is even on the clock.
-        frame: what is integrated, `frames.Straight()` or a `frames.Gaussian`.
-        start: for a Gaussian frame, the sigma / alpha at which the calls begin: from the noise to
-            there the Gaussian's exact flow is trusted, one step more that makes no call. A matter
-            of few calls, since what it leaves out does not shrink with the steps. None: from t = 1.
+        frame: coordinates of the integration, `frames.Straight()` or a `frames.GaussianFrame`.
+        start: for a Gaussian frame, the sigma / alpha at which the calls begin: above it one more
+            step, without a call, follows the exact flow of the Gaussian. Useful for few calls: its
+            error does not decrease with the steps. None: from t = 1.
     """
 
     k: Annotated[int, Integer(1, 5)] = 3
@@ -82,26 +81,30 @@ class Adams(Checked):
             raise ValueError(f"start must be None in the straight frame; got {self.start}")
 
     @staticmethod
-    def auto(calls: int, frame: Frame = Straight()) -> "Adams":  # noqa: B008 a frozen value
-        """The setting that served so many calls best: `sample(..., Adams.auto(n), x, steps=n)`.
+    @arguments
+    def auto(
+        calls: Count,
+        frame: Annotated[Frame, IS_FRAME] = Straight(),  # noqa: B008 a frozen value
+    ) -> "Adams":
+        """The setting with the least error at this number of calls.
 
-        From the first row of a table that has room for the calls; experiments/adams_table.py
-        derives it on mixtures, and so do you for data of another kind.
+        Used as `sample(..., Adams.auto(n), x, steps=n)`. From the first row of a table with at
+        least so many calls; experiments/adams_table.py derives the table on mixtures and can be
+        run on other data.
         """
-        validate.integer("calls", calls)
         table = STRAIGHT if frame == Straight() else GAUSSIAN
         k, p, start = table[min((n for n in table if n >= calls), default=max(table))]
         return Adams(k, p, frame, start)
 
     @property
     def claims(self) -> Claims:
-        """Each step ends with a prediction of order k, which the next one corrects."""
+        """Each step ends with a prediction of order k, which the next step corrects."""
         order = min(max(self.k, 2), 3)
         return Claims(order, step_order=min(self.k, order))
 
     @property
     def grid(self) -> Grid:
-        """n steps, and before them the one that makes no call, if there is a `start`."""
+        """n steps, preceded by the one without a call if `start` is given."""
         return Power(self.p, self.frame, FIRST, self.start)
 
     def step(
@@ -111,7 +114,7 @@ class Adams(Checked):
         frame = self.frame
         now, then = frame.clock(t), frame.clock(s)
         trusted = self.start is not None and s.sigma >= (1 - 1e-9) * self.start * s.alpha
-        # Where alpha has underflowed at both there is one level.
+        # If alpha underflows at both, they are one level.
         if trusted or now - then <= finest(x.dtype):
             return frame.leave(frame.enter(x, t), s), memory
         slope = frame.slope(model(x, t))
@@ -122,7 +125,7 @@ class Adams(Checked):
             z = advanced(memory.z, nodes, slopes, memory.nodes[0], now)
         k = max(1, self.k - 1) if s.sigma == 0 else self.k
         predicted = advanced(z, nodes[:k], slopes[:k], now, then)
-        last = max(self.k, SLOPES - 1)  # one fewer than a correction takes: the next slope joins it
+        last = max(self.k, SLOPES - 1)  # one fewer than a correction uses: the next slope is added
         return frame.leave(predicted, s), History(z, nodes[:last], slopes[:last])
 
 

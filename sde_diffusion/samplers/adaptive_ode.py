@@ -1,4 +1,4 @@
-r"""An Adams method in which every sample has its own steps, held to a tolerance at no extra call.
+r"""An Adams method with steps per sample, controlled by a tolerance without extra calls.
 
 On the clock u of a frame (frames.py) each sample keeps the slopes F_j = dz/du at its own last nodes
 u_j. With l_j the Lagrange polynomials on k of these nodes and omega(v) = prod_j (v - u_j), a step
@@ -6,14 +6,14 @@ from u to w is
 
     predict    z'  = z + sum_j F_j int_u^w l_j dv                  (Adams-Bashforth)
     evaluate   F   = dz/du at (z', w)
-    compare    d   = F - sum_j F_j l_j(w)                          with what the slopes foresaw
+    compare    d   = F - sum_j F_j l_j(w)                          with the extrapolated slope
     correct    z_w = z' + d int_u^w omega dv / omega(w)            (Adams-Moulton)
 
 One call a step: F is also the newest slope of the next one (the mode PEC; Hairer, Norsett & Wanner
-1993, III.1). What the correction adds is the error of the prediction, and is held to
-atol + rtol |z|; what is kept is the corrected state, of one order more. The number of slopes grows
-from 1 by one a step, so there is no starting procedure. The last step is a prediction, which
-nothing corrects: what it leaves out is known from d.
+1993, III.1). The correction estimates the error of the prediction and must be at most
+atol + rtol |z|; the corrected state, of one order more, is kept. The number of slopes grows from 1
+by one a step, so there is no starting procedure. The last step is a prediction without correction,
+whose error is estimated from d.
 """
 
 from collections.abc import Sequence
@@ -40,35 +40,35 @@ __all__ = ["AdaptiveODE"]
 class AdaptiveODE(Checked):
     """Variable-step Adams-Bashforth-Moulton, in which each sample has its own steps and levels.
 
-    A sample is the same whatever else is in its batch: it leaves the batch when it is finished, and
-    the model follows by `select`. A step is kept if what corrects z is at most atol + rtol times z,
+    A sample does not depend on the rest of its batch: finished samples leave the batch, and the
+    model follows by `select`. A step is kept if the correction of z is at most atol + rtol |z|,
     both as root mean squares over the coordinates.
 
     Args:
         rtol, atol: tolerances of z.
-        frame: what is integrated, `frames.Straight()` or a `frames.Gaussian`.
+        frame: coordinates of the integration, `frames.Straight()` or a `frames.GaussianFrame`.
         k: most slopes in a prediction, 1 to 6.
-        max_calls: calls for one sample, after which it is given up.
-        return_partial: predict the rest of the way of a sample that is given up, and say so in the
+        max_calls: limit of calls for one sample.
+        return_partial: at the limit, extrapolate the rest and mark the sample as unfinished in the
             report, instead of a SolverError.
     """
 
     # Chosen by a search at equal calls, on seeds 4 to 6 of experiments/benchmark_problems.py; the
-    # last five also on Gaussians of variance 0.01 to 1e-8, where without them the error reached
-    # 6,000 tolerances, and with them 8.
+    # last five also on Gaussians of variance 0.01 to 1e-8: the largest error is 6,000 tolerances
+    # without them and 8 with them.
     FIRST: ClassVar = 0.2  # of sqrt(tolerance / |slope|): the first step
-    AIM: ClassVar = 0.1  # of the tolerance: the error a step is chosen for; few are then rejected
+    AIM: ClassVar = 0.1  # of the tolerance: target error of a step; few are then rejected
     DAMPING: ClassVar = 0.3  # exponent of the proportional part of PI control; the integral's is 1
     SHORTEST: ClassVar = 0.2  # change from a step to the next, at least,
-    LONGEST: ClassVar = 1.6  # and at most, for Adams' weights cancel where nodes are too unlike,
+    LONGEST: ClassVar = 1.6  # and at most: the weights cancel if the nodes are too uneven,
     RISING: ClassVar = 2.5  # and at most while the number of slopes grows
-    LARGEST: ClassVar = 0.125  # step in u: in a Gaussian frame nothing shows at first
-    SHARE: ClassVar = 0.9  # of the way that is left: the largest step but the last
+    LARGEST: ClassVar = 0.125  # step in u: in a Gaussian frame the first slopes may be 0
+    SHARE: ClassVar = 0.9  # of the remaining way: the largest step except the last
     LAST: ClassVar = 0.01  # of the tolerance: the error the last step may have
-    BEFORE: ClassVar = 0.03  # and what it would have been a step earlier
-    BLIND: ClassVar = 0.1  # of the last surprise: the least that is taken to be left out
+    BEFORE: ClassVar = 0.03  # and its value one step earlier
+    BLIND: ClassVar = 0.1  # of the last discrepancy: least error assumed for the rest
     REACH: ClassVar = 30.0  # tolerances: the longest last step,
-    SPECK: ClassVar = 0.1  # and one that need not be good: slopes of size 1 do no harm there
+    SPECK: ClassVar = 0.1  # and a last step short enough for slopes of size 1
 
     rtol: Positive = 7e-5
     atol: Positive = 7e-5
@@ -89,7 +89,7 @@ class AdaptiveODE(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, SampleReport]:  # fmt: skip
-        """From t to s in as many steps as each sample takes; the memory is a Report.
+        """From t to s in steps chosen for each sample; the memory is a SampleReport.
 
         Its error is the sum of the estimates.
 
@@ -108,19 +108,19 @@ class AdaptiveODE(Checked):
 
 
 class Front(NamedTuple):
-    """The n samples that are still on their way: in every field the first axis is theirs.
+    """The n samples that are not yet finished, along the first axis of every field.
 
     Attributes:
-        samples: which of the batch they are.
+        samples: their indices in the batch.
         z: the last corrected state (n, ...).
-        u: where it stands.
+        u: clock of that state.
         h: the next step, which leads down to u - h.
         ratio: the error of the last step that was kept, in tolerances.
-        left_out: by a prediction of the rest, likewise; infinite after a step that was rejected.
+        left_out: error of extrapolating the rest, likewise; infinite after a rejected step.
         error, rejections: as in the report, so far.
-        nodes, known: where the model was asked last, newest first (n, k + 1), and whether the
-            answer counts, which it does not where the step was rejected.
-        slopes: the answers, k + 1 tensors (n, ...).
+        nodes, known: u of the last evaluations, newest first (n, k + 1), and True where the slope
+            is used, False where the step was rejected.
+        slopes: the slopes at the nodes, k + 1 tensors (n, ...).
     """
 
     samples: Tensor
@@ -146,8 +146,8 @@ class ODEWalk:
     """A batch x on its way from level t to level s.
 
     Attributes:
-        front: the samples on their way, after so many `calls` for each.
-        out, report: what the others have come to.
+        front: the unfinished samples, after `calls` calls each.
+        out, report: the results of the others.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class ODEWalk:
         u = torch.full_like(size, solver.frame.clock(t))
         self.refuse(~(size + self.tolerance(z)).isfinite(), slope, u)
         self.rule = Quadrature.of_degree(solver.k, like=u)
-        # Euler's error h^2 |dF/du| / 2 is then a 50th of the tolerance, for a slope that changes by
+        # Euler's error h^2 |dF/du| / 2 is then 1/50 of the tolerance, for a slope that changes by
         # its own size over all u.
         h = solver.FIRST * (self.tolerance(z) / size).sqrt()
         self.front = Front(
@@ -180,7 +180,7 @@ class ODEWalk:
         )
 
     def advance(self) -> None:
-        """One more call for each sample of the front; those that are done leave it."""
+        """One more call for each sample of the front; finished samples leave it."""
         solver, rule, front = self.solver, self.rule, self.front
         if self.calls >= solver.max_calls:
             self.give_up()
@@ -191,22 +191,22 @@ class ODEWalk:
 
         predicted = plus(front.z, rule.integral(basis[:, :-1], u, w), front.slopes)
         slope = self.slope(predicted, w)
-        surprise = plus(slope, -basis[:, -1], front.slopes)
+        discrepancy = plus(slope, -basis[:, -1], front.slopes)
         gain = rule.integral(omega[:, :-1], u, w) / omega[:, -1]
-        corrected = plus(predicted, gain[:, None], (surprise,))
+        corrected = plus(predicted, gain[:, None], (discrepancy,))
 
-        size, tolerance, order = norm(surprise), self.tolerance(corrected), used.sum(1)
+        size, tolerance, order = norm(discrepancy), self.tolerance(corrected), used.sum(1)
         error = gain.abs() * size
         ratio = error / tolerance
         kept = ratio <= 1
         at = torch.where(kept, w, u)
         nodes = torch.cat([w[:, None], front.nodes[:, :-1]], dim=1)
         known = torch.cat([kept[:, None], front.known[:, :-1]], dim=1)
-        # A prediction of the rest from as many slopes leaves out the integral of their omega times
-        # a divided difference, the newest of which is d / omega(w). This may vanish by chance, and
-        # hides much where nodes are far apart: hence a least share of d, and two steps that agree.
-        # Data of standard deviation s bend a path by s^2 / 2u at u: where s is above some
-        # tolerances and u below REACH of them, that shows in d.
+        # The error of extrapolating the rest is the integral of omega times a divided difference,
+        # the newest of which is d / omega(w). It may vanish by chance, and is unreliable for
+        # distant nodes: hence a least share of d, and agreement of two steps. Data of standard
+        # deviation s bend a path by s^2 / 2u at u: for s above some tolerances and u below REACH
+        # of them, the bend is visible in d.
         rest, places = at - self.end, rule.places(at, self.end)
         ahead = rule.integral(product(nodes, newest(known, order), places), at, self.end)
         ahead = (ahead / omega[:, -1]).abs()
@@ -233,7 +233,7 @@ class ODEWalk:
         self.part(done, vanished, ~(size + tolerance).isfinite(), w)
 
     def part(self, done: Tensor, vanished: Tensor, broken: Tensor, w: Tensor) -> None:
-        """Let go who is done or cannot go on. The host waits for two numbers, once a step."""
+        """Remove finished and failed samples: one device-to-host synchronization per step."""
         front, go = self.front, done | vanished
         stay, failures = torch.stack([(~go).sum(), (broken | vanished).sum()]).tolist()
         if failures:
@@ -242,13 +242,13 @@ class ODEWalk:
                 where = self.place(front.u[vanished], front.h[vanished])
                 raise SolverError(f"{self.name} failed at {where}")
         if stay < len(go):
-            order = go.to(torch.uint8).argsort(stable=True)  # those who stay come first
+            order = go.to(torch.uint8).argsort(stable=True)  # the unfinished ones come first
             self.leave(order[stay:], done)
             self.front = front.rows(order[:stay])
             self.model = select(self.whole, self.front.samples, self.out.ndim)
 
     def give_up(self) -> None:
-        """At max_calls: by name, or by prediction."""
+        """At max_calls, raise SolverError, or extrapolate the rest if return_partial."""
         front = self.front
         if not self.solver.return_partial:
             raise SolverError(f"{self.name} reached max_calls at {self.place(front.u, front.h)}")
@@ -257,9 +257,9 @@ class ODEWalk:
         self.front = front.rows(everyone[:0])
 
     def leave(self, index: Tensor, done: Tensor) -> None:
-        """These samples of the front go to the end by prediction, and are reported."""
+        """Extrapolate these samples of the front to the end, and record them."""
         front = self.front.rows(index)
-        # Who is given up has far to go: there one slope, which is Euler's rule, extrapolates least.
+        # An unfinished sample is far from the end: one slope (Euler) is the safest extrapolation.
         used = newest(front.known, torch.where(done[index], self.solver.k + 1, 1))
         basis = lagrange(front.nodes, used, self.rule.places(front.u, self.end))
         weights = self.rule.integral(basis, front.u, self.end)
@@ -270,7 +270,7 @@ class ODEWalk:
         self.report.finished[front.samples] = done[index]
 
     def slope(self, z: Tensor, u: Tensor) -> Tensor:
-        """dz/du of samples at levels of their own."""
+        """dz/du of samples, each at its own level."""
         frame = self.solver.frame
         level = self.model.process.level(self.time(u), z)
         return frame.slope(self.model(frame.leave(z, level), level))
@@ -282,7 +282,7 @@ class ODEWalk:
         return self.solver.atol + self.solver.rtol * norm(z)
 
     def change(self, ratio: Tensor, before: Tensor, order: Tensor) -> Tensor:
-        """Of the step, by PI control (Hairer & Wanner 1996, IV.2)."""
+        """Factor of the next step by PI control (Hairer & Wanner 1996, IV.2)."""
         solver, power = self.solver, 1 / (order + 1)
         trend = torch.where(ratio <= 1, before / ratio, 1)
         wanted = (solver.AIM / ratio) ** power * trend ** (solver.DAMPING * power)
@@ -293,21 +293,21 @@ class ODEWalk:
         return h.minimum(self.solver.SHARE * (u - self.end)).clamp(max=self.solver.LARGEST)
 
     def refuse(self, broken: Tensor, slope: Tensor, u: Tensor) -> None:
-        """A SolverError, if any of these samples has a norm without bound."""
+        """Raise SolverError if the norm of any of these samples is not finite."""
         if bool(broken.any()):
             model = not bool(slope[broken].isfinite().all())
             what = "the model is not finite" if model else "the state overflows"
             raise SolverError(f"{self.name}: {what} at {self.place(u[broken])}")
 
     def place(self, u: Tensor, h: Tensor | None = None) -> str:
-        """Where the first of these samples is, and what step it would make."""
+        """The place of the first of these samples and its next step, for a message."""
         step = "" if h is None else f", {len(h)} of {len(self.out)} samples, step {float(h[0]):.1g}"
         t, at = float(self.time(u)[0]), float(u[0])
         return f"t={t:.3g} (u={at:.3g}{step}) after {self.calls} calls"
 
 
 class Quadrature(NamedTuple):
-    """The rule of Gauss and Legendre on [0, 1] with Q points, exact up to degree 2 Q - 1."""
+    """Gauss-Legendre quadrature on [0, 1] with Q points, exact up to degree 2 Q - 1."""
 
     points: Tensor
     weights: Tensor
@@ -322,7 +322,7 @@ class Quadrature(NamedTuple):
         return start[:, None] + (end - start)[:, None] * self.points
 
     def integral(self, values: Tensor, start: Tensor, end: Scalar) -> Tensor:
-        """From start to end, of values (n, Q, ...) at the places between: (n, ...)."""
+        """The integral from start to end of values (n, Q, ...) at `places`: (n, ...)."""
         weights = (end - start)[:, None] * self.weights
         return (over(weights, values) * values).sum(1)
 
@@ -334,7 +334,7 @@ def newest(known: Tensor, count: int | Tensor) -> Tensor:
 
 
 def lagrange(nodes: Tensor, used: Tensor, places: Tensor) -> Tensor:
-    """Lagrange polynomials on the nodes used (n, K), at places (n, Q): (n, Q, K), else 0."""
+    """Lagrange polynomials on the used nodes (n, K) at places (n, Q): (n, Q, K), 0 if unused."""
     others = used[:, None, :] & ~torch.eye(used.shape[1], dtype=torch.bool, device=used.device)
     above = (places[:, :, None] - nodes[:, None, :])[:, :, None, :]
     below = (nodes[:, :, None] - nodes[:, None, :])[:, None, :, :]
@@ -343,13 +343,13 @@ def lagrange(nodes: Tensor, used: Tensor, places: Tensor) -> Tensor:
 
 
 def product(nodes: Tensor, used: Tensor, places: Tensor) -> Tensor:
-    """omega at places (n, Q): the product over the nodes used (n, K) of place - node."""
+    """omega at places (n, Q): the product of place - node over the used nodes (n, K)."""
     factors = places[:, :, None] - nodes[:, None, :]
     return torch.where(used[:, None, :], factors, 1).prod(2)
 
 
 def plus(z: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
-    """z + sum_j weights_j slopes_j, weights (n, K): elementwise, so that no row sees another."""
+    """z + sum_j weights_j slopes_j, weights (n, K): elementwise, so rows are independent."""
     for weight, slope in zip(weights.to(z).unbind(1), slopes, strict=True):
         z = torch.addcmul(z, over(weight, z), slope)
     return z

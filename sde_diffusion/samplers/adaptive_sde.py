@@ -1,4 +1,4 @@
-r"""The reverse SDE with steps that each sample chooses for itself, on a Brownian path that is kept.
+r"""The reverse SDE with adaptive steps per sample, on a fixed Brownian path.
 
 In kappa = alpha^2 / (alpha^2 + sigma^2), from 0 (noise) to 1 (data), and y = alpha x / (alpha^2 +
 sigma^2), the reverse SDE (Anderson 1982) of every process has additive noise and no singular end:
@@ -11,14 +11,14 @@ Euler-Maruyama and corrected, before the next one, with the slope at the predict
     predict    y' = y + k D + sqrt(k) z,         D' at y'
     correct    y  = y + k (D + D') / 2 + sqrt(k) z,        error  k (D' - D) / 2,
 
-one call a step. A step whose error is too large is split in two by the path's own tree: the same
-noise is seen at finer times, none is thrown away. Redrawing it would bias the law towards samples
-whose noise is easy to follow (Gaines & Lyons 1997; Rackauckas & Nie 2017).
+one call a step. A step whose error is too large is split in two by the tree of the path: the same
+noise is used at finer times, none is discarded. New draws would bias the law towards samples whose
+noise is easy to follow (Gaines & Lyons 1997; Rackauckas & Nie 2017).
 
-So would an estimate that is small because a step's noise happens to be: in one coordinate, at a
-tolerance of 0.02, it makes the standard deviation 1.5 % too large. The change of the slope is
-therefore brought to what a displacement of the usual size, k^2 |D|^2 + k in its square, would have
-made; that leaves 0.1 %.
+An error estimate that is small only because the noise of a step is small also biases the law: in
+one coordinate, at a tolerance of 0.02, the standard deviation is 1.5 % too large. The change of the
+slope is therefore scaled to a displacement of the usual size, k^2 |D|^2 + k in its square; the bias
+is then 0.1 %.
 """
 
 from dataclasses import dataclass
@@ -51,26 +51,26 @@ __all__ = ["AdaptiveSDE"]
 
 @dataclass(frozen=True)
 class AdaptiveSDE(Checked):
-    """Error-controlled steps of the reverse SDE, each sample's own, on a path that is kept.
+    """Error-controlled steps of the reverse SDE, chosen for each sample, on a fixed path.
 
     A step is accepted if the root mean square over coordinates of its error, over
-    atol + rtol |y|, is at most 1/2; a sample's error is then about the tolerance. Steps
-    are dyadic in u = sigma / (alpha + sigma): the intervals of the path's tree. A sample is the
-    same whatever else is in its batch.
+    atol + rtol |y|, is at most 1/2; the error of a sample is then about the tolerance. Steps
+    are dyadic in u = sigma / (alpha + sigma): the intervals of the tree of the path. A sample does
+    not depend on the rest of its batch.
 
-    Noise comes from `seeds=`, whose paths are those of the other samplers, or from `generator=`,
-    which draws the keys of paths. On a grid of several intervals each has paths of its own.
+    Noise comes from `seeds=`, with the same paths as for the other samplers, or from `generator=`,
+    which draws the keys of the paths. On a grid of several intervals each has its own paths.
 
     Args:
         rtol, atol: tolerances.
-        max_calls: calls for one sample, after which it is given up.
-        return_partial: predict the rest of the way of a sample that is given up, and say so in the
+        max_calls: limit of calls for one sample.
+        return_partial: at the limit, extrapolate the rest and mark the sample as unfinished in the
             report, instead of a SolverError.
     """
 
     # An error of order 3/2 in the length of a step allows (ALLOWED / error)^(2/3) of that length.
     ALLOWED: ClassVar = 0.5  # of the tolerance
-    AIM: ClassVar = 0.4  # of the tolerance: what a step is chosen for
+    AIM: ClassVar = 0.4  # of the tolerance: target error of a step
     SHRINK: ClassVar = 0.1  # change of the step from one to the next, at least,
     GROW: ClassVar = 4.0  # and at most
 
@@ -96,7 +96,7 @@ class AdaptiveSDE(Checked):
         noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, SampleReport]:
-        """From t to s in as many steps as each sample takes; the memory is a Report.
+        """From t to s in steps chosen for each sample; the memory is a SampleReport.
 
         Its error is the root of the sum of the squared estimates, in y.
 
@@ -109,7 +109,7 @@ class AdaptiveSDE(Checked):
         keys = keys_of(noise, x)
         if memory is not None:
             keys = mixed_(keys + int(t.u * 2**53))
-        if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
+        if s.u == t.u or not x.numel():  # alpha underflows at both, or there is no sample
             return leave(enter(x, t), s), SampleReport.unmoved(x)
         state = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision shows no error
         walk = SDEWalk(self, model, state, t, s, keys)
@@ -124,8 +124,8 @@ def keys_of(noise: Noise, x: Tensor) -> Tensor:
         return noise.keys.to(x.device)
     if not isinstance(noise, Generated):
         raise ValueError(
-            "AdaptiveSDE sees its path at finer times where it must, and noise= gives increments "
-            "only: give seeds= or generator="
+            "noise must be left out for AdaptiveSDE, which refines its path; give seeds= or "
+            "generator="
         )
     source = noise.generator
     keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), generator=source, device=source.device)
@@ -138,16 +138,16 @@ def scale(level: Level) -> Any:
 
 
 class SDEWalk:
-    """The samples of a batch on their way from level t to level s.
+    """A batch between level t and level s.
 
     Attributes:
-        made, report: what the samples that are there have come to, in y.
-        rows: which of the batch are still on their way; all that follows is theirs.
-        y, u, slope: where they stand, and D there.
+        made, report: results of the finished samples, in y.
+        rows: indices of the n unfinished samples, to which the attributes below belong.
+        y, u, slope: their states, clocks and D.
         longest: the longest step that the last error allows, in kappa.
         squares, rejections: as in the report, so far.
-        low, code, z: the intervals ahead, stacks (L, n, ...). A sample's next step is the one at
-            its `top`, unless that is split.
+        low, code, z: the intervals ahead, stacks (L, n, ...). The next step of a sample is the one
+            at its `top`, unless that is split.
     """
 
     ROWS = ("rows", "keys", "y", "u", "slope", "longest", "squares", "rejections", "top")
@@ -168,7 +168,7 @@ class SDEWalk:
         self.u = torch.full((len(x),), t.u, dtype=torch.float64, device=x.device)
         self.y = x * (t.alpha / (t.alpha**2 + t.sigma**2))
         self.slope = self.slope_at(x, t)
-        # Of the same order as what the error will allow.
+        # Of the order of the steps that the error allows later.
         self.longest = torch.full_like(self.u, min(solver.rtol, solver.atol) ** (2 / 3))
         self.squares, self.rejections = torch.zeros_like(self.u), torch.zeros_like(self.rows)
         ahead = covering(t.u, s.u, keys, x)
@@ -196,7 +196,7 @@ class SDEWalk:
         slope = self.slope_at(reached * scale(level), level)
         length = span(self.u, low)
         change = (slope - self.slope).mul_(over(length / 2, slope))
-        # The tolerance is that of where the step starts: where it ends is the noise's doing too.
+        # The tolerance at the start of the step: its end also depends on the noise.
         tolerance = self.solver.atol + self.solver.rtol * self.y.abs()
         error = mean_square(change / tolerance).sqrt() / unusual
         grown = (self.solver.AIM / error) ** (2 / 3)
@@ -219,7 +219,7 @@ class SDEWalk:
         return slope
 
     def predicted(self, low: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """y at u = low, and how unusual the displacement is: its size over the expected one."""
+        """y at u = low, and the size of the displacement over its expected size."""
         length = span(self.u, low)
         k = over(length, z)
         drift = k * self.slope
@@ -228,9 +228,9 @@ class SDEWalk:
         return self.y + moved, (mean_square(moved) / usual).sqrt().clamp(min=0.1)
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
-        """End and increment of each sample's next step, and how many intervals it takes.
+        """End and increment of the next step of each sample, and its number of intervals.
 
-        One; but at the start the tree has many short ones, and a step may take several.
+        One, except for the first step: the tree may begin with many short intervals.
         """
         each = torch.arange(len(self.rows), device=self.rows.device)
         low, z = self.low[self.top, each], self.z[self.top, each]
@@ -249,7 +249,7 @@ class SDEWalk:
         return low, count, z
 
     def refine(self) -> None:
-        """Split the next intervals until none is longer than its sample's error allows."""
+        """Split the next intervals until none is longer than the error of its sample allows."""
         each = torch.arange(len(self.rows), device=self.rows.device)
         while True:
             (wide,) = torch.where(span(self.u, self.low[self.top, each]) > self.longest)
@@ -273,7 +273,7 @@ class SDEWalk:
             self.top[wide] += 1
 
     def leave(self, gone: Tensor, y: Tensor, *, finished: bool) -> None:
-        """These samples have come to y."""
+        """Record y as the result of these samples and remove them."""
         rows, left = self.rows[gone], ~gone
         self.made[rows] = y[gone]
         self.report.calls[rows] = self.calls
@@ -287,12 +287,11 @@ class SDEWalk:
         self.model = select(self.whole, self.rows, self.made.ndim)
 
     def give_up(self) -> None:
-        """At max_calls: by name, or by a prediction along the path."""
+        """At max_calls, raise SolverError, or extrapolate along the path if return_partial."""
         if not self.solver.return_partial:
             raise SolverError(
                 f"{self.where(self.u)}: max_calls reached by {len(self.rows)} of "
-                f"{len(self.made)} samples, the next step being {float(self.longest[0]):.2g} in "
-                f"kappa"
+                f"{len(self.made)} samples; next step {float(self.longest[0]):.2g} in kappa"
             )
         high, end = self.u, torch.full_like(self.u, self.end)
         z = torch.zeros_like(self.y)
@@ -306,14 +305,14 @@ class SDEWalk:
         self.leave(everyone, self.predicted(end, z)[0], finished=False)
 
     def where(self, u: Tensor) -> str:
-        """The solver, and the place of the first of these samples."""
+        """The solver and the place of the first of these samples, for a message."""
         level = self.model.process.level_at(float(u[0]))
         solver = f"AdaptiveSDE(rtol={self.solver.rtol:g}, atol={self.solver.atol:g})"
         return f"{solver} failed at t={level.t:.3g} (u={level.u:.3g}) after {self.calls} calls"
 
 
 def covering(high: float, low: float, keys: Tensor, x: Tensor) -> list[Interval]:
-    """The intervals of the tree that make up [low, high], the one nearest to noise last."""
+    """The intervals of the tree that cover [low, high], the one nearest to noise last."""
     waiting = [Interval(1.0, 0.0, ROOT, normals(keys + signed(WHOLE), x))]
     found: list[Interval] = []
     while waiting:
@@ -323,7 +322,7 @@ def covering(high: float, low: float, keys: Tensor, x: Tensor) -> list[Interval]
         if above <= high and below >= low:
             found.append(Interval(above, below, code, z))
             continue
-        # Halves, as in the whole tree, until what is left is nothing to speak of and is cut off.
+        # Halves, as in the whole tree, until the rest is negligible and is cut off.
         if span(above, below) > 1e-4 * span(high, low):
             at, codes, drawn_by = (above + below) / 2, (child(code, 0), child(code, 1)), code
         else:
@@ -336,11 +335,11 @@ def covering(high: float, low: float, keys: Tensor, x: Tensor) -> list[Interval]
 
 
 def both(first: Tensor, second: Tensor, high: Tensor, middle: Tensor, low: Tensor) -> Tensor:
-    """The increment over [low, high] from those over its two parts, the one at noise first."""
+    """The increment over [low, high] from those over its two parts, the noise side first."""
     of_first, of_second = share(high, middle, high, low), share(middle, low, high, low)
     return first * over(of_first.sqrt(), first) + second * over(of_second.sqrt(), second)
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Over coordinates, (n,) in float64."""
+    """Mean square over the coordinates, (n,) in float64."""
     return coordinates(x).double().square().mean(1)

@@ -19,9 +19,9 @@ __all__ = ["Ancestral"]
 
 @dataclass(frozen=True)
 class Ancestral(Checked):
-    r"""Draw x_s from q(x_s | x_t, x0) with the model's x0 in place of the true one.
+    r"""Draw x_s from q(x_s | x_t, x0) with the x0 of the model for the true one.
 
-    With a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2  and the posterior's variance
+    With a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2  and the posterior variance
     v = b^2 sigma_s^2 / sigma_t^2  (Ho et al. 2020, eq. 6-7; Song et al. 2021 "DDIM", eq. 12):
 
         x_s = alpha_s x0 + sqrt(sigma_s^2 - eta^2 v) eps + std z
@@ -34,7 +34,7 @@ class Ancestral(Checked):
 
     Args:
         variance: "posterior" or "beta".
-        eta: share of the posterior's standard deviation, in [0, 1]; 1 with variance "beta".
+        eta: share of the posterior standard deviation, in [0, 1]; 1 with variance "beta".
     """
 
     variance: Annotated[Literal["posterior", "beta"], Choice("posterior", "beta")] = "posterior"

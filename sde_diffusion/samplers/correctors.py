@@ -1,9 +1,8 @@
-r"""Correctors: what makes another sampler forget its errors by fresh noise. Sampler -> Sampler.
+r"""Correctors, Sampler -> Sampler: fresh noise reduces the errors of another sampler.
 
-After a step, moves that leave the law of its level as it is (Song et al. 2021, Algorithms 4, 5);
-before a step, noise by the forward kernel up to a higher level (Karras et al. 2022, Algorithm 2).
-Both leave the path that the sampler's memory is about, so a multistep one starts afresh after them,
-as it does at its first step.
+After a step, moves that preserve the law of its level (Song et al. 2021, Algorithms 4, 5); before a
+step, noise by the forward kernel up to a higher level (Karras et al. 2022, Algorithm 2). Both leave
+the path to which the memory of the sampler belongs, so a multistep sampler restarts after them.
 """
 
 import math
@@ -26,23 +25,23 @@ __all__ = ["Churn", "Langevin"]
 
 @dataclass(frozen=True)
 class Langevin(Checked):
-    r"""A sampler with n Langevin moves after each of its steps but the one to sigma = 0.
+    r"""A sampler with n Langevin moves after each of its steps except the one to sigma = 0.
 
     Langevin dynamics  dx = score d tau + sqrt(2) dW  with  score = -(x - alpha x0) / sigma^2  and
-    x0 held for the time tau = 2 (r sigma)^2 is solved exactly:
+    constant x0 for the time tau = 2 (r sigma)^2 is solved exactly:
 
         x = alpha x0 + sigma (c eps + sqrt(1 - c^2) z),      c = e^(-2 r^2)
 
-    Song et al. step by 2 (r |z| / |score|)^2, norms of the whole batch, and by Euler's rule. The
-    score's norm is |z| / sigma but for the signal in it: with that tau is a number, no sample
-    depends on its batch mates, and the move is a linear one of signal-to-noise ratio r. Solved
-    exactly it is stable for any r, and right for data in one point.
+    Song et al. use the step 2 (r |z| / |score|)^2, with norms of the whole batch, and Euler's rule.
+    Apart from the signal the norm of the score is |z| / sigma: with it tau is a number, samples do
+    not depend on the rest of the batch, and the move is linear with signal-to-noise ratio r. The
+    exact solution is stable for any r, and exact for data in one point.
 
-    Held x0 leaves a bias: of data of variance v a move alone keeps the variance
-    P (1 + c) / (2 - (1 - c) sigma^2 / P) where it should keep P = alpha^2 v + sigma^2, r^2 too
-    little at most. This does not vanish with more steps, hence order 0; an error that the predictor
-    makes is reduced by 1 - (1 - c) sigma^2 / P in each move, so a move pays where the predictor's
-    is the larger error. n moves cost n calls.
+    Constant x0 leaves a bias: for data of variance v repeated moves keep the variance
+    P (1 + c) / (2 - (1 - c) sigma^2 / P) instead of P = alpha^2 v + sigma^2, too small by at most a
+    share r^2. The bias does not vanish with more steps, hence order 0. Each move multiplies an
+    error of the predictor by 1 - (1 - c) sigma^2 / P, so moves help if that error is the larger
+    one. n moves cost n calls.
 
     Args:
         sampler: the predictor.
@@ -56,12 +55,12 @@ class Langevin(Checked):
 
     @property
     def claims(self) -> Claims:
-        """Order 0: the bias of the moves stays at any number of steps."""
+        """Order 0: the bias of the moves does not vanish with more steps."""
         return replace(self.sampler.claims, order=0, step_order=None, noise=True)
 
     @property
     def grid(self) -> Grid:
-        """The predictor's."""
+        """The grid of the predictor."""
         return self.sampler.grid
 
     def step(
@@ -80,27 +79,27 @@ class Langevin(Checked):
 
 @dataclass(frozen=True)
 class Churn(Checked):
-    r"""A sampler whose steps begin higher up, as those of Karras et al. 2022, Algorithm 2, do.
+    r"""A sampler whose steps begin at a higher level, as in Karras et al. 2022, Algorithm 2.
 
-    With r = sigma / alpha, which is their sigma, a step from t to s goes up to a level t^ first,
+    With r = sigma / alpha, the sigma of the paper, a step from t to s first goes up to a level t^,
 
         r^ = (1 + gamma) r,     x^ = a x + b S_noise z,     gamma = min(S_churn / N, sqrt(2) - 1)
 
-    where a, b are those of the forward kernel from t to t^ (a = 1 on EDM), and takes the sampler's
-    step from t^ to s. With S_noise = 1 the way up is exact in law, so the order is the sampler's;
-    with S_churn = 0 it is the sampler.
+    where a, b are those of the forward kernel from t to t^ (a = 1 on EDM), then makes a step of the
+    sampler from t^ to s. With S_noise = 1 the way up is exact in law, so the order is that of the
+    sampler; with S_churn = 0 the result is that of the sampler.
 
-    No step knows N. On the levels of Karras et al., even in r^(1/7), one from t to s is 1 / (N - 1)
-    of the way d from 80 to 0.002, so N = 1 + d / (r_t^(1/7) - r_s^(1/7)): on their levels, which
-    are those of Heun, this gamma is theirs, and on any others S_churn is what the whole way gets.
-    Two steps have gamma = 0 whatever S_tmin and S_tmax are: the one to sigma = 0, and one that
-    starts where the process ends. Nor does any other go above that end: gamma is held to it.
+    A step does not contain N. On the levels of the paper, even in r^(1/7), a step from t to s is
+    1 / (N - 1) of the distance d from 80 to 0.002, so N = 1 + d / (r_t^(1/7) - r_s^(1/7)). On these
+    levels, the grid of Heun, gamma equals that of the paper; on others S_churn is the total amount.
+    For any S_tmin and S_tmax two steps have gamma = 0: the one to sigma = 0, and one that starts at
+    the end of the process. Other steps go up to that end at most.
 
     Args:
-        sampler: what steps down; Heun() for their Algorithm 2.
-        s_churn: amount of noise in all.
-        s_tmin, s_tmax: r at which it is added.
-        s_noise: factor of the noise's standard deviation; the law is right for 1 alone.
+        sampler: the steps down; Heun() for Algorithm 2 of the paper.
+        s_churn: total amount of noise.
+        s_tmin, s_tmax: range of r in which noise is added.
+        s_noise: factor of the standard deviation of the noise; the law is exact for 1 alone.
     """
 
     sampler: Annotated[Sampler, IS_SAMPLER]
@@ -115,12 +114,12 @@ class Churn(Checked):
 
     @property
     def claims(self) -> Claims:
-        """Of a step the order is 1: on the way up the state at s is Euler's."""
+        """Order 1 for a single step: the way up makes the state at s that of Euler's rule."""
         return replace(self.sampler.claims, step_order=1, noise=True)
 
     @property
     def grid(self) -> Grid:
-        """The sampler's."""
+        """The grid of the sampler."""
         return self.sampler.grid
 
     def step(
@@ -138,7 +137,7 @@ class Churn(Checked):
         return self.sampler.step(model, higher, above, s, noise, None)
 
     def gamma(self, t: Level[float], s: Level[float]) -> float:
-        """How much higher the step from t to s begins: r^ / r - 1."""
+        """r^ / r - 1 of the step from t to s."""
         if s.sigma == 0 or t.alpha == 0 or not self.s_tmin <= t.sigma / t.alpha <= self.s_tmax:
             return 0.0
         down = (t.sigma / t.alpha) ** (1 / 7) - (s.sigma / s.alpha) ** (1 / 7)

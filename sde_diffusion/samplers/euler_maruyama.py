@@ -1,7 +1,7 @@
 r"""Solvers of the reverse SDE  dx = (f x - g^2 score) dt + g dW,  t running down to 0.
 
-Anderson 1982; Song et al. 2021, eq. 6. They step in t and use drift and diffusion, so they start
-at `process.t_max`.
+Anderson 1982; Song et al. 2021, eq. 6. Their variable is t and they use drift and diffusion, so
+they start at `process.t_max`.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
 
 
 def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: tuple[float, float]) -> Tensor:
-    """-(f x - g^2 score), the rate at which x moves as t runs down."""
+    """-(f x - g^2 score), the rate of x as t decreases."""
     process = model.process
     if not t.t <= process.t_max:
         raise ValueError(

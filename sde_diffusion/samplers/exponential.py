@@ -1,17 +1,17 @@
-r"""Exponential integrators: what is known of a step is solved exactly, the model's x0 is not.
+r"""Exponential integrators: the linear part of a step is solved exactly, the x0 is approximated.
 
 With xbar = x / alpha and r = sigma / alpha, one family of SDEs has the data's law at every level:
 
     d xbar = (1 + eta^2) (xbar - x0) / r dr + eta sqrt(2 r) dW,     r running down
 
 eta = 0 is the probability flow, 1 the reverse SDE (Song et al. 2021; Xue et al. 2023, with tau for
-eta). While x0 stays as it is, its solution from level t to s is, with q = r_s / r_t,
+eta). For constant x0 its solution from level t to s is, with q = r_s / r_t,
 
     xbar_s = q^(1 + eta^2) xbar_t + (1 - q^(1 + eta^2)) x0 + r_s sqrt(1 - q^(2 eta^2)) z       (1)
 
-exact for data in one point, at any step. The samplers here differ in the x0 that they put there.
-For eta = 1 the noise of (1) is, divided by r_s^2, the increment of a Brownian motion on the clock
-1 / r^2 from t to s, so a path of that clock serves every number of steps.
+exact for data in one point, at any step. The samplers here differ in the x0 that they insert. For
+eta = 1 the noise of (1), divided by r_s^2, is the increment of a Brownian motion on the clock
+1 / r^2 from t to s, so one path of that clock drives any number of steps.
 """
 
 import math
@@ -31,12 +31,12 @@ from sde_diffusion.validate import Checked, Integer, Number, Share
 __all__ = ["DPMSolver", "VelocityMultistep"]
 
 
-class Answers(NamedTuple):
-    """What the model said of x0 at the last levels, newest first.
+class Estimates(NamedTuple):
+    """Estimates of x0 at the last levels, newest first.
 
     Attributes:
         half_log_snr: log(alpha / sigma) of each level, lambda in Lu et al.
-        x0: the answers.
+        x0: the estimate at each level.
     """
 
     half_log_snr: tuple[float, ...]
@@ -47,22 +47,22 @@ class Answers(NamedTuple):
 class DPMSolver(Checked):
     r"""DPM-Solver++(kM) of the flow, or SDE-DPM-Solver++(2M) of the SDE (Lu et al. 2022b).
 
-    lambda = log(alpha / sigma), h = lambda_s - lambda_t; h_1, h_2 are the steps before, x0_1, x0_2
-    what the model said there:
+    lambda = log(alpha / sigma), h = lambda_s - lambda_t; h_1, h_2 are the previous steps, x0_1,
+    x0_2 the estimates at their starts:
 
         k = 2   x0 + h / (2 h_1) (x0 - x0_1)                                for x0 in (1), eta = 0
         k = 3   the quadratic through x0, x0_1, x0_2 in lambda, integrated exactly
 
-    The authors' code for k = 3 weighs the second difference by half of what the integral gives and
-    is then of second order; here it is of third. The first steps use what answers there are, and
-    the one to sigma = 0, which has no h, takes x0 itself.
+    The authors' code for k = 3 weighs the second difference by half of the integral and is of
+    second order; here it is of third. The first steps use the estimates that exist; the step to
+    sigma = 0, which has no h, uses x0 itself.
 
-    Steps even in u do not get shorter in lambda at the two ends of the path: what the first and the
-    last few leave is N^-2 for N steps, so the order is 2 for either k, and k that of single steps.
+    Steps even in u do not get shorter in lambda at the two ends of the path: the error of the first
+    and the last few is N^-2 for N steps, so the order is 2 for either k; single steps have order k.
 
-    With eta (App. E; SA-Solver, Xue et al. 2023) the x0 of k = 2 stands in (1) with noise. The
-    difference then carries the noise between the two levels, one step late: summed over the path
-    the response to the noise is complete, so that the law is of second order.
+    With eta > 0 (App. E; SA-Solver, Xue et al. 2023) the x0 of k = 2 is used in (1) with noise. The
+    difference then contains the noise between the two levels, one step late: summed over the path
+    the response to the noise is complete, so the law is of second order.
 
     Args:
         k: predictions that a step uses, 2 or 3.
@@ -90,21 +90,21 @@ class DPMSolver(Checked):
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
-        memory: Answers | None,
-    ) -> tuple[Tensor, Answers]:  # fmt: skip
-        answers = remembered(model(x, t).x0, t, memory, self.k)
+        memory: Estimates | None,
+    ) -> tuple[Tensor, Estimates]:  # fmt: skip
+        estimates = remembered(model(x, t).x0, t, memory, self.k)
         extrapolate = quadratic if self.k == 3 else linear
-        return held(x, extrapolate(answers, s), t, s, self.eta, noise), answers
+        return held(x, extrapolate(estimates, s), t, s, self.eta, noise), estimates
 
 
-MU = 2 / 3  # nearest to the law of Gaussian data, see VelocityMultistep
+MU = 2 / 3  # minimizes the error in law of Gaussian data, see VelocityMultistep
 
 
 class Held(NamedTuple):
-    """The x0 that the last step held, and how far it went.
+    """The x0 that the last step used, and its length.
 
     Attributes:
-        x0: of that step.
+        x0: used by that step.
         gap: s.log_snr - t.log_snr.
     """
 
@@ -116,27 +116,28 @@ class Held(NamedTuple):
 class VelocityMultistep(Checked):
     r"""A stochastic multistep method of second order in law, one call a step.
 
-    (1) is a step at constant velocity eps - x0, straight on in the straight frame, to the level
-    r_s q^(eta^2) below s, and noise by the forward kernel back up to s: were the velocity the
-    flow's, the law would be exact. But a difference of answers at two noisy levels is no slope of
-    the flow: it is mostly the answer to the noise between. So nothing is extrapolated from it, and
-    what a step missed is put right when it is known, as Adams-Moulton does for the flow. With x0'
-    the x0 that the last step held, before the next one
+    (1) is a step at constant velocity eps - x0 in the straight frame, to the level r_s q^(eta^2)
+    below s, then noise by the forward kernel back up to s: with the exact velocity of the flow the
+    law would be exact. A difference of estimates at two noisy levels is not a slope of the flow,
+    but mostly the response to the noise between them. So it is not extrapolated; the error of a
+    step is corrected once it is known, as in Adams-Moulton. With x0' the x0 that the last step
+    used, before the next step
 
         delta = x0 - x0',      xbar + gamma delta  for xbar,      x0 + mu delta  for x0
 
         e = 1 - q^((1 + eta^2) / 2) of the last step, f of the next:
         mu = 2/3,              gamma = e - mu f (1 - f)
 
-    For the reverse SDE x0 is a martingale (Tweedie), delta the answer to the noise alone. The delta
-    after it takes mu of it back, so that its whole effect on xbar is gamma + mu (1 - (1 - f)^2) -
-    mu f = e: half the weight (1 + eta^2) log(1 / q) of the drift, to leading order. That is the
-    trapezoidal rule on steps of any size, of second order in law where noise is additive.
+    For the reverse SDE x0 is a martingale (Tweedie) and delta the response to the noise alone. The
+    next delta removes the share mu of it, so its total effect on xbar is gamma + mu (1 - (1 - f)^2)
+    - mu f = e: half the weight (1 + eta^2) log(1 / q) of the drift, to leading order. That is the
+    trapezoidal rule on steps of any size, of second order in law for additive noise.
 
-    mu is free. 2/3 was chosen by verify.law: it brings the law nearest to that of Gaussian data of
-    any variance, on grids even in u^(1/p) of 20 steps and more. At eta = 1, 20 steps and variances
-    from 1/4 to 4 the standard deviation is off by 1e-2 at most, DDPM's on the same grid by 0.1.
-    Data in one point stay exact at any step, so directions too narrow for the steps do not blow up.
+    mu is free. 2/3 was chosen by verify.law: it minimizes the distance of the law to that of
+    Gaussian data of any variance, on grids even in u^(1/p) of 20 steps and more. At eta = 1, 20
+    steps and variances from 1/4 to 4 the relative error of the standard deviation is at most 1e-2,
+    that of DDPM on the same grid 0.1. Data in one point stay exact at any step, so directions too
+    narrow for the steps do not blow up.
 
     No noise is added in the step that ends at sigma = 0, which gives alpha x0.
 
@@ -150,7 +151,7 @@ class VelocityMultistep(Checked):
 
     @property
     def claims(self) -> Claims:
-        """A step ends before its correction, which the next one makes."""
+        """A step ends before its correction, which is part of the next step."""
         return Claims(order=2, step_order=1, noise=self.eta > 0)
 
     @property
@@ -173,7 +174,7 @@ class VelocityMultistep(Checked):
 def held(
     x: Tensor, x0: Tensor, t: Level[float], s: Level[float], eta: float, noise: Noise
 ) -> Tensor:
-    """Equation (1) times alpha_s, in a form without 1 / alpha_t: x0 stays as it is from t to s."""
+    """Equation (1) times alpha_s, in a form without 1 / alpha_t: x0 is constant from t to s."""
     if s.sigma == 0:
         return x0 * s.alpha
     gap = log_snr_gap(t, s)
@@ -193,45 +194,45 @@ def fall(gap: float, power: float) -> float:
     return -math.expm1(-power * gap / 2) if power else 0.0
 
 
-def remembered(x0: Tensor, t: Level[float], memory: Answers | None, k: int) -> Answers:
-    """The last k answers, this one included; of two too near to tell apart the newer one."""
-    here, nodes, answers = t.log_snr / 2, (), ()
+def remembered(x0: Tensor, t: Level[float], memory: Estimates | None, k: int) -> Estimates:
+    """The last k estimates with the new one; of two at levels equal up to rounding, the newer."""
+    here, nodes, estimates = t.log_snr / 2, (), ()
     if memory is not None:
         finest = torch.finfo(torch.promote_types(x0.dtype, torch.float32)).eps
         apart = here - memory.half_log_snr[0] > finest
-        nodes, answers = memory.half_log_snr[not apart :], memory.x0[not apart :]
-    return Answers((here, *nodes)[:k], (x0, *answers)[:k])
+        nodes, estimates = memory.half_log_snr[not apart :], memory.x0[not apart :]
+    return Estimates((here, *nodes)[:k], (x0, *estimates)[:k])
 
 
-def linear(answers: Answers, s: Level[float]) -> Tensor:
+def linear(estimates: Estimates, s: Level[float]) -> Tensor:
     """x0 + h / (2 h_1) (x0 - x0_1), Lu et al. 2022b, Algorithm 2; h_1 may be infinite."""
-    x0, *before = answers.x0
+    x0, *before = estimates.x0
     if not before or s.sigma == 0:
         return x0
-    here, last, *_ = answers.half_log_snr
+    here, last, *_ = estimates.half_log_snr
     share = (s.log_snr / 2 - here) / (2 * (here - last))
     return (x0 * (1 + share)).sub_(before[0], alpha=share)
 
 
-def quadratic(answers: Answers, s: Level[float]) -> Tensor:
-    r"""The constant x0 that moves x to s as the quadratic through the last three answers does.
+def quadratic(estimates: Estimates, s: Level[float]) -> Tensor:
+    r"""The constant x0 equivalent to the quadratic through the last three estimates.
 
-    With tau = lambda - lambda_t and the weight e^(tau - h) that (1) gives to x0 at tau in [0, h],
+    With tau = lambda - lambda_t and the weight e^(tau - h) of x0 in (1) at tau in [0, h],
 
         x0 + <tau> f_01 + <tau (tau + h_1)> f_012,       f the divided differences
 
         <tau> = (h - 1 + e^-h) / (1 - e^-h),             <tau^2> = h^2 / (1 - e^-h) - 2 <tau>
     """
-    if len(answers.x0) < 3 or s.sigma == 0:
-        return linear(answers, s)
-    here, last, oldest = answers.half_log_snr
+    if len(estimates.x0) < 3 or s.sigma == 0:
+        return linear(estimates, s)
+    here, last, oldest = estimates.half_log_snr
     h, h_1, h_2 = s.log_snr / 2 - here, here - last, last - oldest
-    if h == 0:  # two times that no level tells apart
-        return answers.x0[0]
+    if h == 0:  # two times with the same level
+        return estimates.x0[0]
     weight = -math.expm1(-h)
     mean = (h - weight) / weight
     bent = (h**2 / weight - 2 * mean + h_1 * mean) / (h_1 + h_2)
     first, second = (mean + bent) / h_1, bent / h_2
-    x0, x0_1, x0_2 = answers.x0
+    x0, x0_1, x0_2 = estimates.x0
     made = (x0 * (1 + first)).sub_(x0_1, alpha=first + second)
     return made.add_(x0_2, alpha=second)

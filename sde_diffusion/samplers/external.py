@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Generated, Noise
@@ -23,29 +22,24 @@ __all__ = ["CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
 
 
 class CallCount(NamedTuple):
-    """What a solver that picks its own steps leaves in the memory."""
+    """Record of a solver with its own steps."""
 
     calls: int
 
 
 class AdaptiveSolver(Checked, ABC):
-    """What the solvers that pick their own steps have in common."""
+    """Base of the solvers with their own steps."""
 
-    # An embedded error estimate can vanish by chance where there are few, large steps (measured: an
-    # error of 157 tolerances). With steps of at most 1/8 and 0.3 of the tolerance the worst of 72
-    # Gaussian problems was 6.5.
+    # An embedded error estimate can vanish by chance on few, large steps (measured: an error of 157
+    # tolerances). With steps of at most 1/8 and 0.3 of the tolerance, the worst of 72 Gaussian
+    # problems is 6.5.
     LARGEST_STEP: ClassVar = 0.125
     SAFETY: ClassVar = 0.3
 
-    METHODS: ClassVar[tuple[str, ...]]
     method: str
     rtol: float
     atol: float
     max_calls: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate.choice("method", self.method, self.METHODS)
 
     @property
     def claims(self) -> Claims:
@@ -59,17 +53,17 @@ class AdaptiveSolver(Checked, ABC):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, CallCount]:  # fmt: skip
-        """From t to s in as many steps as it takes; the memory is a Report."""
+        """From t to s in steps of the solver's choice; the memory is a CallCount."""
         slope = Slope(self, model, t)
-        if s.u == t.u or not x.numel():  # alpha has underflowed at both, or there is no sample
+        if s.u == t.u or not x.numel():  # alpha underflows at both, or there is no sample
             return leave(enter(x, t), s), CallCount(0)
         y = enter(x.to(torch.promote_types(x.dtype, torch.float32)), t)
         if s.u > 0:
             y = self._integrate(slope, y, t.u, s.u)
         else:
-            # Stop a little short of sigma = 0, where no network has been trained and one that puts
-            # out x0 cannot say eps, and finish by Euler's rule. Its error there is u^2 |y''| / 2:
-            # for u = sqrt(tolerance) / 10 a two-hundredth of the tolerance times |y''|.
+            # Stop a little above sigma = 0, where networks are not trained and x0 does not fix eps,
+            # and finish by Euler's rule. Its error is u^2 |y''| / 2: for u = sqrt(tolerance) / 10
+            # it is 1/200 of the tolerance times |y''|.
             end = min(0.1 * min(self.rtol, self.atol) ** 0.5, t.u / 2)
             y = self._integrate(slope, y, t.u, end)
             y = y - end * slope(end, y)
@@ -89,7 +83,7 @@ class TorchODE(AdaptiveSolver):
             ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"),
             which takes one step per interval of `times`.
         rtol, atol: tolerances of y.
-        max_calls: network calls after which it gives up.
+        max_calls: limit of network calls.
     """
 
     ADAPTIVE: ClassVar = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
@@ -98,7 +92,7 @@ class TorchODE(AdaptiveSolver):
     )  # fmt: skip
     METHODS: ClassVar = ADAPTIVE + FIXED
 
-    method: str = "dopri5"
+    method: Annotated[str, Choice(*METHODS)] = "dopri5"
     rtol: Positive = 1e-5
     atol: Positive = 1e-5
     max_calls: Count = 10_000
@@ -109,29 +103,29 @@ class TorchODE(AdaptiveSolver):
         real = torch.float32 if y.device.type == "mps" else torch.float64
         span = torch.tensor([start, end], dtype=real, device=y.device)
         options = None
-        if self.method in self.ADAPTIVE:  # which would overstep the end and interpolate
+        if self.method in self.ADAPTIVE:  # which else overstep the end and interpolate
             options = {"step_t": span[1:], "max_step": self.LARGEST_STEP, "dtype": real}
         rtol, atol = self.SAFETY * self.rtol, self.SAFETY * self.atol
         try:
             path = odeint(slope, y, span, rtol=rtol, atol=atol, method=self.method, options=options)
-        except AssertionError as error:  # torchdiffeq's way to say that a step underflowed
+        except AssertionError as error:  # torchdiffeq signals an underflowed step by it
             raise SolverError(f"{self} failed at {slope.where}: {error}") from error
         return cast(Tensor, path)[-1]
 
 
 @dataclass(frozen=True)
 class ScipyODE(AdaptiveSolver):
-    """Any method of scipy.integrate.solve_ivp, in float64: an oracle, slow on purpose.
+    """Any method of scipy.integrate.solve_ivp, in float64: an accurate, slow reference.
 
     Args:
         method: "RK45", "RK23", "DOP853", "Radau", "BDF" or "LSODA".
         rtol, atol: tolerances of y.
-        max_calls: network calls after which it gives up.
+        max_calls: limit of network calls.
     """
 
     METHODS: ClassVar = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
-    method: str = "DOP853"
+    method: Annotated[str, Choice(*METHODS)] = "DOP853"
     rtol: Positive = 1e-8
     atol: Positive = 1e-8
     max_calls: Count = 100_000
@@ -178,9 +172,9 @@ class Slope:
 class TorchSDE:
     """One step of a torchsde method per interval of the grid.
 
-    euler and milstein take their Brownian increments from the sampler's own noise, so `seeds=` and
-    injected noise work. srk needs more of the path than its increments and takes torchsde's
-    BrownianInterval, its entropy drawn from `generator=`.
+    euler and milstein use the noise of the sampler as Brownian increments, so `seeds=` and injected
+    noise work. srk needs more of the path than increments and uses the BrownianInterval of
+    torchsde, with entropy drawn from `generator=`.
 
     Args:
         method: "euler", "milstein" or "srk".
@@ -194,7 +188,7 @@ class TorchSDE:
 
     @property
     def grid(self) -> Grid:
-        """That of EulerMaruyama."""
+        """The grid of EulerMaruyama."""
         return EulerMaruyama().grid
 
     def step(
@@ -213,10 +207,10 @@ class TorchSDE:
 
 
 class ReverseSDE:
-    """The reverse SDE as torchsde wants it: state (B, d), time tau = -t increasing.
+    """The reverse SDE in the interface of torchsde: state (B, d), time tau = -t increasing.
 
-    noise_type "diagonal" returns g as (B, d). "additive", a (B, d, d) view of one g I, tells srk
-    that g does not depend on the state, and then no stage asks for a score at sigma = 0.
+    noise_type "diagonal" returns g as (B, d). "additive" returns a (B, d, d) view of one g I: for
+    srk g is then independent of the state, and no stage needs a score at sigma = 0.
     """
 
     sde_type = "ito"
@@ -256,7 +250,7 @@ class ReverseSDE:
 
 
 class Increment:
-    """The Brownian increment of one interval, in the form that torchsde asks for."""
+    """The Brownian increment of one interval, in the interface of torchsde."""
 
     levy_area_approximation = "none"
 
@@ -269,13 +263,13 @@ class Increment:
 
 
 def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Level[float]) -> Any:
-    """A BrownianInterval of torchsde, which draws its entropy from our generator."""
+    """A BrownianInterval of torchsde with entropy from the generator of the run."""
     from torchsde import BrownianInterval
 
     if not isinstance(noise, Generated):
         raise ValueError(
-            f"{sampler} draws its path from torchsde's BrownianInterval: give generator=, "
-            f"not seeds= or noise="
+            f"seeds and noise must be left out for {sampler}, whose path torchsde draws; give "
+            f"generator="
         )
     return BrownianInterval(
         -t.t,

@@ -20,7 +20,7 @@ class Heun:
 
     y' = y + h velocity(y, t),    y_s = y + h/2 (velocity(y, t) + velocity(y', s)),    h = u_s - u_t
 
-    The step that ends at sigma = 0 is Euler's alone: n steps make 2 n - 1 calls.
+    The step that ends at sigma = 0 is an Euler step: n steps make 2 n - 1 calls.
     """
 
     @property

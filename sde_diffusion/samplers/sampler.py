@@ -1,4 +1,4 @@
-"""The sampler: a rule for one step, what it claims of itself, and what it leaves behind.
+"""The sampler protocol: a rule for one step, its claims, and the report of an adaptive solver.
 
 Convention: a sampler moves a batch from time t to an earlier time s < t.
 """
@@ -22,12 +22,12 @@ IS_SAMPLER = Kind("a sampler such as Heun()", "claims", "grid", "step")
 
 
 class SolverError(RuntimeError):
-    """A solver that chooses its own steps gave up; the message names the place and the reason."""
+    """A solver with its own steps failed; the message names the place and the reason."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """Properties that a sampler claims; `verify` holds it to them.
+    """Properties that a sampler claims; `verify` checks them.
 
     Attributes:
         order: of convergence to the flow, or in law to the SDE, as the steps shrink. None for a
@@ -62,7 +62,7 @@ class Sampler(Protocol):
 
     @property
     def grid(self) -> Grid:
-        """Its own grid, used where `sample` is given no other."""
+        """Its own grid, the default of `sample`."""
         ...
 
     def step(
@@ -78,9 +78,9 @@ class SampleReport(NamedTuple):
 
     Attributes:
         calls: model evaluations of each sample.
-        rejections: how many of these calls were for steps that were made again.
-        error: the solver's estimate of the errors of its predictions, before they were corrected.
-        finished: False where it was given up, and the rest of its way only predicted.
+        rejections: number of these calls that belong to rejected steps.
+        error: estimated error of the predictions, before their correction.
+        finished: False where the limit of calls was reached and the rest was extrapolated.
     """
 
     calls: Tensor
@@ -90,7 +90,7 @@ class SampleReport(NamedTuple):
 
     @staticmethod
     def unmoved(x: Tensor) -> "SampleReport":
-        """The record of a batch that need not move."""
+        """The record of a batch that does not move."""
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return SampleReport(none, none.clone(), none.double(), none == 0)
 
@@ -101,6 +101,6 @@ def finest(dtype: torch.dtype) -> float:
 
 
 def over(field: Tensor, like: Tensor) -> Tensor:
-    """A field of the samples (n, ...), broadcast against a batch of theirs; floats in its type."""
+    """A field (n, ...), broadcast against the batch of n samples; floats in the dtype of it."""
     field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
     return field.to(like.dtype) if field.is_floating_point() else field

@@ -6,7 +6,6 @@ and the range, which is enough to read a failure, and draws a table of 2,000 bet
 
 import dataclasses
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -116,16 +115,6 @@ def processes() -> st.SearchStrategy[sd.processes.Process]:
     return evenly(*PROCESSES.values())
 
 
-@st.composite
-def shortened(draw) -> sd.processes.Process:
-    """The first part of a path as a process of its own."""
-    process = draw(processes())
-    return process.until(draw(st.floats(max(0.1, process.first_time), 1.0)))
-
-
-EVERY_PROCESS = PROCESSES | {"Shortened": shortened()}
-
-
 # ---- times -----------------------------------------------------------------------------------
 
 
@@ -142,11 +131,6 @@ def grids(draw, first: float = 1e-5, last: float = 1.0, max_steps: int = 8) -> l
     start = [last] if draw(st.booleans()) else []
     end = [] if len({*inner, *start}) > 1 and draw(st.integers(0, 3)) == 0 else [0.0]
     return sorted({*inner, *start, *end}, reverse=True)
-
-
-def apart(gap: float) -> Callable[[list[float]], bool]:
-    """Whether the times of a grid are more than `gap` from each other."""
-    return lambda times: all(t - s > gap for t, s in pairwise(times))
 
 
 @st.composite
@@ -257,28 +241,19 @@ SAMPLERS = ROW_BY_ROW | {
         lambda m: sd.samplers.ScipyODE(m, **LOOSE)
     ),
     "torchsde-srk": st.just(sd.samplers.TorchSDE("srk")),
-    "adaptive": st.sampled_from(["srk", "euler"]).map(
-        lambda m: sd.samplers.AdaptiveTorchSDE(m, rtol=0.1, atol=0.1, dt_min=1e-2)
-    ),
+    "adaptive-ode": st.just(sd.AdaptiveODE(**LOOSE)),
+    "adaptive-sde": st.just(sd.AdaptiveSDE(rtol=0.1, atol=0.1)),
 }
 
 
 def steps_in_t(sampler: object) -> bool:
     """Whether it needs drift and diffusion, and so starts at t_max."""
-    return isinstance(
-        sampler, sd.EulerMaruyama | sd.samplers.TorchSDE | sd.samplers.AdaptiveTorchSDE
-    )
-
-
-def picks_its_steps(sampler: object) -> bool:
-    return isinstance(sampler, sd.TorchODE | sd.samplers.ScipyODE | sd.samplers.AdaptiveTorchSDE)
+    return sampler.claims.rates
 
 
 def draws_its_own_path(sampler: object) -> bool:
     """Whether its noise is torchsde's, which takes a generator and neither seeds nor a source."""
-    return isinstance(sampler, sd.samplers.AdaptiveTorchSDE) or sampler == sd.samplers.TorchSDE(
-        "srk"
-    )
+    return sampler == sd.samplers.TorchSDE("srk")
 
 
 def cancellation(sampler: object, process: sd.processes.Process, times: list[float]) -> float:
@@ -342,14 +317,11 @@ def jobs(draw, x: Tensor, samplers: st.SearchStrategy) -> Job:
     times = None
     if draw(st.booleans()):
         last = process.t_max if steps_in_t(sampler) else 1.0
-        gap = (
-            1e-9 if isinstance(sampler, sd.samplers.AdaptiveTorchSDE) else 0.0
-        )  # its first step is a 100th
-        most = 2 if picks_its_steps(sampler) else 8  # each interval costs them a start
-        times = draw(grids(1e-2 if half else 1e-5, last, most).filter(apart(gap)))
+        most = 2 if sampler.claims.adaptive else 8  # each interval costs them a start
+        times = draw(grids(1e-2 if half else 1e-5, last, most))
     if times is not None and (magnified := cancellation(sampler, process, times)) <= 1e3:
         return Job(model, sampler, (("times", tuple(times)),), magnified)
-    if picks_its_steps(sampler):
+    if sampler.claims.adaptive:
         return Job(model, sampler, ())
     return Job(
         model, sampler, (("steps", draw(st.integers(1, min(8, most_steps(process, sampler))))),)

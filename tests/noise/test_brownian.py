@@ -22,7 +22,7 @@ GRID = [1.0, 0.93, 0.9, 0.6, 0.35, 0.34, 0.2, 0.1, 0.03, 0.01, 1e-4, 0.0]
 
 
 def source(seeds, times=GRID, process=VP):
-    return Brownian(seeds, process.log_snr, list(times))
+    return Brownian(seeds, process.u, list(times))
 
 
 def walked(seeds, times=GRID, process=VP, shape=(), dtype=torch.float64, known=None):

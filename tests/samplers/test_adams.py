@@ -173,8 +173,8 @@ def test_the_gaussian_frame_is_the_better_one_at_five_calls(table):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: sd.Adams(frame=frames.Straight), "frame must be a Frame"),
-        (lambda: sd.Adams(start=6.0), "start needs a Gaussian frame"),
+        (lambda: sd.Adams(frame=frames.Straight), "frame must be a frame"),
+        (lambda: sd.Adams(start=6.0), "start must be None in the straight frame"),
         (lambda: sd.Adams(frame=OWN, start=0.0), "start must lie"),
         (lambda: sd.Adams.auto(0), "calls must be at least 1"),
         (lambda: sd.Adams.auto(5.0), "calls must be an integer"),

@@ -1,16 +1,19 @@
 """AdaptiveODE: each sample's error within its tolerance, alone or in any batch."""
 
 import math
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 import torch
 from cases import PROCESSES, Recorded, gaussian
+from torch import Tensor
 from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion import verify
 from sde_diffusion.grids import frames
+from sde_diffusion.models.model import per_sample_field
 from sde_diffusion.models.prediction import truth
 from sde_diffusion.samplers.adaptive_ode import Quadrature, lagrange, newest, product
 
@@ -63,11 +66,13 @@ def test_a_sample_is_the_same_in_any_batch(frame):
             assert torch.equal(part.memory.calls, whole.memory.calls[rows])
 
 
+@dataclass(frozen=True, eq=False)
 class Shifted:
     """A conditional model: each sample has a Gaussian of its own mean."""
 
-    def __init__(self, means):
-        self.process, self.means, self.seen = sd.VP(), means, []
+    means: Tensor = per_sample_field()
+    seen: list[int] = field(default_factory=list)
+    process = sd.VP()
 
     def __call__(self, x, level):
         self.seen.append(len(x))
@@ -76,11 +81,6 @@ class Shifted:
         x0 = self.means + gain * (x - alpha * self.means)
         eps = sigma * (x - alpha * self.means) / (0.25 * alpha**2 + sigma**2)
         return truth(x0, eps, level)
-
-    def rows(self, index):
-        part = Shifted(self.means[index])
-        part.seen = self.seen
-        return part
 
 
 def test_finished_samples_leave_the_batch_and_a_condition_follows():
@@ -260,9 +260,6 @@ class Made:
     def __call__(self, x, level):
         return truth(torch.zeros_like(x), self.answer(x, level), level)
 
-    def rows(self, index):
-        return self
-
 
 @pytest.mark.parametrize(
     ("answer", "message"),
@@ -287,9 +284,9 @@ def test_nothing_hangs(answer, message):
         (lambda: sd.AdaptiveODE(atol=-1.0), "atol must"),
         (lambda: sd.AdaptiveODE(k=0), "k must"),
         (lambda: sd.AdaptiveODE(max_calls=0), "max_calls must"),
-        (lambda: sd.AdaptiveODE(frame=frames.Straight), "frame must be"),
+        (lambda: sd.AdaptiveODE(frame=frames.Straight), "frame must be a frame"),
         (lambda: sd.AdaptiveODE(return_partial=2), "return_partial must"),
-        (lambda: sd.AdaptiveODE().grid(sd.VP(), 10), "leave out steps"),
+        (lambda: sd.sample(MODES, sd.AdaptiveODE(), start(), steps=10), "steps must be left out"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(make, message):

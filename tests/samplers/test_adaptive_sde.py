@@ -4,14 +4,17 @@ Statistical bounds are 4.5 standard errors of the estimate named in the test.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from cases import PARAMETERIZATIONS, PROCESSES, gaussian
+from torch import Tensor
 from torch.testing import assert_close
 
 import sde_diffusion as sd
+from sde_diffusion.models.model import per_sample_field
 from sde_diffusion.noise import brownian
 from sde_diffusion.noise.brownian import Brownian
 
@@ -147,7 +150,7 @@ def test_the_path_is_that_of_the_other_samplers():
     process, n = sd.RectifiedFlow(), 50
     made, _ = run(sd.exact.Gaussian(process), sd.AdaptiveSDE(), range(n))
     like = torch.empty(n, 1, dtype=torch.float64)
-    assert_close(made, Brownian(range(n), process.log_snr)(1.0, 0.0, like), rtol=1e-9, atol=1e-9)
+    assert_close(made, Brownian(range(n), process.u)(1.0, 0.0, like), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("process", [sd.VP(), sd.EDM()], ids=["vp", "edm"])
@@ -210,44 +213,45 @@ def test_the_intervals_that_cover_a_part_of_the_path_are_its_own(high, low):
 # ---- what it says, and what it refuses -----------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
 class Halting:
-    """The exact model, which counts what it is asked and refuses rows that have left."""
+    """The exact model, which counts its calls by sample and refuses rows that have left."""
 
-    def __init__(self, model, asked, index=None):
-        self.model, self.process, self.asked, self.index = model, model.process, asked, index
+    model: object
+    calls: Tensor
+    index: Tensor = per_sample_field()
+
+    @property
+    def process(self):
+        return self.model.process
 
     def __call__(self, x, level):
-        rows = torch.arange(len(x)) if self.index is None else self.index
-        assert len(rows) == len(x)
-        self.asked[rows] += 1
+        assert len(self.index) == len(x)
+        self.calls[self.index] += 1
         return self.model(x, level)
-
-    def rows(self, index):
-        return Halting(self.model, self.asked, index)
 
 
 def test_finished_samples_leave_the_batch_and_calls_are_counted():
     n = 64
-    asked = torch.zeros(n, dtype=torch.int64)
-    _, report = run(Halting(gaussian(sd.VP()), asked), sd.AdaptiveSDE(), range(n))
-    assert torch.equal(asked, report.calls)
+    calls = torch.zeros(n, dtype=torch.int64)
+    model = Halting(gaussian(sd.VP()), calls, torch.arange(n))
+    _, report = run(model, sd.AdaptiveSDE(), range(n))
+    assert torch.equal(calls, report.calls)
     assert len(report.calls.unique()) > 3
     assert (report.rejections < report.calls).all()
     assert (report.error > 0).all()
 
 
+@dataclass(frozen=True, eq=False)
 class Conditional:
     """Data N(mean_k, 0.25) for sample k."""
 
-    def __init__(self, process, means):
-        self.process, self.means = process, means
+    process: sd.processes.Process
+    means: Tensor = per_sample_field()
 
     def __call__(self, x, level):
         p = sd.exact.Gaussian(self.process, 0.0, 0.25)(x - level.alpha * self.means, level)
         return sd.models.truth(p.x0 + self.means, p.eps, level)
-
-    def rows(self, index):
-        return Conditional(self.process, self.means[index])
 
 
 def test_a_condition_follows_its_samples():
@@ -314,18 +318,15 @@ def test_a_model_that_is_not_finite_is_named():
                 torch.where(torch.arange(len(x))[:, None] == 3, torch.nan, x0), x0, level
             )
 
-        def rows(self, index):
-            return self
-
     with pytest.raises(sd.SolverError, match=r"AdaptiveSDE\(rtol=0.01, atol=0.01\) failed at t=1 "):
         run(Broken(sd.VP(), torch.zeros(5, 1, dtype=torch.float64)), sd.AdaptiveSDE(), range(5))
 
 
 def test_injected_noise_and_steps_are_refused():
     model, x = gaussian(sd.VP()), torch.ones(2, 1)
-    with pytest.raises(ValueError, match="give seeds= or generator="):
+    with pytest.raises(ValueError, match=r"noise must be left out for AdaptiveSDE.*generator="):
         sd.sample(model, sd.AdaptiveSDE(), x, noise=lambda t, s, like: torch.zeros_like(like))
-    with pytest.raises(ValueError, match="own steps"):
+    with pytest.raises(ValueError, match="steps must be left out for AdaptiveSDE"):
         sd.sample(model, sd.AdaptiveSDE(), x, steps=5)
 
 

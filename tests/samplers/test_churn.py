@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion import verify
+from sde_diffusion.samplers import Claims
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
@@ -66,10 +67,8 @@ class Exact:
     """The exact flow of Gaussian data, whatever the model says."""
 
     data: sd.exact.Gaussian
-    order = 1
-
-    def grid(self, process, steps):
-        return sd.grids.Karras()(process, steps)
+    claims = Claims(order=1)
+    grid = sd.grids.Karras()
 
     def step(self, model, x, t, s, noise, memory):
         model(x, t)
@@ -124,7 +123,7 @@ def test_the_order_is_the_samplers():
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda: sd.samplers.Churn(3.0), "sampler must be a Sampler; got 3.0"),
+        (lambda: sd.samplers.Churn(3.0), r"sampler must be a sampler such as Heun\(\); got 3.0"),
         (lambda: sd.samplers.Churn(sd.Heun(), -1.0), "s_churn must lie in"),
         (lambda: sd.samplers.Churn(sd.Heun(), 1.0, -0.1), "s_tmin must lie in"),
         (lambda: sd.samplers.Churn(sd.Heun(), 1.0, 2.0, 1.0), "s_tmax must lie in"),

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion import verify
+from sde_diffusion.samplers import Claims
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 DDIM = sd.Ancestral(eta=0.0)
@@ -22,10 +23,8 @@ class Exact:
     data: sd.exact.Gaussian
     scale: float = 1.0
     shift: float = 0.0
-    order = 1
-
-    def grid(self, process, steps):
-        return sd.grids.Usual()(process, steps)
+    claims = Claims(order=1)
+    grid = sd.grids.Usual()
 
     def step(self, model, x, t, s, noise, memory):
         model(x, t)
@@ -157,10 +156,8 @@ def test_each_move_of_a_seeded_path_draws_anew():
     @dataclass(frozen=True)
     class Listening:
         inner: object
-        order = 1
-
-        def grid(self, process, steps):
-            return self.inner.grid(process, steps)
+        claims = Claims(order=1)
+        grid = sd.grids.Usual()
 
         def step(self, model, x, t, s, noise, memory):
             def listened(t, s, like):
@@ -182,8 +179,8 @@ def test_each_move_of_a_seeded_path_draws_anew():
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
-        (lambda: sd.samplers.Langevin(0.1), "sampler must be a Sampler; got 0.1"),
-        (lambda: sd.samplers.Langevin(sd.Heun), "sampler must be a Sampler"),
+        (lambda: sd.samplers.Langevin(0.1), r"sampler must be a sampler such as Heun\(\); got 0.1"),
+        (lambda: sd.samplers.Langevin(sd.Heun), "sampler must be a sampler"),
         (lambda: sd.samplers.Langevin(DDIM, 0), "corrections must be at least 1; got 0"),
         (lambda: sd.samplers.Langevin(DDIM, 1.0), "corrections must be an integer; got 1.0"),
         (lambda: sd.samplers.Langevin(DDIM, 1, 0.0), "snr must lie in"),

@@ -17,7 +17,7 @@ from sde_diffusion.models.prediction import truth
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 SAMPLERS = [
-    sd.DPMSolver(2), sd.DPMSolver(3), sd.samplers.SDEDPMSolver(0.3), sd.DPMSolver(2, eta=1.0),
+    sd.DPMSolver(2), sd.DPMSolver(3), sd.DPMSolver(2, eta=0.3), sd.DPMSolver(2, eta=1.0),
     sd.VelocityMultistep(0.0), sd.VelocityMultistep(0.3), sd.VelocityMultistep(),
 ]  # fmt: skip
 STOCHASTIC = [sd.DPMSolver(2, eta=1.0), sd.VelocityMultistep()]
@@ -39,9 +39,6 @@ class Saying:
         eps = (x - level.alpha * x0) / level.sigma if level.sigma else torch.zeros_like(x)
         return truth(x0, eps, level)
 
-    def rows(self, index):
-        return self
-
 
 def walk(sampler, model, times, x, noise=none):
     """The states at all times."""
@@ -58,7 +55,7 @@ def test_the_second_step_is_the_published_one():
     times = [0.8, 0.55, 0.4]
     model, x = gaussian(process), torch.tensor([[0.3], [1.9]], dtype=torch.float64)
     for eta in (0.0, 1.0):
-        sampler = sd.samplers.SDEDPMSolver(eta) if eta else sd.DPMSolver(2)
+        sampler = sd.DPMSolver(2, eta=eta)
         _, first, made = walk(sampler, model, times, x, lambda t, s, like: z)
         l0, l1, l2 = process.levels(torch.tensor(times, dtype=torch.float64))
         lam = [level.log_snr / 2 for level in (l0, l1, l2)]
@@ -99,7 +96,7 @@ def test_eta_0_is_the_solver_of_the_flow_and_draws_nothing():
     model, x = gaussian(sd.VP()), sd.VP().prior((5, 1), seeds=range(5))
     flow = sd.sample(model, sd.DPMSolver(2, 1.5), x, steps=9, noise=none)
     assert torch.equal(
-        sd.sample(model, sd.samplers.SDEDPMSolver(0.0, 1.5), x, steps=9, noise=none), flow
+        sd.sample(model, sd.DPMSolver(2, 1.5, eta=0.0), x, steps=9, noise=none), flow
     )
     sd.sample(model, sd.VelocityMultistep(0.0), x, steps=9, noise=none)
 
@@ -196,12 +193,12 @@ def test_answers_too_near_to_tell_apart_are_one(sampler):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("kind", [sd.samplers.SDEDPMSolver, sd.VelocityMultistep])
+@pytest.mark.parametrize("kind", [sd.DPMSolver, sd.VelocityMultistep])
 def test_the_law_is_of_second_order_on_steps_of_any_ratio_and_over_the_path(kind, eta):
-    made = verify.local_order(kind(eta), gaussian(sd.EDM()))
+    made = verify.local_order(kind(eta=eta), gaussian(sd.EDM()))
     assert made.declared[0] == 2
     assert made.holds, made
-    whole = verify.order(kind(eta), gaussian(sd.RectifiedFlow()), sizes=(128, 256, 512))
+    whole = verify.order(kind(eta=eta), gaussian(sd.RectifiedFlow()), sizes=(128, 256, 512))
     assert whole.declared == 2
     assert whole.holds, whole
 
@@ -275,8 +272,9 @@ def test_twenty_and_forty_steps_draw_the_same_sample(sampler):
         (lambda: sd.DPMSolver(4), "k must be at most 3; got 4"),
         (lambda: sd.DPMSolver(2.0), "k must be an integer; got 2.0"),
         (lambda: sd.DPMSolver(2, 0.5), "p must lie in"),
-        (lambda: sd.samplers.SDEDPMSolver(1.5), "eta must lie in"),
-        (lambda: sd.samplers.SDEDPMSolver(1.0, math.nan), "p must lie in"),
+        (lambda: sd.DPMSolver(eta=1.5), "eta must lie in"),
+        (lambda: sd.DPMSolver(3, eta=0.5), "eta must be 0 with k = 3; got 0.5"),
+        (lambda: sd.DPMSolver(p=math.nan, eta=1.0), "p must lie in"),
         (lambda: sd.VelocityMultistep(-0.1), "eta must lie in"),
         (lambda: sd.VelocityMultistep(p=0.9), "p must lie in"),
         (lambda: sd.VelocityMultistep().grid(sd.VP(), 0), "steps must be at least 1"),

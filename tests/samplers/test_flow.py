@@ -133,9 +133,6 @@ class Broken:
     def __call__(self, x, level):
         return truth(self.output(x), torch.zeros_like(x), level)
 
-    def rows(self, index):
-        return self
-
 
 @pytest.mark.parametrize(
     "solver", [sd.TorchODE(max_calls=500), sd.samplers.ScipyODE(max_calls=500)]

@@ -152,11 +152,10 @@ def test_torchsde_on_our_brownian_path_is_euler_maruyama(process, method):
 
 @pytest.mark.parametrize(
     ("sampler", "arguments"),
-    [(sd.samplers.TorchSDE("srk"), {"steps": 200}), (sd.samplers.AdaptiveTorchSDE(), {}),
-     (sd.samplers.AdaptiveTorchSDE("euler"), {})],
-    ids=["srk", "adaptive-srk", "adaptive-euler"],
-)  # fmt: skip
-def test_torchsdes_own_paths_give_the_data_and_repeat_with_the_generator(sampler, arguments):
+    [(sd.samplers.TorchSDE("srk"), {"steps": 200}), (sd.AdaptiveSDE(), {})],
+    ids=["srk", "adaptive"],
+)
+def test_paths_that_a_generator_gives_end_in_the_data_and_repeat_with_it(sampler, arguments):
     """4,000 samples: 4.5 standard errors, and as much again for the steps.
 
     Euler-Maruyama, the coarsest of them, has an exact error of 0.0035 in W2 at 200 steps.
@@ -172,12 +171,11 @@ def test_torchsdes_own_paths_give_the_data_and_repeat_with_the_generator(sampler
     assert abs(made[0].var() - 0.25) < 4.5 * 0.25 * math.sqrt(2 / n) + 0.005
 
 
-@pytest.mark.parametrize("sampler", [sd.samplers.TorchSDE("srk"), sd.samplers.AdaptiveTorchSDE()])
-def test_torchsdes_own_paths_refuse_seeds_and_injected_noise_by_name(sampler):
-    x, steps = torch.zeros(2, 1), None if isinstance(sampler, sd.samplers.AdaptiveTorchSDE) else 4
+def test_torchsdes_own_paths_refuse_seeds_and_injected_noise_by_name():
+    sampler, x = sd.samplers.TorchSDE("srk"), torch.zeros(2, 1)
     for source in ({"seeds": [0, 1]}, {"noise": lambda t, s, like: torch.zeros_like(like)}):
         with pytest.raises(ValueError, match="generator="):
-            sd.sample(gaussian(sd.VP()), sampler, x, steps=steps, **source)
+            sd.sample(gaussian(sd.VP()), sampler, x, steps=4, **source)
 
 
 def test_torchsde_makes_one_call_a_step():
@@ -223,7 +221,6 @@ def test_ancestral_takes_a_users_process_whatever_its_rounding(k):
         (lambda: sd.TorchODE(max_calls=0), "max_calls"),
         (lambda: sd.samplers.ScipyODE("rk45"), "method"),
         (lambda: sd.samplers.TorchSDE("heun"), "method"),
-        (lambda: sd.samplers.AdaptiveTorchSDE(dt_min=0), "dt_min"),
     ],
 )
 def test_bad_settings_are_named(make, named):

@@ -135,7 +135,8 @@ class Between(Ends):
             return torch.tensor(self.at, dtype=torch.float64)
         assert self.first is not None
         assert self.last is not None
-        return torch.tensor([process.level_at(u).t for u in (self.first, self.last)]).double()
+        ends = [process.level_at(u).t for u in (self.first, self.last)]
+        return torch.tensor(ends, dtype=torch.float64)
 
 
 class Remark(NamedTuple):

@@ -1,4 +1,4 @@
-"""Files of torch.save made to harm."""
+"""Malicious files of torch.save."""
 
 import math
 import struct
@@ -21,7 +21,7 @@ def saved_case(name, value, **how):
 
 
 def archive_case(name, change, compression=zipfile.ZIP_STORED):
-    """The members of a sound archive, as a dict, changed."""
+    """An archive with changed members."""
 
     @case(FOREIGN, name)
     def _(folder):
@@ -35,7 +35,7 @@ def archive_case(name, change, compression=zipfile.ZIP_STORED):
         return path
 
 
-def words(content):
+def pickle_of(content):
     return lambda members, path: {**members, "x/data.pkl": content}
 
 
@@ -91,18 +91,18 @@ archive_case("a longer storage", lambda members, path: {**members, "x/data/0": b
 archive_case("a program", lambda members, path: {**members, "x/constants.pkl": b"mine"})
 archive_case("names that differ in case", lambda members, path: {**members, "x/DATA.pkl": b"mine"})
 archive_case("a bomb in it", lambda members, path: {**members, "x/data.pkl": bomb(path)})
-archive_case("words of no pickle", words(b"mine"))
-archive_case("words that end early", words(b"\x80\x02}"))
+archive_case("words of no pickle", pickle_of(b"mine"))
+archive_case("words that end early", pickle_of(b"\x80\x02}"))
 archive_case(
-    "a bytearray of 8 GB", words(program(b"cbuiltins\nbytearray\n", number(2**33), b"\x85R"))
+    "a bytearray of 8 GB", pickle_of(program(b"cbuiltins\nbytearray\n", number(2**33), b"\x85R"))
 )
 archive_case(
-    "a storage of 8 GB", words(program(b"ctorch\nUntypedStorage\n", number(2**33), b"\x85R"))
+    "a storage of 8 GB", pickle_of(program(b"ctorch\nUntypedStorage\n", number(2**33), b"\x85R"))
 )
-archive_case("a tensor of 8 GB", words(program(b"ctorch\nTensor\n", number(2**31), b"\x85R")))
-archive_case("a class by a string", words(program(b"X\x02\0\0\0osX\x06\0\0\0system\x93")))
-archive_case("tuples in tuples", words(program(b")" + b"\x85" * 1_000_000)))
-archive_case("20 MB of words", words(program(b"N0" * 10_000_000, b"}")))
+archive_case("a tensor of 8 GB", pickle_of(program(b"ctorch\nTensor\n", number(2**31), b"\x85R")))
+archive_case("a class by a string", pickle_of(program(b"X\x02\0\0\0osX\x06\0\0\0system\x93")))
+archive_case("tuples in tuples", pickle_of(program(b")" + b"\x85" * 1_000_000)))
+archive_case("20 MB of words", pickle_of(program(b"N0" * 10_000_000, b"}")))
 
 
 @case(FOREIGN, "a truncated archive")

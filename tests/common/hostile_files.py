@@ -1,4 +1,4 @@
-"""Files made to harm, and how: bytes that are no weights, and what is no file at all.
+"""Malicious files and how they are made: wrong bytes, and paths that are no regular file.
 
 A case is a function that writes files in a folder and returns the path to be loaded.
 """
@@ -23,11 +23,11 @@ from sde_diffusion.processes import VP, Discrete
 DENOISERS, FRAMES, FOREIGN = {}, {}, {}
 
 
-# ---- sound files --------------------------------------------------------------------------------
+# ---- valid files --------------------------------------------------------------------------------
 
 
 def kept(make):
-    """Makes the files of `make` once, and copies them."""
+    """Make the files of `make` once, and copy them afterwards."""
     contents = {}
 
     @wraps(make)
@@ -82,11 +82,11 @@ def foreign(folder):
     return path
 
 
-# ---- how they are spoilt ------------------------------------------------------------------------
+# ---- how files are changed ----------------------------------------------------------------------
 
 
 def rehashed(path, record, data=None):
-    """Both files as an attacker writes them: with the right hashes."""
+    """Write both files as an attacker would: with the right hashes."""
     data = path.read_bytes() if data is None else data
     path.write_bytes(data)
     rest = {k: v for k, v in record.items() if k != "record_sha256"}
@@ -116,7 +116,7 @@ def case(table, name):
 
 
 def bytes_case(table, name, data, base=sound):
-    """A file of these bytes beside a record that vouches for them."""
+    """A file of these bytes beside a record with their hash."""
 
     def make(folder):
         path = base(folder)
@@ -138,7 +138,7 @@ def text_case(name, text, table=DENOISERS, base=sound):
 
 
 def record_case(name, change, table=DENOISERS, base=sound):
-    """A record that was changed by a function, and hashed again."""
+    """A record changed by a function, with new hashes."""
 
     def make(folder):
         path = base(folder)
@@ -150,7 +150,7 @@ def record_case(name, change, table=DENOISERS, base=sound):
 
 
 def part_case(name, part, base=sound, **changed):
-    """A description in which arguments of one part are others; ... takes one away."""
+    """A description with other arguments of one part; ... removes an argument."""
 
     def change(record):
         described = {**record["denoiser"][part], **changed}
@@ -160,7 +160,7 @@ def part_case(name, part, base=sound, **changed):
 
 
 def tensors_case(table, name, change, base=sound):
-    """Other tensors, written as the library writes them."""
+    """Changed tensors, written as the library writes them."""
 
     def make(folder):
         path = base(folder)
@@ -188,7 +188,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
 class Bomb:
-    """Unpickled, it would make a file."""
+    """Would make a folder if it was unpickled."""
 
     def __init__(self, canary):
         self.canary = str(canary)
@@ -284,11 +284,11 @@ for _name in ("empty", "png", "pickle", "zip with a pickle", "head of 2^63 bytes
     bytes_case(FRAMES, _name, BYTES[_name], base=frame)
 
 
-# ---- what is no file ----------------------------------------------------------------------------
+# ---- paths of no file ----------------------------------------------------------------------------
 
 
 def instead(name, put, suffix=".safetensors", table=DENOISERS, base=sound):
-    """Something else in the place of one of the two files."""
+    """Something else instead of one of the two files."""
 
     def make(folder):
         path = base(folder)
@@ -309,7 +309,7 @@ def sparse(size):
 
 
 def sparse_tensor(place):
-    """A sound head of 2^40 numbers, and a file as long as it says."""
+    """A valid header of 2^40 numbers, in a sparse file of that length."""
     data = binary({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}})
     place.write_bytes(data)
     os.truncate(place, len(data) + 2**42)

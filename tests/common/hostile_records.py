@@ -1,4 +1,4 @@
-"""Files made to harm whose bytes are whole: records, descriptions, tensors.
+"""Malicious files of the right format: records, descriptions, tensors.
 
 All have the right hashes, as an attacker can compute them.
 """
@@ -175,7 +175,7 @@ part_case("counts_from true", "noise_input", **INDEX, num_steps=10, counts_from=
 
 
 def other(name, make):
-    """The tensors with one of them put otherwise."""
+    """Change one of the tensors."""
     return lambda tensors: {**tensors, name: make(tensors[name])}
 
 

@@ -1,9 +1,9 @@
-"""Loads every hostile file in little room, and says what became of it.
+"""Load every malicious file with little memory, and print the outcome.
 
     python hostile_run.py FOLDER
 
-First makes the files in FOLDER; then limits the process to 256 MiB more than it has, loads each
-and prints a line of JSON for it.
+First the files are made in FOLDER; then the process is limited to 256 MiB more than it has, loads
+each file and prints a line of JSON for it.
 """
 
 import json
@@ -28,16 +28,21 @@ SOUND = {"denoiser": [sound, unet, chain], "frame": [frame], "foreign": [foreign
 
 
 def outcome(kind, path):
-    """What became of one case."""
+    """Load one file and return the outcome."""
     start = time.perf_counter()
     try:
         LOADERS[kind](path)
     except Exception as error:
-        told = [type(error).__name__, str(error)]
+        result = [type(error).__name__, str(error)]
     else:
-        told = ["accepted", ""]
+        result = ["accepted", ""]
     run = (path.parent / "canary").exists() or Path("canary").exists()
-    return {"path": str(path), "told": told, "seconds": time.perf_counter() - start, "run": run}
+    return {
+        "path": str(path),
+        "outcome": result,
+        "seconds": time.perf_counter() - start,
+        "run": run,
+    }
 
 
 def made(folder, make):
@@ -50,13 +55,13 @@ def main(folder):
     cases += [(kind, make.__name__, make) for kind, makes in SOUND.items() for make in makes]
     paths = [made(folder / f"{k}", make) for k, (_, _, make) in enumerate(cases)]
     for kind, makes in SOUND.items():
-        LOADERS[kind](made(folder / kind, makes[0]))  # what is imported late takes room, too
+        LOADERS[kind](made(folder / kind, makes[0]))  # late imports need memory, too
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     room = pages * resource.getpagesize() + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     for (kind, name, _), path in zip(cases, paths, strict=True):
         print(json.dumps([kind, name, outcome(kind, path)]), flush=True)
-    # Computing on the meta device would load the half of torch that compiles: two seconds.
+    # Computation on the meta device would import torch's compiler, which takes two seconds.
     assert "sympy" not in sys.modules
 
 

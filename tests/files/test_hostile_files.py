@@ -1,4 +1,4 @@
-"""Files made to harm run no code and are refused: in one line, in little time and memory."""
+"""Malicious files run no code and are refused: in one line, in little time and memory."""
 
 import json
 import os
@@ -59,7 +59,7 @@ HINTS = {
 
 
 def outcomes():
-    """What became of each file, in a process that may take 256 MiB more than it has."""
+    """Return the outcome of each file, in a process limited to 256 MiB more than it has."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # 500 folders: disks are slow
     with TemporaryDirectory(dir=memory) as folder:
         command = [sys.executable, TESTS / "hostile_run.py", folder]
@@ -67,32 +67,34 @@ def outcomes():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not done.stderr
-    return {(kind, name): told for kind, name, told in map(json.loads, done.stdout.splitlines())}
+    return {
+        (kind, name): outcome for kind, name, outcome in map(json.loads, done.stdout.splitlines())
+    }
 
 
 def faults(found, hint):
-    """What is wrong with a refusal."""
-    error, message = found["told"]
+    """Return the faults of a refusal."""
+    error, message = found["outcome"]
     wanted = {
         "is refused": error == "BadFile",
         "names the file": found["path"] in message,
         "is one printable line": message.isprintable() and len(message) < 1200,
-        "asks for no memory": not any(word in message for word in ("fit in memory", "allocate")),
+        "needs no memory": not any(word in message for word in ("fit in memory", "allocate")),
         "runs nothing": not found["run"],
         "takes little time": found["seconds"] < 10,  # 0.2 at most, on a free machine
-        f"says {hint!r}": hint in message,
+        f"has {hint!r}": hint in message,
     }
     return [what for what, holds in wanted.items() if not holds]
 
 
 def test_hostile_files_are_refused_in_one_line_in_little_room_and_run_no_code():
-    """All in one test, as all are loaded by one process; sound files are read in the same room."""
+    """All in one test, as one process loads all; valid files are loaded within the same limits."""
     found = outcomes()
     assert found.keys() == {*CASES, *SOUNDS}
     assert HINTS.keys() <= found.keys()
-    assert all(found[name]["told"] == ["accepted", ""] for name in SOUNDS)
+    assert all(found[name]["outcome"] == ["accepted", ""] for name in SOUNDS)
     wrong = {name: (faults(found[name], HINTS.get(name, "")), found[name]) for name in CASES}
-    assert not {name: told for name, told in wrong.items() if told[0]}
+    assert not {name: outcome for name, outcome in wrong.items() if outcome[0]}
 
 
 # ---- flipped bits -----------------------------------------------------------------------------
@@ -106,7 +108,7 @@ FLIPPED = {
 
 
 def content(loaded):
-    """All that a load gives, to be compared."""
+    """Return the settings and tensors of a loaded value, for comparison."""
     if isinstance(loaded, Denoiser):
         parts = (loaded.process, loaded.parameterization, loaded.noise_input)
         return [type(loaded.network), loaded.network.config, *parts], loaded.network.state_dict()
@@ -116,8 +118,8 @@ def content(loaded):
 
 
 def equal(first, second):
-    (told, ours), (tells, theirs) = content(first), content(second)
-    return told == tells and ours.keys() == theirs.keys() and all(
+    (settings, ours), (others, theirs) = content(first), content(second)
+    return settings == others and ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
         for name in ours
     )  # fmt: skip
@@ -187,7 +189,7 @@ def test_a_network_that_was_given_must_be_the_one_saved(tmp_path, which):
 
 
 def test_a_saved_name_cannot_reach_what_is_imported(tmp_path):
-    """The table of networks is that of `networks`, without the blocks that describe no network."""
+    """Classes of blocks, which describe no network, are not in the table of networks."""
     for name in ("network: class 'Fourier'", "network: class 'Dropout'", "network: class 'nn'"):
         (tmp_path / name).mkdir()
         with pytest.raises(BadFile):

@@ -1,4 +1,4 @@
-"""Weights of other programs come in whole, by an explicit call, and nothing else does."""
+"""Weights of other programs are imported whole, by an explicit call, and nothing else is."""
 
 import hashlib
 import json
@@ -84,21 +84,21 @@ def test_one_dict_of_several_is_taken_by_its_key(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         ("modle", r"no 'modle' \(did you mean 'model'\?\)"),
         ("step", "'step' must hold a dict of tensors; got a int"),
     ],
 )
-def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path, key, told):
-    with pytest.raises(BadFile, match=told):
+def test_a_key_that_is_not_there_is_refused_with_those_that_are(tmp_path, key, message):
+    with pytest.raises(BadFile, match=message):
         import_weights(saved(tmp_path, {"model": {"a": torch.ones(1)}, "step": 3}), key=key)
 
 
 # ---- the format before 1.6, which has no checksums --------------------------------------------
 
 
-def test_an_old_file_is_read_only_if_somebody_vouches_for_its_bytes(tmp_path):
+def test_an_old_file_is_read_only_if_its_sha256_is_given(tmp_path):
     made = network().state_dict()
     path = saved(tmp_path, made, _use_new_zipfile_serialization=False)
     with pytest.raises(BadFile, match="give sha256="):
@@ -125,7 +125,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_even_vouched_for_a_pickle_runs_nothing(tmp_path, new):
+def test_a_pickle_runs_nothing_even_if_its_sha256_is_given(tmp_path, new):
     canary = tmp_path / "canary"
     path = saved(tmp_path, {"a": Bomb(canary)}, _use_new_zipfile_serialization=new)
     with pytest.raises(BadFile, match="mkdir"):
@@ -152,7 +152,7 @@ def test_renaming_moves_what_begins_so_and_nothing_else():
 
 
 def run(folder, *flags):
-    """The finished script with a checkpoint `like` of ours and the weights of theirs.pt."""
+    """Run the script with a checkpoint of ours for --like and the weights of theirs.pt."""
     Denoiser(network(), VP(0.2), V()).save(folder / "like.safetensors")
     files = {"weights": "theirs.pt", "like": "like.safetensors", "out": "ours.safetensors"}
     named = [part for flag, file in files.items() for part in (f"--{flag}", folder / file)]
@@ -177,14 +177,14 @@ def test_the_script_fills_the_network_of_a_checkpoint(tmp_path):
 
 
 def test_the_script_refuses_in_one_line_and_writes_nothing(tmp_path):
-    """Names are compared by the library's own check; here that the script says what it says."""
+    """The library compares the names; the script reports its message."""
     made = network().state_dict()
     saved(tmp_path, {name.replace("bias", "bais"): value for name, value in made.items()})
     done = run(tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    told = "no tensor 'layers.0.bias' nor 1 others (did you mean 'layers.0.bais'?)"
-    assert f"theirs.pt: {told}" in done.stderr
+    message = "no tensor 'layers.0.bias' nor 1 others (did you mean 'layers.0.bais'?)"
+    assert f"theirs.pt: {message}" in done.stderr
     assert not (tmp_path / "ours.safetensors").exists()
 
 
@@ -200,7 +200,7 @@ FITS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("told", FITS)
-def test_tensors_that_do_not_fit_are_named(told):
-    with pytest.raises(ValueError, match=told):
-        storage.check_fit(FITS[told], {"a": torch.zeros(2), "b": torch.zeros(1)})
+@pytest.mark.parametrize("message", FITS)
+def test_tensors_that_do_not_fit_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        storage.check_fit(FITS[message], {"a": torch.zeros(2), "b": torch.zeros(1)})

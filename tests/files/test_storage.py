@@ -71,7 +71,7 @@ def assert_same_weights(first, second):
 
 
 def refusal(path, named=None):
-    """The one line with which a load is refused; it names a file."""
+    """Return the message of a refused load: one line that names a file."""
     with pytest.raises(BadFile) as caught:
         Denoiser.load(path)
     message = str(caught.value)
@@ -81,7 +81,7 @@ def refusal(path, named=None):
 
 
 def combinations():
-    """Every network with every process, the other two dealt round."""
+    """Every network with every process; the other two parts alternate."""
     for i, (network, process) in enumerate(product(NETWORKS, PROCESSES)):
         yield network, process, PARAMETERIZATIONS[i % 6], NOISE_INPUTS[(i // 6 + i) % 4]
 
@@ -114,7 +114,7 @@ def test_a_denoiser_comes_back_bit_for_bit(
 
 
 def test_a_loaded_network_can_be_trained(saved):
-    """It is made on the meta device, and none of that is left."""
+    """It is made on the meta device, of which nothing remains."""
     denoiser = Denoiser.load(saved)
     made = small()
     for name, parameter in made.named_parameters():
@@ -157,7 +157,7 @@ def test_facts_are_kept_beside_the_weights(saved):
 
 @pytest.mark.parametrize("name", ["format", "sha256", "denoiser"])
 def test_a_fact_may_not_take_the_name_of_a_field(saved, name):
-    """Else the hash, for one, would be the caller's, and the file could not be read again."""
+    """Otherwise the hash, for example, would be the caller's, and the file unreadable."""
     with pytest.raises(ValueError, match=name):
         small().save(saved, **{name: "mine"})
     Denoiser.load(saved)
@@ -199,12 +199,12 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
 
 
 def facts(record):
-    """A record as it was handed to `storage.write`, which adds what it knows by itself."""
+    """A record without the entries that `storage.write` adds."""
     return {k: v for k, v in record.items() if k not in ("format", "sha256", "record_sha256")}
 
 
 def tampered(path, part, **changed):
-    """The saved denoiser with another description, hashes and all as the library writes them."""
+    """Save the denoiser with another description, with the hashes that the library writes."""
     tensors, record = storage.read(path)
     description = {**record["denoiser"], part: {**record["denoiser"][part], **changed}}
     description[part] = {k: v for k, v in description[part].items() if v is not None}
@@ -238,7 +238,7 @@ def test_a_class_of_another_table_is_refused(saved, part, other):
 
 
 def test_no_part_of_a_description_can_be_a_whole_denoiser(saved):
-    """Denoiser stands in the same module as the conditions, and can be called."""
+    """`Denoiser` is a class that can be called, but in no table."""
     tampered(saved, "noise_input", **{"class": "Denoiser"}, network=None, process="x")
     refusal(saved, saved.with_suffix(".json"))
     tampered(saved, "noise_input", **{"class": "Denoiser"}, network="x", process="x")
@@ -319,7 +319,7 @@ def test_wrong_tensors_are_refused(saved, change):
 
 @contextmanager
 def largest_file(size):
-    """No file may grow past this many bytes, as on a full disk (EFBIG in the place of ENOSPC)."""
+    """Limit the size of files, as a full disk would (EFBIG instead of ENOSPC)."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -360,7 +360,7 @@ def test_a_write_where_no_folder_can_be_is_an_error_and_leaves_the_file(saved):
 
 
 def test_a_write_does_not_follow_a_link_left_in_its_way(tmp_path):
-    """In a folder that others write to, a link by the name of the temporary file."""
+    """For example in a folder that others can write to, by the name of the temporary file."""
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
     (tmp_path / "small.safetensors.part").symlink_to(theirs)
@@ -370,12 +370,12 @@ def test_a_write_does_not_follow_a_link_left_in_its_way(tmp_path):
 
 
 def test_numbers_that_json_cannot_say_come_back_as_words(saved):
-    """A recipe may clip at inf; `plain` says what the record will hold."""
+    """For example a recipe that clips at inf; `plain` returns what the record will hold."""
     facts = {"clip": float("inf"), "worst": float("nan"), "sides": (1, 2), "deep": {"a": (0.5,)}}
     small().save(saved, **facts)
     record = storage.read(saved)[1]
-    told = {"clip": "inf", "worst": "nan", "sides": [1, 2], "deep": {"a": [0.5]}}
-    assert {name: record[name] for name in facts} == told == plain(facts)
+    expected = {"clip": "inf", "worst": "nan", "sides": [1, 2], "deep": {"a": [0.5]}}
+    assert {name: record[name] for name in facts} == expected == plain(facts)
 
 
 def test_a_message_is_one_printable_line_and_bounded():

@@ -118,7 +118,7 @@ def test_efficientnet_knows_a_cat(efficientnet):
     photographs = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
     x = torch.tensor(np.stack(photographs)).permute(0, 3, 1, 2) / 127.5 - 1
     guessed = metrics.extract(x, efficientnet.probabilities).argmax(1)
-    # Its published share of right answers over all of ImageNet is 0.75; any cat is enough here.
+    # Its published accuracy over all of ImageNet is 0.75; any cat is enough here.
     assert ((guessed >= 281) & (guessed < 286)).double().mean() > 0.75
 
 
@@ -180,7 +180,7 @@ def test_inception_is_torch_fidelitys(random_inception, monkeypatch, tmp_path):
 
 
 def test_weights_other_than_the_published_are_not_even_parsed(tmp_path, random_inception):
-    """Random weights in the right format, a pickle that would act, a folder, a pipe, no file."""
+    """Random weights in the right format, a malicious pickle, a folder, a pipe, no file."""
     marked = tmp_path / "marked"
     bomb = f"cposix\nmkdir\n(S'{marked}'\ntR.".encode()
     for contents in (random_inception, bomb, b""):

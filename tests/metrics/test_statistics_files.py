@@ -1,4 +1,4 @@
-"""Files of statistics are read without trust, and written in the exchange format."""
+"""Files of statistics are untrusted when read, and written in the exchange format."""
 
 import io
 import os
@@ -58,7 +58,7 @@ def header(shape, descr="<f8", more=""):
 
 
 class Bomb:
-    """What a hostile pickle would hold: it leaves a mark where it is run."""
+    """Content of a malicious pickle: leaves a mark if it is run."""
 
     def __reduce__(self):
         return os.mkdir, ("/tmp/never-made-by-a-test",)
@@ -151,7 +151,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 def test_what_would_unpack_to_more_than_an_array_is_not_unpacked(tmp_path, monkeypatch):
-    """A head that says 2^28 bytes and has them, packed small; and 10,000 members."""
+    """A header of 2^28 bytes that compress well; and 10,000 members."""
     path = tmp_path / "stats.npz"
     monkeypatch.setattr(npz, "LIMIT", 64)  # so that the bomb can be a small one
     bomb = b"\x93NUMPY\2\0" + struct.pack("<I", 2**28) + b" " * 200_000

@@ -143,7 +143,7 @@ def test_the_length_of_an_interval_is_the_change_of_the_share_of_signal(process)
 
 @pytest.mark.parametrize("known", [GRID, [1.0, 0.0], [1.0, 0.5, 0.0]], ids=["all", "none", "other"])
 def test_increments_are_standard_normal_and_independent_whatever_the_grid(known):
-    """Also where the source learns of the times only when it is asked: mean, variance, pairs."""
+    """Also if the times are not known in advance: mean, variance, pairs."""
     n = 20_000
     z = walked(range(n), known=known)
     assert (z.mean(1).abs() < 4.5 / math.sqrt(n)).all()
@@ -167,7 +167,7 @@ def increments(seeds, times, process=VP, **how):
 
 
 def test_increments_add_up():
-    """Over the same grid, whether each of its intervals is asked for or several in one."""
+    """Over the same grid, one interval at a time or several in one."""
     parts = increments(range(50), GRID)
     for first, last in ((0, 2), (1, 5), (4, 11), (0, 11)):
         whole = increments(range(50), [GRID[first], GRID[last]], known=GRID)

@@ -1,7 +1,7 @@
-r"""Data that are not Gaussian: a mixture, whose flow and whose law are known all the same.
+r"""Samplers on a mixture: data that are not Gaussian, with a known flow and a known law.
 
 The end of a deterministic sampler is compared with the exact flow from the same start, sample by
-sample; the samples of any sampler with the mixture's law, beside what exact samples would show.
+sample; the samples of any sampler with the mixture's law, beside the figures of exact samples.
 """
 
 import hashlib
@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.models.exact import GaussianMixture
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.prediction import Prediction
@@ -24,20 +23,26 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import ScipyODE
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import checked_times, sample
+from sde_diffusion.validate import Batch, Integer, Kind, arguments
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.laws import on_process_of
-from sde_diffusion.verify.probe import NotAffine
+from sde_diffusion.verify.probe import AProcess, ASampler, NotAffine
+from sde_diffusion.verify.report import Report, Table
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
 DIRECTIONS = 64  # of the sliced distance
-FLOORS = 32  # batches of exact samples that the floor is estimated from
+FLOORS = 32  # batches of exact samples, from which the floor is estimated
+DEVIATIONS = 4.5  # of the floor, within which samples are indistinguishable from exact ones
+
+AMixture = Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "on")]
+Samples = Annotated[int, Integer(2)]
+Seed = Annotated[int, Integer(0)]
 
 
 @dataclass(frozen=True, repr=False)
-class Endpoint:
-    """How far a sampler's samples end from the exact flow's, from the same starts; print it.
+class Endpoint(Report):
+    """Errors of a sampler's samples against the exact flow, from the same starts.
 
     Attributes:
         sampler: its name.
@@ -48,6 +53,11 @@ class Endpoint:
     sampler: str
     calls: int
     errors: Tensor
+
+    unproven: ClassVar[str] = (
+        "anything of another number of steps or of other data; an RMS above the median is that of "
+        "a few samples far off"
+    )
 
     @property
     def rms(self) -> float:
@@ -65,58 +75,54 @@ class Endpoint:
     def verdict(self) -> str:
         return f"RMS {self.rms:.2e}, median {self.median:.2e}, worst {self.worst:.2e}"
 
-    def __str__(self) -> str:
-        return "\n".join([
-            f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples",
-            *ending(
-                f"{self.verdict}, against the flow by DOP853 at 1e-10",
-                "anything of another number of steps or of other data; an RMS above the median is "
-                "that of a few samples far off",
-            ),
-        ])  # fmt: skip
+    @property
+    def title(self) -> str:
+        return f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples"
 
-    __repr__ = __str__
+    @property
+    def facts(self) -> list[str]:
+        return ["against the flow by DOP853 at 1e-10"]
 
 
+@arguments
 def endpoint(
-    sampler: Sampler,
-    data: GaussianMixture,
-    process: Process | None = None,
+    sampler: ASampler,
+    data: AMixture,
+    process: AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
-    samples: int = 256,
+    samples: Samples = 256,
 ) -> Endpoint:
-    """The error of each sample of a deterministic sampler, fixed steps or not.
+    """Measure the error of each sample of a deterministic sampler, with fixed steps or not.
 
     Args:
         sampler: any that draws no noise.
         data: a mixture, or a Gaussian.
         process, times, steps: as in `law`.
-        samples: how many, from fixed starts.
+        samples: their number, from fixed starts.
     Raises:
         NotAffine: if the sampler draws noise, so that its end is no function of its start.
     """
     model, x, ends = begun(sampler, data, process, times, steps, samples)
-
-    asked = CountingModel(model)
-    made = sample(asked, sampler, x, steps=steps, times=times, noise=none)
+    counting = CountingModel(model)
+    made = sample(counting, sampler, x, steps=steps, times=times, noise=none)
     off = coordinates(made - flow(model, x, *ends))
-    return Endpoint(probe.one_line(sampler), asked.calls, off.square().mean(1).sqrt())
+    return Endpoint(probe.one_line(sampler), counting.calls, off.square().mean(1).sqrt())
 
 
 def none(t: float, s: float, like: Tensor) -> Tensor:
-    """The noise of what must draw none."""
+    """Noise source of a sampler that must draw none."""
     raise NotAffine("the solver draws noise, so its end is no function of its start")
 
 
 @dataclass(frozen=True, repr=False)
-class Distribution:
-    """Distances of a sampler's samples to the data's law, beside those of exact samples; print it.
+class Distribution(Report):
+    """Distances of a sampler's samples to the data's law, beside those of exact samples.
 
     Attributes:
         sampler: its name.
-        samples: how many were drawn.
+        samples: their number.
         distances: name -> its value.
         floors: name -> the values for independent batches of as many exact samples.
     """
@@ -126,9 +132,11 @@ class Distribution:
     distances: dict[str, float]
     floors: dict[str, Tensor]
 
+    unproven: ClassVar[str] = "that an error smaller than that of as many exact samples is 0"
+
     @property
     def excess(self) -> dict[str, float]:
-        """How many standard deviations of the floor each distance lies above it, in logarithms."""
+        """Each distance above its floor, in standard deviations of the floor, in logarithms."""
         return {
             name: (math.log(value) - float(self.floors[name].log().mean()))
             / (float(self.floors[name].log().std()) * math.sqrt(1 + 1 / FLOORS))
@@ -137,43 +145,48 @@ class Distribution:
 
     @property
     def holds(self) -> bool:
-        """Whether every distance is what exact samples show, within 4.5 standard deviations."""
-        return max(self.excess.values()) <= 4.5
+        """True if every distance is within 4.5 standard deviations of that of exact samples."""
+        return max(self.excess.values()) <= DEVIATIONS
 
     @property
     def verdict(self) -> str:
         if self.holds:
-            return f"not told from {self.samples} exact samples"
+            return f"indistinguishable from {self.samples} exact samples"
         worst = max(self.excess, key=lambda name: self.excess[name])
         return f"NOT THE DATA: {worst} is {self.excess[worst]:.1f} standard deviations above"
 
-    def __str__(self) -> str:
-        rows = [f"samples of {self.sampler}: {self.samples}"]
-        rows.append(f"  {'distance':>12}{'samples':>12}{'exact':>12}{'+-':>10}")
-        for name, value in self.distances.items():
-            floor = self.floors[name]
-            rows.append(
-                f"  {name:>12}{value:12.3e}{float(floor.mean()):12.3e}{float(floor.std()):10.1e}"
-            )
-        left = "that an error smaller than that of as many exact samples is 0"
-        return "\n".join([*rows, *ending(self.verdict, left)])
+    @property
+    def title(self) -> str:
+        return f"samples of {self.sampler}: {self.samples}"
 
-    __repr__ = __str__
+    @property
+    def table(self) -> Table:
+        return beside_floors(self.distances, self.floors)
 
 
+def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> Table:
+    """Each distance beside the mean and standard deviation of those of exact samples."""
+    rows = (
+        (name, value, float(floors[name].mean()), float(floors[name].std()))
+        for name, value in distances.items()
+    )
+    return Table({"distance": "", "samples": ".3e", "exact": ".3e", "+-": ".1e"}, rows)
+
+
+@arguments
 def distribution(
-    sampler: Sampler,
-    data: GaussianMixture,
-    process: Process | None = None,
+    sampler: ASampler,
+    data: AMixture,
+    process: AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
-    samples: int = 2048,
-    seed: int = 0,
+    samples: Samples = 2048,
+    seed: Seed = 0,
 ) -> Distribution:
-    r"""The distances of samples to the data's law: W2 (sliced, if d > 1) and MMD.
+    r"""Measure the distances of samples to the data's law: W2 (sliced, if d > 1) and MMD.
 
-    Both know the law itself, not samples of it. The sliced W2 is the root mean over fixed
+    Both use the law itself, not samples of it. The sliced W2 is the root mean over fixed
     directions of the W2^2 on the line, where the mixture's quantiles are computed. The MMD with the
     kernel k = exp(-|x - y|^2 / 2 h^2) is the distance of characteristic functions,
     int |phi_n - phi|^2 N(w; 0, h^-2 I) dw, whose three parts are closed forms; h is the data's
@@ -183,7 +196,7 @@ def distribution(
         sampler: any, fixed steps or not.
         data: a mixture, or a Gaussian.
         process, times, steps: as in `law`.
-        samples: how many.
+        samples: their number.
         seed: of starts, noise and floors.
     """
     model, x, _ = begun(sampler, data, process, times, steps, samples, seed)
@@ -254,7 +267,7 @@ class Known:
 
 
 def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tensor:
-    """Where a mixture on the line has mass (i + 1/2) / n to its left, by bisection, (n,)."""
+    """Quantiles (i + 1/2) / n of a mixture on the line, by bisection, (n,)."""
     level = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     low = (means - 10 * stds).min().expand_as(level)
     high = (means + 10 * stds).max().expand_as(level)
@@ -273,7 +286,7 @@ def smoothed(z: Tensor, covariance: Tensor, h2: Tensor, eye: Tensor) -> Tensor:
 
 
 def fixed_directions(d: int) -> Tensor:
-    """Unit vectors, the same every time, (DIRECTIONS, d)."""
+    """Unit vectors from a fixed seed, (DIRECTIONS, d)."""
     made = torch.from_numpy(stream(0, Purpose.TOY).standard_normal((DIRECTIONS, d)))
     return made / made.norm(dim=1, keepdim=True)
 
@@ -281,12 +294,11 @@ def fixed_directions(d: int) -> Tensor:
 # ---- the reference flow --------------------------------------------------------------------------
 
 
-def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Tensor:
-    """The exact probability flow from time t to s, by DOP853 at 1e-10; the last 32 are kept."""
-    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    validate.batch("x", x)
+@arguments
+def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float = 0.0) -> Tensor:
+    """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
-    # By its levels too: an edited class may have the name of the one before.
+    # The levels tell apart two processes of one name, such as an edited class.
     levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
     text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:
@@ -296,7 +308,7 @@ def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Te
 
 @dataclass(frozen=True)
 class FlowProblem:
-    """A flow to compute, equal to another of the same content."""
+    """A flow to compute; two of the same content are equal."""
 
     content: str
     data: Any = field(compare=False)
@@ -313,7 +325,7 @@ def followed(problem: FlowProblem) -> Tensor:
 
 @dataclass
 class CountingModel:
-    """A model that counts how often it is asked."""
+    """A model that counts its calls."""
 
     model: Model
     calls: int = 0
@@ -334,11 +346,7 @@ def begun(
     sampler: Sampler, data: Any, process: Process | None,
     times: Tensor | Sequence[float] | None, steps: int | None, samples: int, seed: int = 0,
 ) -> tuple[Any, Tensor, tuple[float, float]]:  # fmt: skip
-    """The model, starts from its prior, and the times at which the sampler starts and ends."""
-    validate.kind("sampler", sampler, "a Sampler", "grid", "step")
-    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    validate.integer("samples", samples, 2)
-    validate.integer("seed", seed, 0)
+    """The model, starts from its prior, and the first and the last time of the sampler."""
     model = on_process_of(data, sampler, process)
     grid = checked_times(model.process, sampler, steps, times)
     seeds = range(seed * samples, (seed + 1) * samples)

@@ -230,7 +230,7 @@ def test_what_has_no_law_along_eigenvectors_is_refused_by_name(sampler):
 
 def test_a_frame_with_other_axes_is_refused_and_one_of_the_data_leaves_the_prior_alone():
     other = frames.GaussianFrame.of(PLANE.mean, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-    with pytest.raises(verify.NotAffine, match="for itself"):
+    with pytest.raises(verify.NotAffine, match="by itself"):
         verify.steps_for(0.1, PLANE, sd.Adams(3, frame=other))
     own = frames.GaussianFrame.of(PLANE.mean, COVARIANCE)
     found = verify.steps_for(0.1, PLANE, sd.Adams(3, frame=own))

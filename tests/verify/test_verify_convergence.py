@@ -302,7 +302,7 @@ def test_heun_misses_the_data_by_eulers_step_from_karras_last_level():
 def test_laws_that_move_apart_show_no_limit():
     """However uncertain: a sampler that diverges must not pass for it."""
     apart = verify.limit(Tends(power=-1.0, a=0.05, b=0.0), DATA)
-    assert not apart.told
+    assert not apart.shown
     assert not apart.holds
     slow = verify.limit(Tends(power=0.3, a=0.05, b=0.0), DATA)
     assert not slow.holds

@@ -122,7 +122,7 @@ def test_particles_come_within_a_twentieth_on_a_mixture():
     assert found.distances["W2"] < 0.05
 
 
-def test_what_is_not_exact_is_told():
+def test_what_is_not_exact_is_found():
     problem = PROBLEMS["mixture"]
     for method in (
         solved(lambda m, z: methods.PiGDM(m, z), sd.Heun(), 32),
@@ -181,7 +181,7 @@ def test_replacement_is_not_the_posterior_and_pigdm_is_where_data_are_gaussian()
 
 def test_it_prints_what_was_measured():
     found = inverse(exactly(PROBLEMS["gaussian"].posterior), PROBLEMS["gaussian"], name="itself")
-    for part in ("itself", "2048", "W2", "mean", "covariance", "calibration", "not told from"):
+    for part in ("itself", "2048", "W2", "mean", "covariance", "calibration", "indistinguishable"):
         assert part in str(found)
 
 
@@ -192,15 +192,15 @@ def test_it_prints_what_was_measured():
     (lambda: Problem(GAUSSIAN, MATRIX.tolist(), 0.1, Y), "matrix must be a tensor"),
     (lambda: Problem(GAUSSIAN, MATRIX[:0], 0.1, Y[:0]), "must hold finite"),
     (lambda: Problem(GAUSSIAN, drawn(3, 1) @ drawn(1, 3), 0.0, drawn(3)), "independent rows"),
-    (lambda: inverse(lambda m, z, x, g: x.tolist(), PROBLEMS["gaussian"]), "method's answer"),
+    (lambda: inverse(lambda m, z, x, g: x.tolist(), PROBLEMS["gaussian"]), "method's result"),
     (lambda: Problem(GAUSSIAN, MATRIX[[0, 0]], 0.0, Y), "independent rows"),
-    (lambda: Problem(GAUSSIAN, torch.eye(3).double(), 0.0, drawn(3)), "nothing open"),
+    (lambda: Problem(GAUSSIAN, torch.eye(3).double(), 0.0, drawn(3)), "leave a direction open"),
     (lambda: MIXTURE.given(MATRIX, Y, 0.0), "noise_std"),
     (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y[:1]), "matrix must be"),
     (lambda: Problem(GAUSSIAN, MATRIX[:, :2], 0.1, Y), "matrix must be"),
     (lambda: Problem(sd.exact.Gaussian(sd.VP()), MATRIX, 0.1, Y), "shape"),
     (lambda: inverse(3, PROBLEMS["gaussian"]), "method"),
-    (lambda: inverse(lambda m, z, x, g: x[:3], PROBLEMS["gaussian"]), "answer with shape"),
+    (lambda: inverse(lambda m, z, x, g: x[:3], PROBLEMS["gaussian"]), "return shape"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused(call, says):
     with pytest.raises((ValueError, TypeError), match=says):

@@ -147,7 +147,7 @@ class Drawn:
 def test_exact_samples_lie_at_the_floor_and_moved_ones_above(data):
     exact = verify.distribution(Drawn(), data, samples=512)
     assert exact.holds
-    assert exact.verdict == "not told from 512 exact samples"
+    assert exact.verdict == "indistinguishable from 512 exact samples"
     assert set(exact.distances) == {"W2" if data is LINE else "sliced W2", "MMD"}
     for wrong in (Drawn(shift=0.3), Drawn(stretch=1.7)):
         told = verify.distribution(wrong, data, samples=512)

@@ -242,10 +242,10 @@ class DDPM:
         `sampling.sample` with `Ancestral` has the same law, on any sub-chain too.
         """
         x = self.process.prior(shape, generator=generator, seeds=seeds, dtype=dtype, device=device)
-        for x in self.p_chain(
+        for state in self.p_chain(
             x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
         ):
-            pass  # one state in memory at a time
+            x = state  # one at a time in memory
         return x
 
     # ---- losses --------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import Number, Positive, arguments
 from sde_diffusion.verify.laws import Law, law, measured
 from sde_diffusion.verify.probe import AProcess, ASampler, OrMaker
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Agreement", "agreement"]
 
@@ -39,8 +39,6 @@ class Agreement(Report):
     losses: tuple[float, ...]
     laws: tuple[float, ...]
 
-    unproven: ClassVar[str] = "anything of other data, or of times between those of the grids"
-
     @property
     def rates(self) -> dict[str, float | None]:
         """Fitted p of distance ~ N^-p; None where it is rounding, or there is one size only."""
@@ -51,15 +49,12 @@ class Agreement(Report):
             return None
         return -float(np.polyfit(np.log(self.sizes), np.log(distances), 1)[0])
 
-    @property
-    def title(self) -> str:
-        return "distances of two processes on the grids i / N"
-
-    @property
-    def table(self) -> Table:
-        distances = [getattr(self, name) for name in FLOORS]
-        return Table(
-            {"N": "d", **dict.fromkeys(FLOORS, ".2e")}, zip(self.sizes, *distances, strict=True)
+    def page(self) -> Page:
+        rows = zip(self.sizes, *(getattr(self, name) for name in FLOORS), strict=True)
+        return Page(
+            "distances of two processes on the grids i / N",
+            "anything of other data, or of times between those of the grids",
+            Table({"N": "d", **dict.fromkeys(FLOORS, ".2e")}, rows),
         )
 
     @property

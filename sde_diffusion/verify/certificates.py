@@ -11,13 +11,12 @@ from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.limits import Limit, extrapolated
 from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
 from sde_diffusion.verify.probe import AModel, AProcess
-from sde_diffusion.verify.report import Report
 
 __all__ = ["Certificate", "certificate"]
 
 
 @dataclass(frozen=True, repr=False)
-class Certificate(Report):
+class Certificate:
     """The checks of one sampler on one process.
 
     Attributes:
@@ -48,12 +47,11 @@ class Certificate(Report):
         """The verdicts of the failing parts, if any."""
         return "; ".join(part.verdict for part in self.parts if not part.holds) or "all checks hold"
 
-    @property
-    def title(self) -> str:
-        return f"certificate of {self.sampler} on {self.process}"
-
     def __str__(self) -> str:
-        return "\n\n".join([self.title, *map(str, self.parts), f"in all: {self.verdict}"])
+        title = f"certificate of {self.sampler} on {self.process}"
+        return "\n\n".join([title, *map(str, self.parts), f"in all: {self.verdict}"])
+
+    __repr__ = __str__
 
 
 @arguments

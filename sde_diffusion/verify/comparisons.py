@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from sde_diffusion.validate import NonNegative, arguments
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import on_process_of
 from sde_diffusion.verify.probe import AModel, AProcess, ASampler, NotAffine, Trial
-from sde_diffusion.verify.report import Report, Table, thinned
+from sde_diffusion.verify.report import Page, Report, Table, thinned
 
 __all__ = ["Identities", "identities"]
 
@@ -35,8 +34,6 @@ class Identities(Report):
     calls: tuple[int, int]
     tolerance: float
 
-    unproven: ClassVar[str] = "that either is right; both may share a fault"
-
     @property
     def holds(self) -> bool:
         return self.calls[0] == self.calls[1] and all(d <= self.tolerance for d in self.differences)
@@ -58,15 +55,14 @@ class Identities(Report):
             f"{self.differences[index]:.1e}"
         )
 
-    @property
-    def title(self) -> str:
-        return f"{self.first} against {self.second}"
-
-    @property
-    def table(self) -> Table:
+    def page(self) -> Page:
         shown = thinned(len(self.times), 12)
         rows = ((self.times[index], self.differences[index]) for index in shown)
-        return Table({"t": ".4g", "difference": ".2e"}, rows)
+        return Page(
+            f"{self.first} against {self.second}",
+            "that either is right; both may share a fault",
+            Table({"t": ".4g", "difference": ".2e"}, rows),
+        )
 
 
 @arguments

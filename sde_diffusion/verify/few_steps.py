@@ -6,7 +6,7 @@ data's spectrum (see spectra.py), so the least number of steps can be searched f
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from sde_diffusion.validate import Count, Positive, arguments
 from sde_diffusion.verify import spectra
 from sde_diffusion.verify.ladders import Family, made_from, of_family
 from sde_diffusion.verify.probe import AProcess
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Guarantee", "steps_for"]
 
@@ -55,11 +55,6 @@ class Guarantee(Report):
     departure: float
     narrowest: float | None = None
 
-    unproven: ClassVar[str] = (
-        "anything of data that are not Gaussian, mixtures took up to six times the steps (see "
-        "verify.steps_for); nor of the network's own error, or of steps that were not tried"
-    )
-
     @property
     def w2(self) -> float:
         """W2 at `steps`."""
@@ -81,25 +76,21 @@ class Guarantee(Report):
         floor = "; the prior alone leaves more" if self.departure <= self.tol else ""
         return f"NOT REACHED by {self.steps} steps{floor}"
 
-    @property
-    def title(self) -> str:
-        return f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}"
-
-    @property
-    def facts(self) -> list[str]:
+    def page(self) -> Page:
         facts = [f"W2 if started from the data's own law {self.departure:.3e}"]
         if self.narrowest is not None:
             facts.append(f"worst of the Gaussians with no std below {self.narrowest:g}")
-        return facts
-
-    @property
-    def table(self) -> Table:
-        columns = {"steps": "d", "W2": ".3e", "per coordinate": ".3e", "": ""}
-        root = self.d**0.5
         rows = (
-            (n, w2, w2 / root, "<-" if n == self.steps else None) for n, w2 in self.tried.items()
+            (n, w2, w2 / self.d**0.5, "<-" if n == self.steps else None)
+            for n, w2 in self.tried.items()
         )
-        return Table(columns, rows)
+        return Page(
+            f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}",
+            "anything of data that are not Gaussian, mixtures took up to six times the steps (see "
+            "verify.steps_for); nor of the network's own error, or of steps that were not tried",
+            Table({"steps": "d", "W2": ".3e", "per coordinate": ".3e", "": ""}, rows),
+            facts,
+        )
 
 
 @arguments

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sde_diffusion.verify import probe
 from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
 from sde_diffusion.verify.probe import AModel, AProcess, ASampler, Call
-from sde_diffusion.verify.report import Report, Table, listed_numbers, thinned
+from sde_diffusion.verify.report import Page, Report, Table, listed_numbers, thinned
 
 __all__ = ["Draw", "Law", "Step", "law", "measured", "on_process_of"]
 
@@ -135,11 +135,6 @@ class Law(Report):
     finish: float = 0.0
     remark: str = ""
 
-    unproven: ClassVar[str] = (
-        "that more steps would come nearer (order, limit), that each step is the published one "
-        "(identities), nor anything of data that are not Gaussian"
-    )
-
     def w2(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
         """Wasserstein-2 distance to N(mean, covariance), by default to the data."""
         return gaussian_w2((self.mean, self.covariance), self._other(mean, covariance))
@@ -188,35 +183,27 @@ class Law(Report):
         steps = unjudged(self.steps) or "no step stands out (the first and last three not judged)"
         return f"affine, each sample by itself; {steps}"
 
-    @property
-    def noisy(self) -> list[Draw]:
-        """The draws that add noise."""
-        return [draw for draw in self.draws if draw.added > 0]
-
-    @property
-    def title(self) -> str:
-        return f"law of {self.sampler}: {len(self.steps) - 1} calls, {len(self.noisy)} draws"
-
-    @property
-    def facts(self) -> list[str]:
-        variances = self.covariance.diagonal()
+    def page(self) -> Page:
+        draws, variances = [d for d in self.draws if d.added > 0], self.covariance.diagonal()
         facts = [f"mean {listed_numbers(self.mean)}   variance {listed_numbers(variances)}"]
         if self.data is not None:
             facts.append(f"W2 to the data {self.w2():.3e}   KL {self.kl():.3e} nats")
             facts.append(f"W2 if started from the data's own law {self.departure:.3e}")
-        if self.noisy and self.noisy[-1].t == self.steps[-2].t:
-            facts.append(f"the last step adds noise, std {self.noisy[-1].added:.3e}")
-        return facts
-
-    @property
-    def table(self) -> Table:
-        by_call = {draw.t: (draw.added, draw.share, draw.gain) for draw in self.noisy}
-        rows = [
+        if draws and draws[-1].t == self.steps[-2].t:
+            facts.append(f"the last step adds noise, std {draws[-1].added:.3e}")
+        by_call = {draw.t: (draw.added, draw.share, draw.gain) for draw in draws}
+        rows = (
             (step.t, step.departure, *by_call.get(step.t, (None, None, None)))
             for step in (self.steps[index] for index in thinned(len(self.steps), 12))
-        ]
+        )
         columns = {"t": ".4g", "departure": ".2e", "draw adds": ".3e", "share": ".3f"}
-        return Table({**columns, "gain": ".3e"}, rows)
+        return Page(
+            f"law of {self.sampler}: {len(self.steps) - 1} calls, {len(draws)} draws",
+            "that more steps would come nearer (order, limit), that each step is the published one "
+            "(identities), nor anything of data that are not Gaussian",
+            Table({**columns, "gain": ".3e"}, rows),
+            facts,
+        )
 
     def _other(self, mean: Tensor | None, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
         if mean is not None and covariance is not None:

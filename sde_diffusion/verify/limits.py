@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from sde_diffusion.verify.ladders import (
 )
 from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.probe import AModel, AProcess
-from sde_diffusion.verify.report import Report, Table, listed_numbers
+from sde_diffusion.verify.report import Page, Report, listed_numbers
 
 __all__ = ["Limit", "extrapolated", "limit"]
 
@@ -57,11 +56,6 @@ class Limit(Report):
     uncertainty: float
     rounding: float
     left: float = 0.0
-
-    unproven: ClassVar[str] = (
-        "how good any finite number of steps is, nor a limit of a rate that these sizes do not "
-        "show yet"
-    )
 
     @property
     def distance(self) -> float:
@@ -101,23 +95,18 @@ class Limit(Report):
         left = f", as an Euler step from its last level leaves {self.left:.1e}" if known else ""
         return f"tends to the data: {text}{left}"
 
-    @property
-    def title(self) -> str:
-        return f"limit of {self.sampler}"
-
-    @property
-    def facts(self) -> list[str]:
-        return [
-            f"{name} mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
-            for name, mean, covariance in (
-                ("limit:", self.mean, self.covariance),
-                ("data: ", *self.data),
-            )
-        ]
-
-    @property
-    def table(self) -> Table:
-        return errors_table(self.sizes, self.distances)
+    def page(self) -> Page:
+        found, wanted = (
+            f"mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
+            for mean, covariance in ((self.mean, self.covariance), self.data)
+        )
+        return Page(
+            f"limit of {self.sampler}",
+            "how good any finite number of steps is, nor a limit of a rate that these sizes do not "
+            "show yet",
+            errors_table(self.sizes, self.distances),
+            [f"limit: {found}", f"data:  {wanted}"],
+        )
 
 
 @arguments

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from sde_diffusion.validate import Batch, Integer, Kind, arguments
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import on_process_of
 from sde_diffusion.verify.probe import AProcess, ASampler, NotAffine
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
@@ -54,11 +54,6 @@ class Endpoint(Report):
     calls: int
     errors: Tensor
 
-    unproven: ClassVar[str] = (
-        "anything of another number of steps or of other data; an RMS above the median is that of "
-        "a few samples far off"
-    )
-
     @property
     def rms(self) -> float:
         return float(self.errors.square().mean().sqrt())
@@ -75,13 +70,13 @@ class Endpoint(Report):
     def verdict(self) -> str:
         return f"RMS {self.rms:.2e}, median {self.median:.2e}, worst {self.worst:.2e}"
 
-    @property
-    def title(self) -> str:
-        return f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples"
-
-    @property
-    def facts(self) -> list[str]:
-        return ["against the flow by DOP853 at 1e-10"]
+    def page(self) -> Page:
+        return Page(
+            f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples",
+            "anything of another number of steps or of other data; an RMS above the median is that "
+            "of a few samples far off",
+            facts=["against the flow by DOP853 at 1e-10"],
+        )
 
 
 @arguments
@@ -132,8 +127,6 @@ class Distribution(Report):
     distances: dict[str, float]
     floors: dict[str, Tensor]
 
-    unproven: ClassVar[str] = "that an error smaller than that of as many exact samples is 0"
-
     @property
     def excess(self) -> dict[str, float]:
         """Each distance above its floor, in standard deviations of the floor, in logarithms."""
@@ -155,13 +148,12 @@ class Distribution(Report):
         worst = max(self.excess, key=lambda name: self.excess[name])
         return f"NOT THE DATA: {worst} is {self.excess[worst]:.1f} standard deviations above"
 
-    @property
-    def title(self) -> str:
-        return f"samples of {self.sampler}: {self.samples}"
-
-    @property
-    def table(self) -> Table:
-        return beside_floors(self.distances, self.floors)
+    def page(self) -> Page:
+        return Page(
+            f"samples of {self.sampler}: {self.samples}",
+            "that an error smaller than that of as many exact samples is 0",
+            beside_floors(self.distances, self.floors),
+        )
 
 
 def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> Table:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from sde_diffusion.verify.ladders import (
 )
 from sde_diffusion.verify.laws import Law, measured, on_process_of
 from sde_diffusion.verify.probe import AModel, AProcess, OrMaker
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["LocalOrder", "Order", "fitted", "local_order", "order", "uneven"]
 
@@ -59,11 +59,6 @@ class Order(Report):
     rounding: float
     left: float = 0.0
     remark: str = ""
-
-    unproven: ClassVar[str] = (
-        "the order on grids of another shape, where a multistep formula may be wrong and still "
-        "pass (local_order); nor that each step is the published one"
-    )
 
     @property
     def rates(self) -> list[float]:
@@ -118,13 +113,13 @@ class Order(Report):
             text += "" if self.holds else ": LOWER THAN DECLARED"
         return f"{text}; {self.remark}" if self.remark else text
 
-    @property
-    def title(self) -> str:
-        return f"order of {self.sampler}"
-
-    @property
-    def table(self) -> Table:
-        return errors_table(self.sizes, self.distances)
+    def page(self) -> Page:
+        return Page(
+            f"order of {self.sampler}",
+            "the order on grids of another shape, where a multistep formula may be wrong and still "
+            "pass (local_order); nor that each step is the published one",
+            errors_table(self.sizes, self.distances),
+        )
 
 
 @arguments
@@ -194,8 +189,6 @@ class LocalOrder(Report):
     single: dict[float, tuple[float, ...]]
     rounding: float
 
-    unproven: ClassVar[str] = "anything of the two ends of the path, nor the limit there"
-
     @property
     def fitted(self) -> dict[float, float]:
         """p of the whole stretch at each ratio: the slope of log error against log span, less 1."""
@@ -235,16 +228,15 @@ class LocalOrder(Report):
         )
         return f"{text}: {self._missed}" if self._missed else text
 
-    @property
-    def title(self) -> str:
-        return f"local order of {self.sampler}: whole stretch and last step, by ratio of the steps"
-
-    @property
-    def table(self) -> Table:
+    def page(self) -> Page:
         errors = {f"whole {ratio:g}": values for ratio, values in self.whole.items()}
         errors |= {f"last {ratio:g}": values for ratio, values in self.single.items()}
         rows = zip(self.spans, *errors.values(), strict=True)
-        return Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows)
+        return Page(
+            f"local order of {self.sampler}: whole stretch and last step, by ratio of the steps",
+            "anything of the two ends of the path, nor the limit there",
+            Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows),
+        )
 
 
 @arguments

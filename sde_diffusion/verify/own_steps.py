@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from sde_diffusion.validate import Kind, arguments
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.mixtures import AMixture, Samples, Seed, begun, flow, none
 from sde_diffusion.verify.probe import AProcess, ASampler
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Bias", "Tolerances", "bias", "tolerances"]
 
@@ -37,8 +37,6 @@ class Tolerances(Report):
     tolerances: tuple[float, ...]
     errors: tuple[float, ...]
 
-    unproven: ClassVar[str] = "the same for stiffer data, nor in float32"
-
     @property
     def ratios(self) -> list[float]:
         return [e / tol for e, tol in zip(self.errors, self.tolerances, strict=True)]
@@ -58,14 +56,11 @@ class Tolerances(Report):
         text = f"error up to {max(strict):.2g} tolerances"
         return text if self.holds else f"{text}: MORE THAN {ALLOWED:g}"
 
-    @property
-    def title(self) -> str:
-        return f"tolerances of {self.solver}"
-
-    @property
-    def table(self) -> Table:
+    def page(self) -> Page:
         rows = zip(self.tolerances, self.errors, self.ratios, strict=True)
-        return Table({"tolerance": ".0e", "error": ".2e", "ratio": ".2f"}, rows)
+        table = Table({"tolerance": ".0e", "error": ".2e", "ratio": ".2f"}, rows)
+        left = "the same for stiffer data, nor in float32"
+        return Page(f"tolerances of {self.solver}", left, table)
 
 
 @arguments
@@ -112,8 +107,6 @@ class Bias(Report):
     mean: torch.Tensor
     variance: torch.Tensor
 
-    unproven: ClassVar[str] = "that a bias below the standard error is 0"
-
     @property
     def scores(self) -> torch.Tensor:
         """(measured - expected) / standard error, of all means and then of all variances."""
@@ -130,18 +123,12 @@ class Bias(Report):
         text = f"mean and variance within {worst:.1f} standard errors"
         return text if self.holds else f"{text}: BIASED ({ERRORS:g} are allowed)"
 
-    @property
-    def title(self) -> str:
-        return f"bias of {self.sampler}: {self.samples} samples"
-
-    @property
-    def table(self) -> Table:
-        rows = [
-            (name, *row)
-            for name, values in (("mean", self.mean), ("variance", self.variance))
-            for row in values.tolist()
-        ]
-        return Table({"": "", "measured": ".6f", "exact": ".6f", "std error": ".1e"}, rows)
+    def page(self) -> Page:
+        rows = [("mean", *row) for row in self.mean.tolist()]
+        rows += [("variance", *row) for row in self.variance.tolist()]
+        table = Table({"": "", "measured": ".6f", "exact": ".6f", "std error": ".1e"}, rows)
+        left = "that a bias below the standard error is 0"
+        return Page(f"bias of {self.sampler}: {self.samples} samples", left, table)
 
 
 @arguments

@@ -6,7 +6,7 @@ in closed form: the samples of a method on the exact model are compared with it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from sde_diffusion.verify.mixtures import (
     Seed,
     beside_floors,
 )
-from sde_diffusion.verify.report import Report, Table
+from sde_diffusion.verify.report import Page, Report
 
 __all__ = ["Inverse", "Problem", "inverse"]
 
@@ -109,10 +109,6 @@ class Inverse(Report):
     distances: dict[str, float]
     floors: dict[str, Tensor]
 
-    unproven: ClassVar[str] = (
-        "anything of other data, other measurements, or a network that is not exact"
-    )
-
     @property
     def holds(self) -> bool:
         """True if every distance is within 4.5 standard deviations of that of exact samples."""
@@ -127,13 +123,12 @@ class Inverse(Report):
             return f"indistinguishable from {self.samples} exact samples"
         return "NOT THE POSTERIOR"
 
-    @property
-    def title(self) -> str:
-        return f"posterior samples of {self.method}: {self.samples}, {self.calls} calls"
-
-    @property
-    def table(self) -> Table:
-        return beside_floors(self.distances, self.floors)
+    def page(self) -> Page:
+        return Page(
+            f"posterior samples of {self.method}: {self.samples}, {self.calls} calls",
+            "anything of other data, other measurements, or a network that is not exact",
+            beside_floors(self.distances, self.floors),
+        )
 
 
 @arguments

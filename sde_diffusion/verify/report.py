@@ -1,12 +1,13 @@
-"""Reports: every result of `verify` prints as a title, facts, a table, a verdict and its limits."""
+"""Reports: each result of `verify` prints as a title, facts, a table, a verdict and its limits."""
 
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Report", "Table", "listed_numbers", "thinned"]
+__all__ = ["Page", "Report", "Table", "listed_numbers", "thinned"]
 
 WIDTH = 92  # of a line of text
 CELL = 10  # least width of a column
@@ -34,39 +35,39 @@ class Table(NamedTuple):
             yield "  ".join(cell.rjust(n) for cell, n in zip(text, widths, strict=True)).rstrip()
 
 
-class Report:
-    """Base of all results: the text of a title, facts, a table, a verdict and what stays open.
+class Page(NamedTuple):
+    """The content of a report, all but its verdict.
 
     Attributes:
-        unproven: what the verdict does not show, as an object of "does not prove".
+        title: the sampler and the check, in one line.
+        unproven: the object of "does not prove".
+        table: the numbers behind the verdict.
+        facts: further lines, above the table.
     """
 
-    unproven: ClassVar[str] = ""
+    title: str
+    unproven: str
+    table: Table = Table({}, ())
+    facts: Sequence[str] = ()
+
+
+class Report(ABC):
+    """Base of all results: printed as a page and a verdict."""
 
     @property
-    def title(self) -> str:
-        """What was examined, in one line."""
-        raise NotImplementedError
-
-    @property
+    @abstractmethod
     def verdict(self) -> str:
         """The outcome in one sentence; failures in capitals."""
-        raise NotImplementedError
 
-    @property
-    def facts(self) -> Sequence[str]:
-        """Lines between the title and the table."""
-        return ()
-
-    @property
-    def table(self) -> Table | None:
-        """The numbers behind the verdict."""
-        return None
+    @abstractmethod
+    def page(self) -> Page:
+        """The content of the report, all but its verdict."""
 
     def __str__(self) -> str:
-        lines = [*self.facts, *(self.table.lines() if self.table else ())]
-        closing = (f"verdict: {self.verdict}", f"does not prove: {self.unproven}")
-        return "\n".join([self.title, *(f"  {line}" for line in lines), *map(wrapped, closing)])
+        title, unproven, table, facts = self.page()
+        lines = [f"  {line}" for line in (*facts, *table.lines()) if line]
+        closing = (f"verdict: {self.verdict}", f"does not prove: {unproven}")
+        return "\n".join([title, *lines, *map(wrapped, closing)])
 
     def __repr__(self) -> str:
         return str(self)

@@ -11,7 +11,6 @@ from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers import Ancestral
-from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import Number, Positive, arguments
 from sde_diffusion.verify.laws import Law, law, measured
 from sde_diffusion.verify.probe import AProcess, ASampler, OrMaker
@@ -98,39 +97,25 @@ def agreement(
     sizes = validate.shape("sizes", [own] if own else sizes)
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise ValueError(f"sizes must hold different positive integers; got {sizes}")
-    rows = [
-        distances(
-            a, family(n), n, mean, variance, sampler,
-            law if n == min(sizes) else measured,  # the sampler is checked once
-        )
-        for n in sizes
-    ]  # fmt: skip
+
+    def distances(n: int, law_of: Callable[..., Law]) -> tuple[float, float, float, float]:
+        b = validate.kind("b(N)", family(n), "a Process", "log_alpha", "variance")
+        steps = getattr(b, "num_steps", n)
+        if steps != n:
+            raise ValueError(f"b(N) must be a chain of N steps; got {steps} for N = {n}")
+        t = torch.arange(n + 1, dtype=torch.float64) / n
+        marginals = [(a.alpha(t) - b.alpha(t)).abs().max(), (a.sigma(t) - b.sigma(t)).abs().max()]
+        (scale_a, std_a), (scale_b, std_b) = (p.transition(t[:-1], t[1:]) for p in (a, b))
+        transitions = [(scale_a - scale_b).abs().max(), (std_a**2 - std_b**2).abs().max()]
+        data_a = Gaussian(a, torch.tensor([mean], dtype=torch.float64), variance)
+        data_b = data_a.on(b)
+        losses = [
+            abs(data_a.eps_loss(level_a) - data_b.eps_loss(level_b))
+            for level_a, level_b in zip(a.levels(t[1:]), b.levels(t[1:]), strict=True)
+        ]
+        w2 = law_of(sampler, data_b, times=t.flip(0), shape=(1,)).w2(*data_a.reverse_sde())
+        return float(max(marginals)), float(max(transitions)), max(losses), w2
+
+    # The sampler is checked once, at the smallest N.
+    rows = [distances(n, law if n == min(sizes) else measured) for n in sizes]
     return Agreement(tuple(sizes), *zip(*rows, strict=True))
-
-
-def distances(
-    a: Process,
-    b: Process,
-    n: int,
-    mean: float,
-    variance: float,
-    sampler: Sampler,
-    law_of: Callable[..., Law],
-) -> tuple[float, float, float, float]:
-    """The four distances of `Agreement` for one N."""
-    validate.kind("b(N)", b, "a Process", "log_alpha", "variance")
-    steps = getattr(b, "num_steps", n)
-    if steps != n:
-        raise ValueError(f"b(N) must be a chain of N steps; got {steps} for N = {n}")
-    t = torch.arange(n + 1, dtype=torch.float64) / n
-    marginals = [(a.alpha(t) - b.alpha(t)).abs().max(), (a.sigma(t) - b.sigma(t)).abs().max()]
-    (scale_a, std_a), (scale_b, std_b) = (p.transition(t[:-1], t[1:]) for p in (a, b))
-    transitions = [(scale_a - scale_b).abs().max(), (std_a**2 - std_b**2).abs().max()]
-    center = torch.tensor([mean], dtype=torch.float64)
-    data_a, data_b = (Gaussian(p, center, variance) for p in (a, b))
-    losses = [
-        abs(data_a.eps_loss(level_a) - data_b.eps_loss(level_b))
-        for level_a, level_b in zip(a.levels(t[1:]), b.levels(t[1:]), strict=True)
-    ]
-    w2 = law_of(sampler, data_b, times=t.flip(0), shape=(1,)).w2(*data_a.reverse_sde())
-    return float(max(marginals)), float(max(transitions)), max(losses), w2

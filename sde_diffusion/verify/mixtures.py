@@ -7,8 +7,7 @@ sample; the samples of any sampler with the mixture's law, beside the figures of
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -33,6 +32,7 @@ __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
 DIRECTIONS = 64  # of the sliced distance
 FLOORS = 32  # batches of exact samples, from which the floor is estimated
+KEPT = 32  # flows in memory, the oldest goes first
 DEVIATIONS = 4.5  # of the floor, within which samples are indistinguishable from exact ones
 
 AMixture = Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "on")]
@@ -285,6 +285,8 @@ def fixed_directions(d: int) -> Tensor:
 
 # ---- the reference flow --------------------------------------------------------------------------
 
+FLOWS: dict[bytes, Tensor] = {}
+
 
 @arguments
 def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float = 0.0) -> Tensor:
@@ -295,24 +297,13 @@ def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float
     text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:
         text += b"|" if part is None else part.contiguous().numpy().tobytes()
-    return followed(FlowProblem(hashlib.sha256(text).hexdigest(), data, x, t, s)).clone()
-
-
-@dataclass(frozen=True)
-class FlowProblem:
-    """A flow to compute; two of the same content are equal."""
-
-    content: str
-    data: Any = field(compare=False)
-    x: Tensor = field(compare=False)
-    t: float = field(compare=False)
-    s: float = field(compare=False)
-
-
-@lru_cache(maxsize=32)
-def followed(problem: FlowProblem) -> Tensor:
-    solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
-    return sample(problem.data, solver, problem.x, times=[problem.t, problem.s])
+    key = hashlib.sha256(text).digest()
+    if key not in FLOWS:
+        solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
+        FLOWS[key] = sample(data, solver, x, times=[t, s])
+    while len(FLOWS) > KEPT:
+        del FLOWS[next(iter(FLOWS))]
+    return FLOWS[key].clone()
 
 
 @dataclass

@@ -5,10 +5,11 @@ model that is affine in x, every linear scheme is affine in all of these togethe
 and a wrapper of the model supply them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,19 +63,20 @@ class NotAffine(ValueError):
     """The sampler has no Gaussian law: it clips, couples samples or draws noise of its own."""
 
 
-class Inputs(Protocol):
+class Inputs(ABC):
     """The inputs of a run by row of the batch, each (rows, d)."""
 
     @property
+    @abstractmethod
     def rows(self) -> int: ...
 
-    def start(self, d: int) -> Tensor: ...
-
-    def draw(self, index: int, d: int) -> Tensor: ...
+    @abstractmethod
+    def draw(self, index: int, d: int) -> Tensor:
+        """Noise of draw 0, 1, ...; the start for -1."""
 
     def shift(self, index: int, d: int) -> Tensor | None:
         """An addition to the x0 of a network call; None for nothing."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,10 @@ class Basis(Inputs):
     def rows(self) -> int:
         return 1 + self.d + self.d * self.draws
 
-    def start(self, d: int) -> Tensor:
-        return self._impulse(1)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._impulse(1 + self.d + index * self.d)
-
-    def shift(self, index: int, d: int) -> None:
-        return None
-
-    def _impulse(self, first: int) -> Tensor:
-        made = torch.zeros(self.rows, self.d, dtype=torch.float64)
-        made[first : first + self.d] = torch.eye(self.d, dtype=torch.float64)
+        first = 1 + d + index * d
+        made = torch.zeros(self.rows, d, dtype=torch.float64)
+        made[first : first + d] = torch.eye(d, dtype=torch.float64)
         return made
 
 
@@ -120,11 +114,8 @@ class Trial(Inputs):
     def rows(self) -> int:
         return len(self.parts)
 
-    def start(self, d: int) -> Tensor:
-        return self._numbers(0, 0, d)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._numbers(1, index, d)
+        return self._numbers(0, 0, d) if index < 0 else self._numbers(1, index, d)
 
     def shift(self, index: int, d: int) -> Tensor:
         return self._numbers(2, index, d)
@@ -220,14 +211,15 @@ def run(
 ) -> Run:
     """One run of the sampler on these inputs."""
     probe = Probe(data, inputs)
-    x = inputs.start(prod(shape)).reshape(inputs.rows, *shape)
+    start = inputs.draw(-1, prod(shape)).reshape(inputs.rows, *shape)
+    x = start.clone()
     path = trajectory(probe, sampler, x, steps=steps, times=times, noise=probe.noise)
     try:
         *_, last = path
     except NotAffine as refusal:
         known = str(refusal).startswith(str(sampler))
         raise refusal if known else NotAffine(f"{sampler}: {refusal}") from None
-    if not torch.equal(x, inputs.start(prod(shape)).reshape(x.shape)):
+    if not torch.equal(x, start):
         raise NotAffine(f"{sampler} changes the batch that it is given")
     if not probe.calls:
         raise NotAffine(f"{sampler} never calls the network")

@@ -44,18 +44,9 @@ class Impulses(Inputs):
     def rows(self) -> int:
         return 2 + self.draws
 
-    def start(self, d: int) -> Tensor:
-        return self._impulse(1)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._impulse(2 + index)
-
-    def shift(self, index: int, d: int) -> None:
-        return None
-
-    def _impulse(self, row: int) -> Tensor:
-        made = torch.zeros(self.rows, len(self.along), dtype=torch.float64)
-        made[row : row + 1] = self.along
+        made = torch.zeros(self.rows, d, dtype=torch.float64)
+        made[2 + index : 3 + index] = self.along
         return made
 
 
@@ -73,14 +64,9 @@ class Mixed(Inputs):
     def rows(self) -> int:
         return 1
 
-    def start(self, d: int) -> Tensor:
-        return in_coordinates(self.amounts(0, d), self.axes)[None]
-
     def draw(self, index: int, d: int) -> Tensor:
-        return in_coordinates(self.amounts(1 + index, d), self.axes)[None]
-
-    def shift(self, index: int, d: int) -> None:
-        return None
+        amounts = self.amounts(1 + index, d)
+        return (amounts if self.axes is None else self.axes @ amounts)[None]
 
     def amounts(self, index: int, d: int) -> Tensor:
         return torch.from_numpy(stream(1, Purpose.PATH, step=index).standard_normal(d))
@@ -161,7 +147,7 @@ def along(
 
     def run(draws: int) -> tuple[CountingProbe, list[Tensor], Tensor]:
         made, way = CountingProbe(data, Impulses(direction, draws)), []
-        start = end = made.inputs.start(len(mean)).reshape(2 + draws, *shape)
+        start = end = made.inputs.draw(-1, len(mean)).reshape(2 + draws, *shape)
         path = trajectory(made, sampler, start, times=grid, noise=made.noise)
         for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
             end = coordinates(state.x) if axes is None else coordinates(state.x) @ axes
@@ -256,8 +242,3 @@ def spectrum(data: Gaussian) -> tuple[Tensor, Tensor, Tensor | None]:
     if data.axes is None:
         return data.mean, variances, None
     return data.mean @ data.axes[0], variances, data.axes[0]
-
-
-def in_coordinates(amounts: Tensor, axes: Tensor | None) -> Tensor:
-    """(d,) along the eigenvectors, as coordinates."""
-    return amounts if axes is None else axes @ amounts

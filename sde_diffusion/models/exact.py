@@ -94,6 +94,13 @@ class GaussianMixture:
         other.process = process
         return other
 
+    @property
+    def covariances(self) -> Tensor:
+        """S_k, (K, d, d)."""
+        k, d = self.means.shape
+        axes = torch.eye(d).double().expand(k, d, d) if self.axes is None else self.axes
+        return axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+
     def given(
         self, matrix: Tensor, y: Tensor, noise_std: float, onto: Tensor | None = None
     ) -> "GaussianMixture":
@@ -116,13 +123,12 @@ class GaussianMixture:
         for name, value in (("matrix", matrix), ("y", y)):
             if not bool(value.isfinite().all()) or not len(value):
                 raise ValueError(f"{name} must hold finite numbers; got {value.tolist()!r:.80}")
-        k, d = self.means.shape
+        d = self.means.shape[1]
         if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
             raise ValueError(
                 f"matrix must be (m, {d}) and y (m,); got {tuple(matrix.shape)}, {tuple(y.shape)}"
             )
-        axes = torch.eye(d, dtype=torch.float64) if self.axes is None else self.axes
-        covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+        covariances = self.covariances
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
         if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):

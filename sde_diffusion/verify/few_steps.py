@@ -109,8 +109,8 @@ def steps_for(
     since W2 may pass through a low point, and then bisected.
 
     Data that are not Gaussian need more: of 36 mixtures at 5 to 50 steps, all took at most six
-    times the steps given here for their RMS (five with `narrowest`, nine in ten twice)
-    (experiments/benchmarks/optimized_grids.py --cases-only --seeds 0 1 2 3).
+    times the steps given here for their RMS; with `narrowest` five times, nine in ten twice. The
+    script experiments/benchmarks/optimized_grids.py --cases-only --seeds 0 1 2 3 measures this.
 
     Args:
         tol: W2, in the units of the data, over all coordinates: `rms * d**0.5` for an RMS per

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 import torch
@@ -225,15 +226,29 @@ class Known:
 
     @staticmethod
     def of(data: GaussianMixture, n: int) -> "Known":
-        k, d = data.means.shape
-        axes = torch.eye(d).double().expand(k, d, d) if data.axes is None else data.axes
-        covariances = axes * data.variances.expand(k, d)[:, None, :] @ axes.mT
-        weights = data.log_weights.exp()
+        d, covariances, weights = data.means.shape[1], data.covariances, data.log_weights.exp()
         directions = torch.ones(1, 1).double() if d == 1 else fixed_directions(d)
         means = directions @ data.means.T
         stds = torch.einsum("ji,kil,jl->jk", directions, covariances, directions).sqrt()
         rows = [line_quantiles(weights, m, s, n) for m, s in zip(means, stds, strict=True)]
         return Known(weights, data.means, covariances, directions, torch.stack(rows))
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the mixture, (d,)."""
+        return self.weights @ self.means
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Covariance of the mixture, (d, d)."""
+        off = self.means - self.mean
+        within = torch.einsum("k,kij->ij", self.weights, self.covariances)
+        return within + torch.einsum("k,ki,kj->ij", self.weights, off, off)
+
+    @property
+    def std(self) -> float:
+        """Root of the mean variance of a coordinate."""
+        return float(self.covariance.diagonal().mean().sqrt())
 
     def w2(self, x: Tensor) -> float:
         """Root of the mean over directions of W2^2 between the projections, x (n, d)."""
@@ -241,11 +256,8 @@ class Known:
         return float((lines - self.quantiles).square().mean().sqrt())
 
     def mmd(self, x: Tensor) -> float:
-        """The distance of the points themselves, as a law, to the mixture."""
-        n = len(x)
-        spread = torch.einsum("k,kii->", self.weights, self.covariances)
-        center = self.weights @ self.means
-        h2 = (spread + self.weights @ (self.means - center).square().sum(1)) / x.shape[1]
+        """MMD between the empirical law of the points and the mixture."""
+        n, h2 = len(x), self.std**2
         own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum()
         eye = torch.eye(x.shape[1], dtype=torch.float64)
         parts = list(zip(self.weights, self.means, self.covariances, strict=True))
@@ -270,7 +282,7 @@ def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tens
     return high
 
 
-def smoothed(z: Tensor, covariance: Tensor, h2: Tensor, eye: Tensor) -> Tensor:
+def smoothed(z: Tensor, covariance: Tensor, h2: float, eye: Tensor) -> Tensor:
     """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, covariance), z (n, d)."""
     root = torch.linalg.cholesky(covariance / h2 + eye)
     scaled = torch.linalg.solve_triangular(root, z.T, upper=False)
@@ -292,7 +304,7 @@ FLOWS: dict[bytes, Tensor] = {}
 def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float = 0.0) -> Tensor:
     """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
-    # The levels tell apart two processes of one name, such as an edited class.
+    # Levels distinguish two processes of one name, such as an edited class.
     levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
     text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:

@@ -161,11 +161,10 @@ def inverse(
     apart = torch.Generator().manual_seed(seed + 2**31)
     exact = [coordinates(posterior.sample(samples, apart)) for _ in range(FLOORS)]
     law = Known.of(posterior, samples)
-    measure = Meter.of(law)
-    found, floors = measure(made @ problem.open), [measure(e) for e in exact]
+    found, floors = figures(law, made @ problem.open), [figures(law, each) for each in exact]
     if not problem.noise_std:
         off = (made @ problem.matrix.double().T - problem.y).square().mean().sqrt()
-        found["residual"] = float(off) / measure.std
+        found["residual"] = float(off) / law.std
         floors = [{**floor, "residual": ROUNDING} for floor in floors]
     return Inverse(
         name or getattr(method, "__name__", type(method).__name__), samples, counting.calls, found,
@@ -173,40 +172,21 @@ def inverse(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Meter:
-    """The figures of samples (n, d) against a known law."""
+def figures(law: Known, x: Tensor) -> dict[str, float]:
+    """The distances of samples x (n, d) to a known law."""
+    off = x.T.cov().reshape(law.covariance.shape) - law.covariance
+    return {
+        "W2": law.w2(x) / law.std,
+        "mean": float((x.mean(0) - law.mean).abs().max()) / law.std,
+        "covariance": float(off.norm() / law.covariance.norm()),
+        "calibration": calibration(law, x),
+    }
 
-    law: Known
-    mean: Tensor
-    covariance: Tensor
 
-    @staticmethod
-    def of(law: Known) -> "Meter":
-        mean = law.weights @ law.means
-        off = law.means - mean
-        covariance = torch.einsum("k,kij->ij", law.weights, law.covariances)
-        return Meter(law, mean, covariance + torch.einsum("k,ki,kj->ij", law.weights, off, off))
-
-    @property
-    def std(self) -> float:
-        """The root of the mean variance."""
-        return float(self.covariance.diagonal().mean().sqrt())
-
-    def __call__(self, x: Tensor) -> dict[str, float]:
-        off = x.T.cov().reshape(self.covariance.shape) - self.covariance
-        return {
-            "W2": self.law.w2(x) / self.std,
-            "mean": float((x.mean(0) - self.mean).abs().max()) / self.std,
-            "covariance": float(off.norm() / self.covariance.norm()),
-            "calibration": self.calibration(x),
-        }
-
-    def calibration(self, x: Tensor) -> float:
-        """max |F_n(p) - p| over coordinates, for p = P(posterior <= x) of each sample."""
-        stds = self.law.covariances.diagonal(dim1=1, dim2=2).sqrt()
-        p = torch.special.ndtr((x[:, None] - self.law.means) / stds)  # (n, K, d)
-        p = torch.einsum("k,nkd->nd", self.law.weights, p).sort(0).values
-        n = len(p)
-        step = torch.arange(n + 1, dtype=p.dtype)[:, None] / n
-        return float(torch.maximum((step[1:] - p).abs(), (p - step[:-1]).abs()).max())
+def calibration(law: Known, x: Tensor) -> float:
+    """max |F_n(p) - p| over coordinates, for p = P(posterior <= x) of each sample."""
+    stds = law.covariances.diagonal(dim1=1, dim2=2).sqrt()
+    p = torch.special.ndtr((x[:, None] - law.means) / stds)  # (n, K, d)
+    p = torch.einsum("k,nkd->nd", law.weights, p).sort(0).values
+    step = torch.arange(len(p) + 1, dtype=p.dtype)[:, None] / len(p)
+    return float(torch.maximum((step[1:] - p).abs(), (p - step[:-1]).abs()).max())

@@ -81,7 +81,7 @@ class Inputs(ABC):
 
 @dataclass(frozen=True)
 class Basis(Inputs):
-    """Row 0: nothing. Then d rows with a unit start, and d with a unit impulse for each draw."""
+    """Row 0: zeros. Then d rows with a unit start, and d with a unit impulse for each draw."""
 
     d: int
     draws: int

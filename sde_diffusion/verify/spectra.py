@@ -30,7 +30,7 @@ __all__ = ["Along", "along", "band", "centred", "check_along", "on_process", "sp
 
 @dataclass(frozen=True, eq=False)
 class Impulses(Inputs):
-    """Row 0: zero. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
+    """Row 0: zeros. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
 
     Args:
         along: (d,), the sum of the eigenvectors.

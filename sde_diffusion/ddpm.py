@@ -37,7 +37,7 @@ Variance = Annotated[
     Literal["beta", "posterior", "learned"], Choice("beta", "posterior", "learned")
 ]
 Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
-Samples = Annotated[Tensor, Batch()]
+ABatch = Annotated[Tensor, Batch()]
 
 
 class Bound(NamedTuple):
@@ -107,7 +107,7 @@ class DDPM:
     # ---- forward -------------------------------------------------------------------------------
 
     @arguments
-    def q_sample(self, x0: Samples, i: Index, eps: Samples) -> Tensor:
+    def q_sample(self, x0: ABatch, i: Index, eps: ABatch) -> Tensor:
         """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
         same_shape("eps", eps, x0)
         return self.process.perturb(x0, self.level(i, x0), eps)
@@ -115,7 +115,7 @@ class DDPM:
     @arguments
     def q_chain(
         self,
-        x0: Samples,
+        x0: ABatch,
         i: Index,
         *,
         generator: torch.Generator | None = None,
@@ -132,7 +132,7 @@ class DDPM:
         return x
 
     @arguments
-    def q_posterior(self, x0: Samples, x: Samples, i: Index) -> tuple[Tensor, Tensor]:
+    def q_posterior(self, x0: ABatch, x: ABatch, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
 
             mean = sqrt(abar_(i-1)) beta_i / (1 - abar_i) x_0
@@ -151,7 +151,7 @@ class DDPM:
 
     @arguments
     def predict_x0(
-        self, x: Samples, i: Index, *, clamp: Positive | None = None
+        self, x: ABatch, i: Index, *, clamp: Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
 
@@ -163,7 +163,7 @@ class DDPM:
 
     @arguments
     def p_mean_variance(
-        self, x: Samples, i: Index, *, variance: Variance = "beta", clamp: Positive | None = None
+        self, x: ABatch, i: Index, *, variance: Variance = "beta", clamp: Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_(i-1) | x_i): q's posterior at the model's x_0.
 
@@ -185,7 +185,7 @@ class DDPM:
     @arguments
     def p_sample(
         self,
-        x: Samples,
+        x: ABatch,
         i: Index,
         *,
         variance: Variance = "beta",
@@ -208,7 +208,7 @@ class DDPM:
     @arguments
     def p_chain(
         self,
-        x: Samples,
+        x: ABatch,
         i: int,
         *,
         variance: Variance = "beta",
@@ -263,7 +263,7 @@ class DDPM:
         return coordinates((penalty or L2())(error)).mean(1)
 
     @arguments
-    def negative_elbo(self, x0: Samples, *, generator: torch.Generator | None = None) -> Tensor:
+    def negative_elbo(self, x0: ABatch, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
         The simplified bound of Ho et al. 2020, eq. 14, minimized in Algorithm 1: a sum over
@@ -296,7 +296,7 @@ class DDPM:
         return coordinates(cost).sum(1) / 2
 
     @arguments
-    def prior_term(self, x0: Samples) -> Tensor:
+    def prior_term(self, x0: ABatch) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
         abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
         return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
@@ -305,7 +305,7 @@ class DDPM:
     @arguments
     def bound(
         self,
-        x0: Samples,
+        x0: ABatch,
         *,
         variance: Variance = "beta",
         generator: torch.Generator | None = None,

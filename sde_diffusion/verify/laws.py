@@ -146,10 +146,8 @@ class Law(Report):
     @property
     def departure(self) -> float:
         """W2 to the data of the output when started from the data's exact law at the first time."""
-        if self.data is None:
-            raise TypeError("data must be an exact.Gaussian; the model has no mean, covariance")
         end = self.steps[-1]
-        return gaussian_w2((end.mean, end.covariance), self.data)
+        return gaussian_w2((end.mean, end.covariance), self._other())
 
     @property
     def left(self) -> float:
@@ -205,7 +203,10 @@ class Law(Report):
             facts,
         )
 
-    def _other(self, mean: Tensor | None, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _other(
+        self, mean: Tensor | None = None, covariance: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The law to compare with: the one given, or the data's."""
         if mean is not None and covariance is not None:
             d = self.mean.numel()
             for name, value, shape in (("mean", mean, (d,)), ("covariance", covariance, (d, d))):
@@ -217,7 +218,7 @@ class Law(Report):
         if mean is not None or covariance is not None:
             raise TypeError("mean and covariance must be given together, or neither for the data's")
         if self.data is None:
-            raise TypeError("mean, covariance must be given; the model has no law of its data")
+            raise TypeError("data must be an exact.Gaussian; the model has no mean, covariance")
         return self.data
 
 

@@ -136,7 +136,7 @@ def order(
     Args:
         sampler: a Sampler; or a function of the number of steps that makes one, as for an adapter:
             `partial(verify.Diffusers, scheduler)`.
-        data: exact.Gaussian, or another affine model with the methods of its law.
+        data: exact.Gaussian, or another affine model with mean, covariance, marginal.
         process: the process to use, if not the model's own.
         sizes: two or more numbers of steps.
         declared: the expected order; by default the sampler's own claim.
@@ -152,16 +152,8 @@ def fitted(
 ) -> Order:  # fmt: skip
     """`order` from laws already computed."""
     claimed = validate.number("declared", some.order if declared is None else declared, 0)
-    distances = tuple(each.departure for each in laws)
-    return Order(
-        of_family(some),
-        claimed,
-        sizes,
-        distances,
-        rounding(data, some),
-        laws[-1].left,
-        laws[-1].remark,
-    )
+    name, last, distances = of_family(some), laws[-1], tuple(each.departure for each in laws)
+    return Order(name, claimed, sizes, distances, rounding(data, some), last.left, last.remark)
 
 
 @dataclass(frozen=True, repr=False)

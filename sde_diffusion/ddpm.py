@@ -9,12 +9,12 @@ alpha_i = 1 - beta_i and abar_i = alpha_1 ... alpha_i,
 Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of the process's alpha.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate, islice
 from math import pi, sqrt
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,20 +29,22 @@ from sde_diffusion.noise.sources import Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
+from sde_diffusion.validate import Batch, Choice, Positive, arguments
 
 __all__ = ["DDPM", "Bound", "Variance"]
 
-Variance = Literal["beta", "posterior", "learned"]
-
-
-Index = int | Tensor
+Variance = Annotated[
+    Literal["beta", "posterior", "learned"], Choice("beta", "posterior", "learned")
+]
+Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
+ABatch = Annotated[Tensor, Batch()]
 
 
 class Bound(NamedTuple):
     """-log p(x_0) <= L_N + ... + L_1 + L_0 (Ho et al. 2020, eq. 5), in nats per sample.
 
     Attributes:
-        prior: L_N, (B,): what x_N still knows of x_0.
+        prior: L_N, (B,): the information about x_0 left in x_N.
         terms: L_(i-1) for i = 2 .. N, (B, N - 1), each with one draw of x_i.
         reconstruction: L_0, (B,), with one draw of x_1.
     """
@@ -59,9 +61,9 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class DDPM:
-    """A model of a `Discrete` process, seen as Ho et al. see it; it shares the model's network.
+    """A model of a `Discrete` process in the notation of Ho et al.; it shares the model's network.
 
-    Wherever an index i is asked for: an integer for the whole batch, or (B,) integers, in 1 .. N.
+    An index i is an integer for the whole batch, or (B,) integers, in 1 .. N.
 
     Args:
         model: a Denoiser on a Discrete process, or any other model of one.
@@ -73,9 +75,9 @@ class DDPM:
         process = getattr(self.model, "process", None)
         if not hasattr(process, "posterior_variances"):
             raise ValueError(
-                f"a DDPM needs a model of a Discrete process, such as Denoiser(network, "
-                f"Discrete.linear()), or what `match` makes of another; got "
-                f"{type(self.model).__name__} on {type(process).__name__}"
+                f"model must be on a Discrete process, such as Denoiser(network, "
+                f"Discrete.linear()) or the result of `match`; got {type(self.model).__name__} on "
+                f"{type(process).__name__}"
             )
 
     @property
@@ -94,24 +96,26 @@ class DDPM:
 
     @property
     def alphas(self) -> Tensor:
-        """alpha_i = 1 - beta_i, likewise."""
+        """alpha_i = 1 - beta_i for i = 1 .. N."""
         return 1 - self.betas
 
     @property
     def alphas_bar(self) -> Tensor:
-        """abar_i, likewise."""
+        """abar_i for i = 1 .. N."""
         return (2 * self.process.table[1:]).exp()
 
     # ---- forward -------------------------------------------------------------------------------
 
-    def q_sample(self, x0: Tensor, i: Index, eps: Tensor) -> Tensor:
+    @arguments
+    def q_sample(self, x0: ABatch, i: Index, eps: ABatch) -> Tensor:
         """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
         same_shape("eps", eps, x0)
         return self.process.perturb(x0, self.level(i, x0), eps)
 
+    @arguments
     def q_chain(
         self,
-        x0: Tensor,
+        x0: ABatch,
         i: Index,
         *,
         generator: torch.Generator | None = None,
@@ -127,7 +131,8 @@ class DDPM:
             x = torch.where(j <= last, sqrt(1 - beta) * x + sqrt(beta) * z, x)
         return x
 
-    def q_posterior(self, x0: Tensor, x: Tensor, i: Index) -> tuple[Tensor, Tensor]:
+    @arguments
+    def q_posterior(self, x0: ABatch, x: ABatch, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
 
             mean = sqrt(abar_(i-1)) beta_i / (1 - abar_i) x_0
@@ -144,27 +149,28 @@ class DDPM:
 
     # ---- backward ------------------------------------------------------------------------------
 
+    @arguments
     def predict_x0(
-        self, x: Tensor, i: Index, *, clamp: float | None = None
+        self, x: ABatch, i: Index, *, clamp: Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
 
         Args:
-            clamp: hold x_0 to [-clamp, clamp]; eps is then recomputed, so that the pair still
-                belongs to x_i.
+            clamp: clip x_0 to [-clamp, clamp]; eps is recomputed, so that both still belong to x_i.
         """
         prediction = self._predict(x, i, clamp)
         return prediction.x0, prediction.eps
 
+    @arguments
     def p_mean_variance(
-        self, x: Tensor, i: Index, *, variance: Variance = "beta", clamp: float | None = None
+        self, x: ABatch, i: Index, *, variance: Variance = "beta", clamp: Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_(i-1) | x_i): q's posterior at the model's x_0.
 
         variance "beta": beta_i. "posterior": that of `q_posterior`, 0 at i = 1. "learned":
         exp(v log beta_i + (1 - v) log posterior_i) with v = (extra + 1) / 2 from the second half of
-        the network's output channels (Nichol & Dhariwal 2021, eq. 15); at i = 1, where posterior_i
-        is 0, with that of i = 2.
+        the network's output channels (Nichol & Dhariwal 2021, eq. 15); posterior_1 = 0 is replaced
+        by posterior_2.
 
         Returns:
             the mean, shaped like x = x_i, and the variance, which broadcasts against it.
@@ -176,20 +182,21 @@ class DDPM:
             return mean, posterior
         return mean, self._model_variance(variance, prediction, x, i)
 
+    @arguments
     def p_sample(
         self,
-        x: Tensor,
+        x: ABatch,
         i: Index,
         *,
         variance: Variance = "beta",
-        clamp: float | None = None,
+        clamp: Positive | None = None,
         generator: torch.Generator | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
         """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2).
 
-        One step knows no seeds: `p_chain` and `sample` take them, for the whole way. Where the
-        samples stand at different i, an injected noise is asked for the interval of the largest.
+        Seeds belong to whole paths: see `p_chain` and `sample`. For samples at different i, an
+        injected noise is called with the interval of the largest.
         """
         source = chosen_noise(x, generator, None, noise)
         i = self.index(i, x)
@@ -198,52 +205,48 @@ class DDPM:
         z = source(last / self.num_steps, (last - 1) / self.num_steps, x)
         return torch.where(per_sample(i > 1, x), mean + of_step.sqrt() * z, mean)
 
+    @arguments
     def p_chain(
         self,
-        x: Tensor,
+        x: ABatch,
         i: int,
         *,
         variance: Variance = "beta",
-        clamp: float | None = None,
+        clamp: Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
     ) -> Iterator[Tensor]:
-        """x_(i-1), ..., x_0 from x = x_i, one after the other."""
+        """Iterate over x_(i-1), ..., x_0 from x = x_i."""
         steps = range(validate.integer("i", i, 1, self.num_steps), 0, -1)
         times = [k / self.num_steps for k in (*steps, 0)]
         path = partial(Brownian, clock=self.process.u, times=times)
         source = chosen_noise(x, generator, seeds, noise, path)
-        return self._p_chain(x, steps, variance, clamp, source)
+        step = partial(self.p_sample, variance=variance, clamp=clamp, noise=source)
+        return islice(accumulate(steps, torch.no_grad()(step), initial=x), 1, None)
 
-    @torch.no_grad()
-    def _p_chain(
-        self, x: Tensor, steps: range, variance: Variance, clamp: float | None, noise: Noise
-    ) -> Iterator[Tensor]:
-        for i in steps:
-            x = self.p_sample(x, i, variance=variance, clamp=clamp, noise=noise)
-            yield x
-
+    @arguments
     def sample(
         self,
         shape: Sequence[int],
         *,
         variance: Variance = "beta",
-        clamp: float | None = None,
+        clamp: Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """A batch of this shape from x_N ~ N(0, I): Ho et al.'s Algorithm 2, all N steps.
+        """Draw a batch of this shape from x_N ~ N(0, I): Ho et al.'s Algorithm 2, all N steps.
 
         `sampling.sample` with `Ancestral` has the same law, on any sub-chain too.
         """
         x = self.process.prior(shape, generator=generator, seeds=seeds, dtype=dtype, device=device)
-        chain = self.p_chain(
+        for state in self.p_chain(
             x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
-        )
-        return deque(chain, maxlen=1).pop()
+        ):
+            x = state  # one at a time in memory
+        return x
 
     # ---- losses --------------------------------------------------------------------------------
 
@@ -259,26 +262,27 @@ class DDPM:
         error = self.model(x, self.level(i, x)).eps - eps
         return coordinates((penalty or L2())(error)).mean(1)
 
-    def negative_elbo(self, x0: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    @arguments
+    def negative_elbo(self, x0: ABatch, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
-        The simplified bound of Ho et al. 2020, eq. 14, as Algorithm 1 descends it: a sum over
-        coordinates, every step with weight 1. `bound` has the weights of the bound itself.
+        The simplified bound of Ho et al. 2020, eq. 14, minimized in Algorithm 1: a sum over
+        coordinates, each step with weight 1. `bound` has the weights of the bound itself.
         """
-        validate.batch("x0", x0)
         source = Generated(generator)
         draw = source.generator
         i = torch.randint(1, self.num_steps + 1, (len(x0),), generator=draw, device=draw.device)
         eps = source(1.0, 0.0, x0)
         return self.p_loss(x0, i, eps) * x0[:1].numel()
 
+    @arguments
     def bound_term(
         self, x0: Tensor, i: Index, eps: Tensor, *, variance: Variance = "beta"
     ) -> Tensor:
         """L_(i-1) at x_i = q_sample(x0, i, eps), in nats, (B,) (Ho et al. 2020, eq. 5).
 
         i > 1:   KL(q(x_(i-1) | x_i, x_0) || p(x_(i-1) | x_i))
-        i = 1:   -log p(x_0 | x_1), for which "posterior" takes the variance of i = 2
+        i = 1:   -log p(x_0 | x_1), with the variance of i = 2 where it is "posterior"
         """
         x, i = self.q_sample(x0, i, eps), self.index(i, x0)
         prediction = self.model(x, self.level(i, x))
@@ -291,34 +295,35 @@ class DDPM:
         cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
         return coordinates(cost).sum(1) / 2
 
-    def prior_term(self, x0: Tensor) -> Tensor:
+    @arguments
+    def prior_term(self, x0: ABatch) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
         abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
         return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
 
     @torch.no_grad()
+    @arguments
     def bound(
         self,
-        x0: Tensor,
+        x0: ABatch,
         *,
         variance: Variance = "beta",
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
     ) -> Bound:
-        """Every term of the variational bound, by N calls of the model: see `Bound`."""
-        source = chosen_noise(x0, generator, seeds, noise)
-        terms: list[Tensor] = []
-        for i in range(1, self.num_steps + 1):
-            eps = source(i / self.num_steps, 0.0, x0)
-            terms.append(self.bound_term(x0, i, eps, variance=variance))
+        """All terms of the variational bound, by N calls of the model: see `Bound`."""
+        source, n = chosen_noise(x0, generator, seeds, noise), self.num_steps
+        terms = [
+            self.bound_term(x0, i, source(i / n, 0.0, x0), variance=variance)
+            for i in range(1, n + 1)
+        ]
         return Bound(self.prior_term(x0), torch.stack(terms, dim=1)[:, 1:], terms[0])
 
     # ---- indices -------------------------------------------------------------------------------
 
     def index(self, i: Index, like: Tensor) -> Tensor:
-        """i as a tensor of integers, () or (B,), or an error that says what is wrong with it."""
-        validate.batch("the batch", like)
+        """Return i as a tensor of integers in 1 .. N, () or (B,)."""
         if not isinstance(i, Tensor):
             return torch.tensor(validate.integer("i", i, 1, self.num_steps))
         if i.is_floating_point() or i.is_complex() or i.dtype == torch.bool:
@@ -340,7 +345,7 @@ class DDPM:
 
     @cached_property
     def _levels(self) -> list[Level[float]]:
-        """Those of i = 1 .. N."""
+        """The levels of i = 1 .. N."""
         times = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
         return self.process.levels(times)
 
@@ -356,13 +361,11 @@ class DDPM:
         level = self.level(i, x)
         if clamp is None:
             return self.model(x, level)
-        validate.number("clamp", clamp, 0, strict=True)
         return Clipped(self.model, -clamp, clamp)(x, level)
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
     ) -> Tensor:
-        validate.choice("variance", variance, ("beta", "posterior", "learned"))
         if variance != "learned":
             return entry(self.process.model_variances(variance), i, x)
         if prediction.extra is None:
@@ -380,8 +383,7 @@ def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
 
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:
-    validate.batch("x0", like)
-    validate.batch(name, given)
+    """Refuse a batch of another shape than x0."""
     if given.shape != like.shape:
         raise ValueError(
             f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"

@@ -166,7 +166,7 @@ def sample(
 
 def check_cond(cond: Cond, count: int) -> None:
     """Refuse a condition without one entry per sample or one for all, or with nan."""
-    entries = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
+    entries: Any = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
     for name, value in entries:
         if not isinstance(value, Tensor) or not value.ndim or len(value) not in (1, count):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

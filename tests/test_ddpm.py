@@ -13,12 +13,12 @@ import torch
 from chains import (
     CHAINS,
     TIGHT,
-    answer,
     at,
     bayes,
     both,
     ddpm,
     every_chain,
+    output_of,
     places,
     reverse_variance,
 )
@@ -112,7 +112,7 @@ def test_x0_and_eps_belong_to_x_with_and_without_the_clamp(chain):
     x, i = 3 * normal(4, 3), torch.tensor(places(chain))
     model, (_, abar, _) = ddpm(chain), at(chain, i, x)
     free, eps = model.predict_x0(x, i)
-    assert_close(free, abar.sqrt() * x - (1 - abar).sqrt() * answer(model, i, x), **TIGHT)
+    assert_close(free, abar.sqrt() * x - (1 - abar).sqrt() * output_of(model, i, x), **TIGHT)
     assert_close(abar.sqrt() * free + (1 - abar).sqrt() * eps, x, **TIGHT)
     x0, eps = model.predict_x0(x, i, clamp=1.0)
     assert bool((free.abs() > 1).any())
@@ -126,7 +126,7 @@ def test_p_mean_variance_is_the_posterior_at_the_models_x0(chain, kind):
     x = normal(4, 3)
     for i in (*places(chain), torch.tensor(places(chain))):
         model, (beta, abar, _) = ddpm(chain), at(chain, i, x)
-        x0 = abar.sqrt() * x - (1 - abar).sqrt() * answer(model, i, x)
+        x0 = abar.sqrt() * x - (1 - abar).sqrt() * output_of(model, i, x)
         expected, posterior = bayes(chain, i, x0, x)
         mean, variance = model.p_mean_variance(x, i, variance=kind)
         assert_close(mean, expected, **TIGHT)
@@ -170,7 +170,7 @@ def test_p_sample_is_the_published_algorithm(name):
     source = {"noise": lambda t, s, like: z}
     for i in places(chain):
         beta, abar, before = at(chain, i, x)
-        alpha, eps = 1 - beta, answer(model, i, x)
+        alpha, eps = 1 - beta, output_of(model, i, x)
         ho = (x - beta / (1 - abar).sqrt() * eps) / alpha.sqrt() + (i > 1) * beta.sqrt() * z
         assert_close(model.p_sample(x, i, **source), ho, **TIGHT)
         x0 = ((x - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)

@@ -8,12 +8,12 @@ import torch
 from chains import (
     CHAINS,
     TIGHT,
-    answer,
     at,
     bayes,
     both,
     ddpm,
     every_chain,
+    output_of,
     places,
     reverse_variance,
 )
@@ -31,7 +31,7 @@ def test_p_loss_and_its_gradient_are_those_of_the_formula(penalty):
     (x0, eps), chain = normal(2, 4, 3), CHAINS["cosine"]
     i, model = torch.tensor(places(chain)), ddpm(chain, sd.Eps())
     _, abar, _ = at(chain, i, x0)
-    error = answer(model, i, abar.sqrt() * x0 + (1 - abar).sqrt() * eps) - eps
+    error = output_of(model, i, abar.sqrt() * x0 + (1 - abar).sqrt() * eps) - eps
     expected = (error.abs() if penalty else error**2).mean(1)
     loss = model.p_loss(x0, i, eps, penalty=penalty)
     assert_close(loss, expected, **TIGHT)
@@ -76,7 +76,7 @@ def test_bound_terms_are_divergences_of_normals(chain, kind):
     extra = torch.tensor([-0.5, 0.3, 2.0], dtype=torch.float64)
     model, (_, abar, _) = ddpm(chain, extra=extra), at(chain, i, x0)
     x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
-    mean, _ = bayes(chain, i, abar.sqrt() * x - (1 - abar).sqrt() * answer(model, i, x), x)
+    mean, _ = bayes(chain, i, abar.sqrt() * x - (1 - abar).sqrt() * output_of(model, i, x), x)
     low, high = (reverse_variance(chain, i, x, k) for k in ("posterior", "beta"))
     learned = low ** ((1 - extra) / 2) * high ** ((1 + extra) / 2)
     p = Normal(mean, {"beta": high, "posterior": low, "learned": learned}[kind].sqrt())
@@ -99,7 +99,7 @@ def test_the_vlb_weight_makes_the_eps_loss_the_models_part_of_the_bound(name, ki
     (x0, eps), i = normal(2, chain.num_steps, 3), torch.arange(1, chain.num_steps + 1)
     model, (beta, abar, _) = ddpm(chain, sd.Eps()), at(chain, i, x0)
     of_p, of_q = reverse_variance(chain, i, x0, kind), bayes(chain, i, x0, x0)[1]
-    error = eps - answer(model, i, abar.sqrt() * x0 + (1 - abar).sqrt() * eps)
+    error = eps - output_of(model, i, abar.sqrt() * x0 + (1 - abar).sqrt() * eps)
     typed = (beta**2 / (2 * of_p * (1 - beta) * (1 - abar)) * error**2).sum(1)
     t, weight = i.double() / chain.num_steps, sd.losses.VLB(chain, kind)
     loss = 3 * sd.denoising_loss(model.model, x0, t, eps, weight=weight)
@@ -248,19 +248,19 @@ def test_batches_of_rank_one(name):
 
 def test_batches_of_integers_are_refused_by_name():
     model, images = sd.DDPM(sd.exact.Gaussian(sd.Discrete.linear(10))), torch.full((2, 3), 200)
-    for ask in (
+    for call in (
         lambda: model.q_sample(images, 5, torch.ones(2, 3)),
         lambda: model.prior_term(images),
         lambda: model.p_mean_variance(images, 5),
     ):
         with pytest.raises(ValueError, match="must be a floating-point batch"):
-            ask()
+            call()
 
 
 @pytest.mark.parametrize("x", [None, [[0.5]], np.zeros((1, 1))], ids=["none", "list", "numpy"])
 def test_what_is_no_tensor_is_named(x):
     model = sd.DDPM(sd.exact.Gaussian(sd.Discrete.linear(10)))
-    for ask in (
+    for call in (
         lambda: model.q_sample(x, 1, torch.ones(1, 1)),
         lambda: model.q_chain(x, 1),
         lambda: model.q_posterior(torch.ones(1, 1), x, 1),
@@ -271,10 +271,10 @@ def test_what_is_no_tensor_is_named(x):
         lambda: model.bound(x),
     ):
         with pytest.raises(TypeError, match=r"must be a tensor \(B, ...\); got"):
-            ask()
+            call()
 
 
-def test_a_chain_that_starts_nowhere_is_refused_when_it_is_asked_for():
+def test_a_chain_that_starts_nowhere_is_refused_at_the_call():
     model = sd.DDPM(sd.exact.Gaussian(sd.Discrete.linear(10)))
     with pytest.raises(ValueError, match="i must be at least 1; got 0"):
         model.p_chain(normal(2, 3), 0)

@@ -176,7 +176,7 @@ def replaced(cond: Tensor, keep: Tensor, null: Tensor) -> Tensor:
     return torch.where(per_sample(keep, cond), cond, null.to(cond.device, cond.dtype))
 
 
-def fitted(name: str, cond: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def fitted(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A condition with one entry per sample of x; floats in the dtype of the network."""
     if not isinstance(cond, Tensor) or not cond.ndim or len(cond) not in (1, len(x)):
         got = tuple(cond.shape) if isinstance(cond, Tensor) else type(cond).__name__

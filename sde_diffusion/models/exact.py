@@ -102,6 +102,13 @@ class GaussianMixture:
         other.trained = trained
         return other
 
+    @property
+    def covariances(self) -> Tensor:
+        """S_k, (K, d, d)."""
+        k, d = self.means.shape
+        axes = torch.eye(d).double().expand(k, d, d) if self.axes is None else self.axes
+        return axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+
     def given(
         self, matrix: Tensor, y: Tensor, noise_std: float, onto: Tensor | None = None
     ) -> "GaussianMixture":
@@ -124,13 +131,12 @@ class GaussianMixture:
         for name, value in (("matrix", matrix), ("y", y)):
             if not bool(value.isfinite().all()) or not len(value):
                 raise ValueError(f"{name} must hold finite numbers; got {value.tolist()!r:.80}")
-        k, d = self.means.shape
+        d = self.means.shape[1]
         if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
             raise ValueError(
                 f"matrix must be (m, {d}) and y (m,); got {tuple(matrix.shape)}, {tuple(y.shape)}"
             )
-        axes = torch.eye(d, dtype=torch.float64) if self.axes is None else self.axes
-        covariances = axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+        covariances = self.covariances
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
         if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
@@ -225,10 +231,17 @@ class Gaussian(GaussianMixture):
             return torch.diag(self.variances[0].expand(self.means.shape[1]))
         return self.axes[0] * self.variances[0] @ self.axes[0].T
 
+    def marginal(self, level: Level[float]) -> Self:
+        """The law of x_t at a level, N(alpha m, alpha^2 S + sigma^2 I), with the same axes."""
+        noised = copy.copy(self)
+        noised.means = level.alpha * self.means
+        noised.variances = level.alpha**2 * self.variances + level.sigma**2
+        return noised
+
     def eps_loss(self, level: Level[float]) -> float:
         """E |eps - E[eps | x]|^2 per coordinate: the least eps-loss that any model can have."""
-        signal = level.alpha**2 * self.variances[0]
-        return float((signal / (signal + level.sigma**2)).mean())
+        noised = self.marginal(level).variances[0]
+        return float((level.alpha**2 * self.variances[0] / noised).mean())
 
     def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
         r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.
@@ -239,7 +252,7 @@ class Gaussian(GaussianMixture):
         """
         level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]
         variances = self.variances[0].expand(self.means.shape[1])
-        gain = level.alpha * variances / (level.alpha**2 * variances + level.sigma**2)
+        gain = level.alpha * variances / self.marginal(level).variances[0]
         spread = (1 - gain * level.alpha) * variances + (self.process.prior_std * gain) ** 2
         axes = torch.eye(len(spread), dtype=torch.float64) if self.axes is None else self.axes[0]
         mean = self.mean - axes * (gain * level.alpha) @ axes.T @ self.mean

@@ -238,7 +238,8 @@ def interpolate(pair: Tensor, w: Any) -> Tensor:
 
 def repeated(level: Level) -> Level:
     """The level of a batch that comes twice."""
-    return Level(*(torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level))
+    fields: Any = (torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level)
+    return Level(*fields)
 
 
 def stacked(null: Cond, cond: Cond) -> Cond:

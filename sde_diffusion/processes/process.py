@@ -164,10 +164,13 @@ class Process(validate.Checked, ABC):
                 f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
             )
         shape = t.shape + (1,) * (like.ndim - t.ndim)
-        fields = [field.reshape(shape).to(like.device) for field in self._fields(t)]
         exact = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot tell 998 from 1000
         dtypes = [exact, like.dtype, like.dtype, exact]
-        return Level(*map(Tensor.to, fields, dtypes))
+        t, alpha, sigma, log_snr = (
+            field.reshape(shape).to(like.device, dtype)
+            for field, dtype in zip(self._fields(t), dtypes, strict=True)
+        )
+        return Level(t, alpha, sigma, log_snr)
 
     def levels(self, times: Tensor) -> list[Level[float]]:
         """The levels of a whole grid (n,), as Python floats, in one vectorized float64 call."""

@@ -1,29 +1,29 @@
-"""A sampler's certificate: every check that applies to it, in one report."""
+"""Certificates: all checks of a fixed-step sampler, in one report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sde_diffusion.models.exact import Gaussian
-from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.verify.ladders import checked_sizes, ladder, of_family
+from sde_diffusion.validate import arguments
+from sde_diffusion.verify.ladders import Family, checked_sizes, ladder, of_family
 from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.limits import Limit, extrapolated
 from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
+from sde_diffusion.verify.probe import AModel, AProcess
 
 __all__ = ["Certificate", "certificate"]
 
 
 @dataclass(frozen=True, repr=False)
 class Certificate:
-    """What is shown of one sampler on one process; print it.
+    """The checks of one sampler on one process.
 
     Attributes:
         sampler, process: their names.
         law: its exact law at the most steps.
         order, local_order, limit: see there; local_order is None for a sampler with levels of its
-            own, limit for a chain, whose steps cannot grow.
+            own, limit for a chain, whose number of steps is bounded.
     """
 
     sampler: str
@@ -34,7 +34,7 @@ class Certificate:
     limit: Limit | None
 
     @property
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[Law | Order | LocalOrder | Limit]:
         parts = [self.law, self.order, self.local_order, self.limit]
         return [part for part in parts if part is not None]
 
@@ -44,24 +44,25 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """What does not hold, or that all does."""
+        """The verdicts of the failing parts, if any."""
         return "; ".join(part.verdict for part in self.parts if not part.holds) or "all checks hold"
 
     def __str__(self) -> str:
-        parts = [f"certificate of {self.sampler} on {self.process}", *map(str, self.parts)]
-        return "\n\n".join([*parts, f"in all: {self.verdict}"])
+        title = f"certificate of {self.sampler} on {self.process}"
+        return "\n\n".join([title, *map(str, self.parts), f"in all: {self.verdict}"])
 
     __repr__ = __str__
 
 
+@arguments
 def certificate(
-    sampler: Any,
-    data: Gaussian,
-    process: Process | None = None,
+    sampler: Family,
+    data: AModel,
+    process: AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256, 512),
 ) -> Certificate:
-    """Law, order, local order and limit of a fixed-step sampler on Gaussian data.
+    """Check law, order, local order and limit of a fixed-step sampler on Gaussian data.
 
     The order is fitted to the first three sizes, the limit extrapolated from all four.
 

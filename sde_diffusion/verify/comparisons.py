@@ -1,4 +1,4 @@
-"""Identities: two formulations of one scheme, compared at every step."""
+"""Identities: two formulations of one scheme, compared at every network call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,28 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
-from sde_diffusion.models.model import Model
-from sde_diffusion.processes import Process
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.validate import NonNegative, arguments
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending, thinned
 from sde_diffusion.verify.laws import on_process_of
-from sde_diffusion.verify.probe import NotAffine, Trial
+from sde_diffusion.verify.probe import AModel, AProcess, ASampler, NotAffine, Trial
+from sde_diffusion.verify.report import Page, Report, Table, thinned
 
 __all__ = ["Identities", "identities"]
 
 
 @dataclass(frozen=True, repr=False)
-class Identities:
-    """How far two samplers are apart at each network call and at the end; print it.
+class Identities(Report):
+    """Differences between two samplers at each network call and at the end.
 
     Attributes:
         first, second: their names.
-        times: of the states that are compared.
+        times: of the compared states.
         differences: largest |difference| at each, relative to 1 + the largest |state|.
-        calls: how many network calls each made.
-        tolerance: what counts as rounding.
+        calls: numbers of network calls of both.
+        tolerance: differences up to this are rounding.
     """
 
     first: str
@@ -58,66 +55,62 @@ class Identities:
             f"{self.differences[index]:.1e}"
         )
 
-    def __str__(self) -> str:
-        rows = [f"{self.first} against {self.second}", f"  {'t':>10}{'difference':>14}"]
-        for index in thinned(len(self.times), 12):
-            rows.append(f"  {self.times[index]:10.4g}{self.differences[index]:14.2e}")
-        return "\n".join(
-            [*rows, *ending(self.verdict, "that either is right; both may share a fault")]
+    def page(self) -> Page:
+        shown = thinned(len(self.times), 12)
+        rows = ((self.times[index], self.differences[index]) for index in shown)
+        return Page(
+            f"{self.first} against {self.second}",
+            "that either is right; both may share a fault",
+            Table({"t": ".4g", "difference": ".2e"}, rows),
         )
 
-    __repr__ = __str__
 
-
+@arguments
 def identities(
-    first: Sampler,
-    second: Sampler,
-    data: Model,
-    process: Process | None = None,
+    first: ASampler,
+    second: ASampler,
+    data: AModel,
+    process: AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
     shape: Sequence[int] | None = None,
-    tolerance: float = 1e-9,
+    tolerance: NonNegative = 1e-9,
 ) -> Identities:
-    """Whether two samplers do the same at every step, far outside the data as well.
+    """Compare two samplers at every network call, far outside the data as well.
 
-    Both run from the same starts with the same noise, draw by draw, and hear the same additions to
-    the network's answers, which move x0 by up to some hundreds: a clipped x0 shows, though the law
+    Both run from the same starts with the same noise, draw by draw, and with the same additions to
+    the network's outputs, which move x0 by up to some hundreds: a clipped x0 shows, though the law
     of a clipped sampler may look right.
 
     Args:
-        first, second: the samplers; whichever has levels of its own, as an adapter has, is not told
-            `times` or `steps`.
+        first, second: the samplers; an adapter keeps its own levels, without `times` or `steps`.
         data: any model.
         process, shape: as in `law`.
-        times, steps: as in `sample`, for those that take them.
-        tolerance: what counts as rounding; an adapter in float32 brings a larger one.
+        times, steps: as in `sample`, for samplers that take them.
+        tolerance: differences up to this are rounding; an adapter in float32 raises it.
     Raises:
         NotAffine: if a sampler chooses its own steps, or its noise cannot be injected.
     """
-    for name, sampler in (("first", first), ("second", second)):
-        validate.kind(name, sampler, "a Sampler", "grid", "step")
+    for sampler in (first, second):
         if sampler.claims.order is None:
             raise NotAffine(f"{sampler} chooses its own steps: it shares none with another")
-    validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
-    validate.number("tolerance", tolerance, 0)
     own = getattr(first, "process", None) or getattr(second, "process", None)
     data = on_process_of(data, None, process or own)
     shape = probe.sizes(data, shape)
     runs: list[probe.Run] = []
     for sampler in (first, second):
-        if sampler.claims.adaptive:
+        if sampler.claims.order is None:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape))
         else:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape, steps, times))
         tolerance = max(tolerance, sampler.claims.rounding)
-    calls = len(runs[0].asked), len(runs[1].asked)
+    calls = len(runs[0].calls), len(runs[1].calls)
     last = 0.0 if times is None else float(times[-1])
     pairs = [(runs[0].end, runs[1].end)]
     at = [last]
     if calls[0] == calls[1]:
-        together = list(zip(runs[0].asked, runs[1].asked, strict=True))
+        together = list(zip(runs[0].calls, runs[1].calls, strict=True))
         pairs = [(a.x, b.x) for a, b in together] + pairs
         at = [a.level.t for a, _ in together] + at
     return Identities(
@@ -127,6 +120,6 @@ def identities(
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two batches, each row by its own size."""
+    """Largest difference of two batches, each row relative to its size."""
     sizes = 1 + torch.maximum(a.abs(), b.abs()).amax(1, keepdim=True)
     return float(((a - b).abs() / sizes).max())

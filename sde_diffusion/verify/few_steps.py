@@ -1,4 +1,4 @@
-r"""How many steps a tolerance takes, told before any network is asked.
+r"""The number of steps for a tolerance, computed without a network.
 
 The W2 between a sampler's output and Gaussian data is known exactly from one or two runs on the
 data's spectrum (see spectra.py), so the least number of steps can be searched for.
@@ -15,31 +15,33 @@ from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.validate import Count, Positive, arguments
 from sde_diffusion.verify import spectra
-from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.ladders import Family, made_from, of_family
+from sde_diffusion.verify.probe import AProcess
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Guarantee", "steps_for"]
 
 
 @dataclass(frozen=True, repr=False)
-class Guarantee:
-    """The steps that a sampler takes to reach a tolerance on Gaussian data; print it.
+class Guarantee(Report):
+    """The number of steps with which a sampler reaches a tolerance on Gaussian data.
 
     Every W2 is in the units of the data and over all coordinates: W2^2 is the sum of theirs.
 
     Attributes:
         sampler, process: their names.
         d: coordinates.
-        tol: the W2 asked for.
+        tol: the largest W2 allowed.
         tried: W2 to the data of a run from the prior, by number of steps, ascending.
         steps: the least number such that it and every larger one tried meet `tol`; the largest
             number tried, if that does not.
         times: its grid.
         calls: its network calls.
         departure: W2 at `steps` of a run that starts from the data's own law at the first time: the
-            share of the steps. What more there is in `w2` is the prior's, and no steps mend it.
-        narrowest: what `steps_for` was given; if it was, every W2 is the worst of its Gaussians.
+            error of the steps. The rest of `w2` is that of the prior, at any number of steps.
+        narrowest: argument of `steps_for`; if given, every W2 is the worst of its Gaussians.
     """
 
     sampler: str
@@ -60,7 +62,7 @@ class Guarantee:
 
     @property
     def rms(self) -> float:
-        """The same per coordinate: the root of its mean square over them."""
+        """W2 at `steps` per coordinate: the root of its mean square over them."""
         return self.w2 / self.d**0.5
 
     @property
@@ -74,51 +76,41 @@ class Guarantee:
         floor = "; the prior alone leaves more" if self.departure <= self.tol else ""
         return f"NOT REACHED by {self.steps} steps{floor}"
 
-    def __str__(self) -> str:
-        rows = [f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}"]
+    def page(self) -> Page:
+        facts = [f"W2 if started from the data's own law {self.departure:.3e}"]
         if self.narrowest is not None:
-            rows.append(f"  worst of the Gaussians with no std below {self.narrowest:g}")
-        rows.append(f"  {'steps':>10}{'W2':>12}{'per coordinate':>16}")
-        for n, w2 in self.tried.items():
-            chosen = "  <-" if n == self.steps else ""
-            rows.append(f"  {n:10d}{w2:12.3e}{w2 / self.d**0.5:16.3e}{chosen}")
-        rows.append(f"  W2 if started from the data's own law {self.departure:.3e}")
-        return "\n".join([*rows, *ending(
-            self.verdict,
+            facts.append(f"worst of the Gaussians with no std below {self.narrowest:g}")
+        rows = (
+            (n, w2, w2 / self.d**0.5, "<-" if n == self.steps else None)
+            for n, w2 in self.tried.items()
+        )
+        return Page(
+            f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}",
             "anything of data that are not Gaussian, mixtures took up to six times the steps (see "
             "verify.steps_for); nor of the network's own error, or of steps that were not tried",
-        )])  # fmt: skip
+            Table({"steps": "d", "W2": ".3e", "per coordinate": ".3e", "": ""}, rows),
+            facts,
+        )
 
-    __repr__ = __str__
 
-
+@arguments
 def steps_for(
-    tol: float,
+    tol: Positive,
     data: Gaussian | Tensor,
     sampler: Family,
-    process: Process | None = None,
+    process: AProcess | None = None,
     *,
     narrowest: float | None = None,
-    most: int = 1024,
+    most: Count = 1024,
 ) -> Guarantee:
-    """The least number of steps whose exact W2 to Gaussian data is at most `tol`; asks no network.
+    """Find the least number of steps whose exact W2 to Gaussian data is at most `tol`.
 
-    Of a run as a user makes it, from the prior. Steps are doubled until two numbers in a row meet
-    the tolerance, since W2 may pass through a low point, and then bisected.
+    Runs start from the prior. Steps are doubled until two numbers in a row meet the tolerance,
+    since W2 may pass through a low point, and then bisected.
 
-    Data that are not Gaussian have larger errors. On 36 mixtures at 5 to 50 steps the RMS of the
-    end against the exact flow, by the W2 per coordinate that their covariance foretells, was in the
-    median, at 90 % and at most
-
-                            covariance        with `narrowest`, of their narrowest mode
-        Ancestral(eta=0)    1.2  1.9  3.4     0.6  1.4  2.3
-        Heun                2.8  9.8   50     1.2  6.0   40
-        Adams.auto          5.9   30  290     1.8   10  110
-
-    In steps this is less: what they had taken, by what this function gives for the RMS there was,
-    was 1.2, 2.2 and at most 5.6; with `narrowest` 0.9, 1.7 and 4.5. So six times the steps have
-    served all of them, and twice the steps, with `narrowest`, nine in ten
-    (experiments/optimized_grids.py --cases-only --seeds 0 1 2 3).
+    Data that are not Gaussian need more: of 36 mixtures at 5 to 50 steps, all took at most six
+    times the steps given here for their RMS; with `narrowest` five times, nine in ten twice. The
+    script experiments/benchmarks/optimized_grids.py --cases-only --seeds 0 1 2 3 measures this.
 
     Args:
         tol: W2, in the units of the data, over all coordinates: `rms * d**0.5` for an RMS per
@@ -128,14 +120,11 @@ def steps_for(
         process: as in `law`; VP for a covariance.
         narrowest: least standard deviation of any part of the data, such as a mode, at most the
             largest of the covariance. The W2 is then the worst of all Gaussians of d coordinates
-            whose standard deviations lie between that and the largest.
-        most: steps beyond which it gives up.
+            with standard deviations between that and the largest.
+        most: the largest number of steps to try.
     Raises:
-        NotAffine: naming the sampler, if it is no affine map of each row and each eigenvector for
-            itself.
+        NotAffine: naming the sampler, if it is no affine map of each row, or mixes eigenvectors.
     """
-    tol = validate.number("tol", tol, 0, strict=True)
-    most = validate.integer("most", most)
     some, there, steps = sampler_and_data(sampler, data, process, 1)
     between = None if narrowest is None else banded(there, narrowest)
     spectra.check_along(some, there, steps)
@@ -151,7 +140,7 @@ def steps_for(
             tried[n] = worst(found.errors, rest.errors)
         return tried[n] <= tol
 
-    low, high = 0, most  # the largest number tried that fails; one that meets tol, or `most`
+    low, high = 0, most  # largest number that fails; one that meets tol, or `most`
     for n in powers_of_two(most):
         if not meets(n):
             low, high = n, most
@@ -177,14 +166,14 @@ def steps_for(
 
 
 def banded(data: Gaussian, narrowest: float) -> Gaussian:
-    """Variances from narrowest^2 to the largest of the data, one a coordinate."""
+    """Data whose coordinates have variances from narrowest^2 to the largest of `data`."""
     largest = float(data.variances.max())
     validate.number("narrowest", narrowest, 0, largest**0.5, strict=True)
     return spectra.centred(spectra.band(narrowest**2, largest), data.process)
 
 
 def worst(own: Tensor, between: Tensor) -> float:
-    """W2 over as many coordinates as `own` has, if all were as bad as the worst."""
+    """W2 over as many coordinates as `own` has, if all had the largest error."""
     return float(torch.cat([own, between]).max()) * len(own) ** 0.5
 
 
@@ -200,9 +189,7 @@ def powers_of_two(most: int) -> Iterator[int]:
 def sampler_and_data(
     sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
 ) -> tuple[Sampler, Gaussian, int | None]:
-    """The sampler for n steps, the data on its process, and what `steps` it is to be given."""
-    validate.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
-                if not hasattr(sampler, "step") else "grid")  # fmt: skip
+    """The sampler for n steps, the data on its process, and the argument `steps` of its run."""
     some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
     steps = None if some.claims.adaptive else n  # a peer in an adapter has its levels
     return some, spectra.on_process(data, some, process), steps

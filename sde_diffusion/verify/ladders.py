@@ -1,14 +1,14 @@
-r"""Ladders: a sampler's exact law at a growing number of steps, and what the rungs share.
+r"""Ladders: a sampler's exact law at a growing number of steps.
 
 Every error here is the W2 distance between the exact law of a run that starts from the data's exact
-law at its first level, and the data's exact law at its last. A consistent sampler's tends to 0,
-whether it follows the flow, the reverse SDE or anything between: all have the data's marginals.
+law at its first level, and the data's exact law at its last. It tends to 0 for a consistent
+sampler, whether of the flow, the reverse SDE or anything between: all have the data's marginals.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -18,26 +18,34 @@ from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import probe
 from sde_diffusion.verify.laws import Law, measured, on_process_of
+from sde_diffusion.verify.probe import OrMaker
+from sde_diffusion.verify.report import Table
 
 __all__ = [
     "Family",
     "checked_sizes",
+    "errors_table",
     "ladder",
     "made_from",
     "of_family",
     "rounding",
     "slope",
     "slopes",
-    "table",
 ]
 
 ROUNDING = 1e-12  # W2 below this is 0, times the scale of the data
 
-Family = Sampler | Callable[[int], Sampler]
+Family = Annotated[
+    Sampler | Callable[[int], Sampler],
+    OrMaker("a Sampler, or a function of the number of steps", "step", "grid"),
+]
 
 
 def made_from(family: Any, what: Any) -> Sampler:
-    return validate.kind("what the function makes", family(what), "a Sampler", "grid", "step")
+    """The sampler that a function makes from a number of steps, or from times."""
+    return validate.kind(
+        "what the function makes", family(what), "a Sampler", "claims", "grid", "step"
+    )
 
 
 def ladder(
@@ -45,8 +53,6 @@ def ladder(
 ) -> tuple[Sampler, list[Law]]:
     """The sampler at its finest and its laws at all sizes; the coarsest is checked for affinity."""
     shape = probe.sizes(data, None)
-    validate.kind("sampler", sampler, "a Sampler, or a function of the number of steps", "__call__"
-                if not hasattr(sampler, "step") else "grid")  # fmt: skip
     laws: list[Law] = []
     some = sampler
     for n in sizes:
@@ -79,7 +85,7 @@ def rounding(data: Any, sampler: Any) -> float:
 
 
 def slope(sizes: Sequence[float], distances: Sequence[float]) -> float:
-    """Of the straight line fitted to log distance against log size."""
+    """Least-squares slope of log distance against log size."""
     tiny = np.finfo(np.float64).tiny
     return float(np.polyfit(np.log(sizes), np.log(np.maximum(distances, tiny)), 1)[0])
 
@@ -90,11 +96,8 @@ def slopes(sizes: Sequence[float], distances: Sequence[float]) -> list[float]:
     return [math.log(max(a, 1e-300) / max(b, 1e-300)) / math.log(n / m) for (m, n), (a, b) in pairs]
 
 
-def table(
-    title: str, name: str, sizes: Sequence[float], distances: Sequence[float],
-    rates: Sequence[float], closing: Sequence[str],
-) -> str:  # fmt: skip
-    rows = [title, f"  {name:>10}{'W2':>12}{'rate':>8}"]
-    for n, distance, rate in zip(sizes, distances, [None, *rates], strict=True):
-        rows.append(f"  {n:10g}{distance:12.3e}" + ("" if rate is None else f"{rate:8.2f}"))
-    return "\n".join([*rows, *closing])
+def errors_table(sizes: Sequence[int], distances: Sequence[float]) -> Table:
+    """The error at each number of steps, with the rate since the one before."""
+    rates = [None, *slopes(sizes, distances)]
+    columns = {"steps": "d", "W2": ".3e", "rate": ".2f"}
+    return Table(columns, zip(sizes, distances, rates, strict=True))

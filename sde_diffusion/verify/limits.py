@@ -1,4 +1,4 @@
-"""Limits: what a sampler's exact law tends to, and whether that is the data's."""
+"""Limits: the law that a sampler's exact law tends to, compared with the data's."""
 
 import math
 from collections.abc import Sequence
@@ -9,29 +9,30 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.models.model import Model
-from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.verify.gaussians import ending, gaussian_w2, listed_numbers, matrix_root
+from sde_diffusion.validate import arguments
+from sde_diffusion.verify.gaussians import gaussian_w2, matrix_root
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
+    errors_table,
     ladder,
     of_family,
     rounding,
-    slopes,
-    table,
 )
 from sde_diffusion.verify.laws import Law
+from sde_diffusion.verify.probe import AModel, AProcess
+from sde_diffusion.verify.report import Page, Report, listed_numbers
 
 __all__ = ["Limit", "extrapolated", "limit"]
 
 FAR = 4.0  # times the uncertainty: a limit further off is not the data's
-SLOWEST = 0.45  # a lower rate foretells no limit
+SLOWEST = 0.45  # a lower rate allows no extrapolation
 
 
 @dataclass(frozen=True, repr=False)
-class Limit:
-    """Where a sampler's law tends as its steps shrink, by Richardson extrapolation; print it.
+class Limit(Report):
+    """The law that a sampler's law tends to as its steps shrink, by Richardson extrapolation.
 
     Attributes:
         sampler: its name.
@@ -39,8 +40,8 @@ class Limit:
         distances: W2 to the data at each.
         mean, covariance: of the limit.
         data: mean and covariance of the data.
-        rate: order at which the laws near each other.
-        uncertainty: how far the last two extrapolations are apart.
+        rate: order at which the laws approach each other.
+        uncertainty: distance between the last two extrapolations.
         rounding: distances below this are rounding.
         left: W2 that an Euler step from its last level to sigma = 0 leaves (`Law.left`).
     """
@@ -62,8 +63,8 @@ class Limit:
         return gaussian_w2((self.mean, self.covariance), self.data)
 
     @property
-    def told(self) -> bool:
-        """Whether these sizes show a limit: the laws come nearer, and do so as a power of N."""
+    def shown(self) -> bool:
+        """True if these sizes show a limit: the laws come nearer, as a power of N."""
         if max(self.distances) <= self.rounding:
             return True
         nearer = self.distances[-1] < self.distances[0] and self.rate >= SLOWEST
@@ -71,7 +72,7 @@ class Limit:
 
     @property
     def near(self) -> bool:
-        """Whether the limit is the data's law, or misses it by what its last step leaves."""
+        """True if the limit is the data's law, or misses it by the error of the last step."""
         allowed = max(FAR * self.uncertainty, self.rounding)
         return self.distance <= allowed or (
             abs(self.distance - self.left) <= max(allowed, 0.1 * self.left)
@@ -79,46 +80,44 @@ class Limit:
 
     @property
     def holds(self) -> bool:
-        return self.told and self.near
+        return self.shown and self.near
 
     @property
     def verdict(self) -> str:
-        said = (
+        text = (
             f"W2 of the limit to the data {self.distance:.1e} (uncertainty {self.uncertainty:.1e})"
         )
         if not self.near:
-            return f"TENDS TO ANOTHER LAW: {said}"
-        if not self.told:
-            return f"NO LIMIT IS TOLD BY THESE SIZES: {said}"
+            return f"TENDS TO ANOTHER LAW: {text}"
+        if not self.shown:
+            return f"THESE SIZES SHOW NO LIMIT: {text}"
         known = self.left > self.rounding and self.distance > FAR * self.uncertainty
         left = f", as an Euler step from its last level leaves {self.left:.1e}" if known else ""
-        return f"tends to the data: {said}{left}"
+        return f"tends to the data: {text}{left}"
 
-    def __str__(self) -> str:
-        rates = slopes(self.sizes, self.distances)
+    def page(self) -> Page:
         found, wanted = (
             f"mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
             for mean, covariance in ((self.mean, self.covariance), self.data)
         )
-        return table(f"limit of {self.sampler}", "steps", self.sizes, self.distances, rates, [
-            f"  limit: {found}", f"  data:  {wanted}", *ending(
-                self.verdict,
-                "how good any finite number of steps is, nor a limit of a rate that these sizes "
-                "do not show yet",
-            ),
-        ])  # fmt: skip
-
-    __repr__ = __str__
+        return Page(
+            f"limit of {self.sampler}",
+            "how good any finite number of steps is, nor a limit of a rate that these sizes do not "
+            "show yet",
+            errors_table(self.sizes, self.distances),
+            [f"limit: {found}", f"data:  {wanted}"],
+        )
 
 
+@arguments
 def limit(
     sampler: Family,
-    data: Model,
-    process: Process | None = None,
+    data: AModel,
+    process: AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256, 512),
 ) -> Limit:
-    r"""The law a sampler tends to as N -> infinity, and whether it is the data's.
+    r"""Extrapolate a sampler's law to N -> infinity, and compare it with the data's.
 
     With theta_N the mean and the root of the covariance, and the rate p of |theta_2N - theta_N|,
 
@@ -136,7 +135,7 @@ def limit(
 
 
 def extrapolated(some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law]) -> Limit:
-    """`limit` from laws that are there."""
+    """`limit` from laws already computed."""
     if any(b != 2 * a for a, b in pairwise(sizes)):
         raise ValueError(f"sizes must double from one to the next; got {sizes}")
     ends = [each.steps[-1] for each in laws]
@@ -154,11 +153,11 @@ def extrapolated(some: Sampler, data: Model, sizes: tuple[int, ...], laws: Seque
 
 
 def richardson(theta: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """The limit of three values at N, 2 N, 4 N, and the rate they show."""
+    """The limit of three values at N, 2 N, 4 N, and their rate."""
     first, second = float((theta[1] - theta[0]).norm()), float((theta[2] - theta[1]).norm())
     if second == 0:
         return theta[2], math.inf
     rate = math.log2(max(first / second, 1e-300))
-    if rate < SLOWEST:  # they do not come nearer as a power of N: no limit is told by them
+    if rate < SLOWEST:  # they do not come nearer as a power of N
         return theta[2], rate
     return theta[2] + (theta[2] - theta[1]) / (2**rate - 1), rate

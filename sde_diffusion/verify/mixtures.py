@@ -1,20 +1,19 @@
-r"""Data that are not Gaussian: a mixture, whose flow and whose law are known all the same.
+r"""Samplers on a mixture: data that are not Gaussian, with a known flow and a known law.
 
 The end of a deterministic sampler is compared with the exact flow from the same start, sample by
-sample; the samples of any sampler with the mixture's law, beside what exact samples would show.
+sample; the samples of any sampler with the mixture's law, beside the figures of exact samples.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.models.exact import GaussianMixture
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.prediction import Prediction
@@ -24,20 +23,27 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import ScipyODE
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import path_of, sample
+from sde_diffusion.validate import Batch, Integer, Kind, arguments
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.laws import on_process_of
-from sde_diffusion.verify.probe import NotAffine
+from sde_diffusion.verify.probe import AProcess, ASampler, NotAffine
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
 DIRECTIONS = 64  # of the sliced distance
-FLOORS = 32  # batches of exact samples that the floor is estimated from
+FLOORS = 32  # batches of exact samples, from which the floor is estimated
+KEPT = 32  # flows in memory, the oldest goes first
+DEVIATIONS = 4.5  # of the floor, within which samples are indistinguishable from exact ones
+
+AMixture = Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "on")]
+Samples = Annotated[int, Integer(2)]
+Seed = Annotated[int, Integer(0)]
 
 
 @dataclass(frozen=True, repr=False)
-class Endpoint:
-    """How far a sampler's samples end from the exact flow's, from the same starts; print it.
+class Endpoint(Report):
+    """Errors of a sampler's samples against the exact flow, from the same starts.
 
     Attributes:
         sampler: its name.
@@ -65,58 +71,54 @@ class Endpoint:
     def verdict(self) -> str:
         return f"RMS {self.rms:.2e}, median {self.median:.2e}, worst {self.worst:.2e}"
 
-    def __str__(self) -> str:
-        return "\n".join([
+    def page(self) -> Page:
+        return Page(
             f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples",
-            *ending(
-                f"{self.verdict}, against the flow by DOP853 at 1e-10",
-                "anything of another number of steps or of other data; an RMS above the median is "
-                "that of a few samples far off",
-            ),
-        ])  # fmt: skip
-
-    __repr__ = __str__
+            "anything of another number of steps or of other data; an RMS above the median is that "
+            "of a few samples far off",
+            facts=["against the flow by DOP853 at 1e-10"],
+        )
 
 
+@arguments
 def endpoint(
-    sampler: Sampler,
-    data: GaussianMixture,
-    process: Process | None = None,
+    sampler: ASampler,
+    data: AMixture,
+    process: AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
-    samples: int = 256,
+    samples: Samples = 256,
 ) -> Endpoint:
-    """The error of each sample of a deterministic sampler, fixed steps or not.
+    """Measure the error of each sample of a deterministic sampler, with fixed steps or not.
 
     Args:
         sampler: any that draws no noise.
         data: a mixture, or a Gaussian.
         process, times, steps: as in `law`.
-        samples: how many, from fixed starts.
+        samples: their number, from fixed starts.
     Raises:
         NotAffine: if the sampler draws noise, so that its end is no function of its start.
     """
     model, x, ends = begun(sampler, data, process, times, steps, samples)
-
-    asked = CountingModel(model)
-    made = sample(asked, sampler, x, steps=steps, times=times, noise=none)
+    counting = CountingModel(model)
+    made = sample(counting, sampler, x, steps=steps, times=times, noise=none)
     off = coordinates(made - flow(model, x, *ends))
-    return Endpoint(probe.one_line(sampler), asked.calls, off.square().mean(1).sqrt())
+    return Endpoint(probe.one_line(sampler), counting.calls, off.square().mean(1).sqrt())
 
 
 def none(t: float, s: float, like: Tensor) -> Tensor:
-    """The noise of what must draw none."""
+    """Noise source of a sampler that must draw none."""
     raise NotAffine("the solver draws noise, so its end is no function of its start")
 
 
 @dataclass(frozen=True, repr=False)
-class Distribution:
-    """Distances of a sampler's samples to the data's law, beside those of exact samples; print it.
+class Distribution(Report):
+    """Distances of a sampler's samples to the data's law, beside those of exact samples.
 
     Attributes:
         sampler: its name.
-        samples: how many were drawn.
+        samples: their number.
         distances: name -> its value.
         floors: name -> the values for independent batches of as many exact samples.
     """
@@ -128,7 +130,7 @@ class Distribution:
 
     @property
     def excess(self) -> dict[str, float]:
-        """How many standard deviations of the floor each distance lies above it, in logarithms."""
+        """Each distance above its floor, in standard deviations of the floor, in logarithms."""
         return {
             name: (math.log(value) - float(self.floors[name].log().mean()))
             / (float(self.floors[name].log().std()) * math.sqrt(1 + 1 / FLOORS))
@@ -137,43 +139,47 @@ class Distribution:
 
     @property
     def holds(self) -> bool:
-        """Whether every distance is what exact samples show, within 4.5 standard deviations."""
-        return max(self.excess.values()) <= 4.5
+        """True if every distance is within 4.5 standard deviations of that of exact samples."""
+        return max(self.excess.values()) <= DEVIATIONS
 
     @property
     def verdict(self) -> str:
         if self.holds:
-            return f"not told from {self.samples} exact samples"
+            return f"indistinguishable from {self.samples} exact samples"
         worst = max(self.excess, key=lambda name: self.excess[name])
         return f"NOT THE DATA: {worst} is {self.excess[worst]:.1f} standard deviations above"
 
-    def __str__(self) -> str:
-        rows = [f"samples of {self.sampler}: {self.samples}"]
-        rows.append(f"  {'distance':>12}{'samples':>12}{'exact':>12}{'+-':>10}")
-        for name, value in self.distances.items():
-            floor = self.floors[name]
-            rows.append(
-                f"  {name:>12}{value:12.3e}{float(floor.mean()):12.3e}{float(floor.std()):10.1e}"
-            )
-        left = "that an error smaller than that of as many exact samples is 0"
-        return "\n".join([*rows, *ending(self.verdict, left)])
-
-    __repr__ = __str__
+    def page(self) -> Page:
+        return Page(
+            f"samples of {self.sampler}: {self.samples}",
+            "that an error smaller than that of as many exact samples is 0",
+            beside_floors(self.distances, self.floors),
+        )
 
 
+def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> Table:
+    """Each distance beside the mean and standard deviation of those of exact samples."""
+    rows = (
+        (name, value, float(floors[name].mean()), float(floors[name].std()))
+        for name, value in distances.items()
+    )
+    return Table({"distance": "", "samples": ".3e", "exact": ".3e", "+-": ".1e"}, rows)
+
+
+@arguments
 def distribution(
-    sampler: Sampler,
-    data: GaussianMixture,
-    process: Process | None = None,
+    sampler: ASampler,
+    data: AMixture,
+    process: AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
-    samples: int = 2048,
-    seed: int = 0,
+    samples: Samples = 2048,
+    seed: Seed = 0,
 ) -> Distribution:
-    r"""The distances of samples to the data's law: W2 (sliced, if d > 1) and MMD.
+    r"""Measure the distances of samples to the data's law: W2 (sliced, if d > 1) and MMD.
 
-    Both know the law itself, not samples of it. The sliced W2 is the root mean over fixed
+    Both use the law itself, not samples of it. The sliced W2 is the root mean over fixed
     directions of the W2^2 on the line, where the mixture's quantiles are computed. The MMD with the
     kernel k = exp(-|x - y|^2 / 2 h^2) is the distance of characteristic functions,
     int |phi_n - phi|^2 N(w; 0, h^-2 I) dw, whose three parts are closed forms; h is the data's
@@ -183,7 +189,7 @@ def distribution(
         sampler: any, fixed steps or not.
         data: a mixture, or a Gaussian.
         process, times, steps: as in `law`.
-        samples: how many.
+        samples: their number.
         seed: of starts, noise and floors.
     """
     model, x, _ = begun(sampler, data, process, times, steps, samples, seed)
@@ -220,15 +226,29 @@ class Known:
 
     @staticmethod
     def of(data: GaussianMixture, n: int) -> "Known":
-        k, d = data.means.shape
-        axes = torch.eye(d).double().expand(k, d, d) if data.axes is None else data.axes
-        covariances = axes * data.variances.expand(k, d)[:, None, :] @ axes.mT
-        weights = data.log_weights.exp()
+        d, covariances, weights = data.means.shape[1], data.covariances, data.log_weights.exp()
         directions = torch.ones(1, 1).double() if d == 1 else fixed_directions(d)
         means = directions @ data.means.T
         stds = torch.einsum("ji,kil,jl->jk", directions, covariances, directions).sqrt()
         rows = [line_quantiles(weights, m, s, n) for m, s in zip(means, stds, strict=True)]
         return Known(weights, data.means, covariances, directions, torch.stack(rows))
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the mixture, (d,)."""
+        return self.weights @ self.means
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """Covariance of the mixture, (d, d)."""
+        off = self.means - self.mean
+        within = torch.einsum("k,kij->ij", self.weights, self.covariances)
+        return within + torch.einsum("k,ki,kj->ij", self.weights, off, off)
+
+    @property
+    def std(self) -> float:
+        """Root of the mean variance of a coordinate."""
+        return float(self.covariance.diagonal().mean().sqrt())
 
     def w2(self, x: Tensor) -> float:
         """Root of the mean over directions of W2^2 between the projections, x (n, d)."""
@@ -236,11 +256,8 @@ class Known:
         return float((lines - self.quantiles).square().mean().sqrt())
 
     def mmd(self, x: Tensor) -> float:
-        """The distance of the points themselves, as a law, to the mixture."""
-        n = len(x)
-        spread = torch.einsum("k,kii->", self.weights, self.covariances)
-        center = self.weights @ self.means
-        h2 = (spread + self.weights @ (self.means - center).square().sum(1)) / x.shape[1]
+        """MMD between the empirical law of the points and the mixture."""
+        n, h2 = len(x), self.std**2
         own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum()
         eye = torch.eye(x.shape[1], dtype=torch.float64)
         parts = list(zip(self.weights, self.means, self.covariances, strict=True))
@@ -254,7 +271,7 @@ class Known:
 
 
 def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tensor:
-    """Where a mixture on the line has mass (i + 1/2) / n to its left, by bisection, (n,)."""
+    """Quantiles (i + 1/2) / n of a mixture on the line, by bisection, (n,)."""
     level = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     low = (means - 10 * stds).min().expand_as(level)
     high = (means + 10 * stds).max().expand_as(level)
@@ -265,7 +282,7 @@ def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tens
     return high
 
 
-def smoothed(z: Tensor, covariance: Tensor, h2: Tensor, eye: Tensor) -> Tensor:
+def smoothed(z: Tensor, covariance: Tensor, h2: float, eye: Tensor) -> Tensor:
     """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, covariance), z (n, d)."""
     root = torch.linalg.cholesky(covariance / h2 + eye)
     scaled = torch.linalg.solve_triangular(root, z.T, upper=False)
@@ -273,47 +290,37 @@ def smoothed(z: Tensor, covariance: Tensor, h2: Tensor, eye: Tensor) -> Tensor:
 
 
 def fixed_directions(d: int) -> Tensor:
-    """Unit vectors, the same every time, (DIRECTIONS, d)."""
+    """Unit vectors from a fixed seed, (DIRECTIONS, d)."""
     made = torch.from_numpy(stream(0, Purpose.TOY).standard_normal((DIRECTIONS, d)))
     return made / made.norm(dim=1, keepdim=True)
 
 
 # ---- the reference flow --------------------------------------------------------------------------
 
+FLOWS: dict[bytes, Tensor] = {}
 
-def flow(data: GaussianMixture, x: Tensor, t: float = 1.0, s: float = 0.0) -> Tensor:
-    """The exact probability flow from time t to s, by DOP853 at 1e-10; the last 32 are kept."""
-    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    validate.batch("x", x)
+
+@arguments
+def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float = 0.0) -> Tensor:
+    """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
-    # By its levels too: an edited class may have the name of the one before.
+    # Levels distinguish two processes of one name, such as an edited class.
     levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
     text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
     for part in parts:
         text += b"|" if part is None else part.contiguous().numpy().tobytes()
-    return followed(FlowProblem(hashlib.sha256(text).hexdigest(), data, x, t, s)).clone()
-
-
-@dataclass(frozen=True)
-class FlowProblem:
-    """A flow to compute, equal to another of the same content."""
-
-    content: str
-    data: Any = field(compare=False)
-    x: Tensor = field(compare=False)
-    t: float = field(compare=False)
-    s: float = field(compare=False)
-
-
-@lru_cache(maxsize=32)
-def followed(problem: FlowProblem) -> Tensor:
-    solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
-    return sample(problem.data, solver, problem.x, times=[problem.t, problem.s])
+    key = hashlib.sha256(text).digest()
+    if key not in FLOWS:
+        solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
+        FLOWS[key] = sample(data, solver, x, times=[t, s])
+    while len(FLOWS) > KEPT:
+        del FLOWS[next(iter(FLOWS))]
+    return FLOWS[key].clone()
 
 
 @dataclass
 class CountingModel:
-    """A model that counts how often it is asked."""
+    """A model that counts its calls."""
 
     model: Model
     calls: int = 0
@@ -331,11 +338,7 @@ def begun(
     sampler: Sampler, data: Any, process: Process | None,
     times: Tensor | Sequence[float] | None, steps: int | None, samples: int, seed: int = 0,
 ) -> tuple[Any, Tensor, tuple[float, float]]:  # fmt: skip
-    """The model, starts from its prior, and the times at which the sampler starts and ends."""
-    validate.kind("sampler", sampler, "a Sampler", "grid", "step")
-    validate.kind("data", data, "an exact.GaussianMixture", "log_prob", "on")
-    validate.integer("samples", samples, 2)
-    validate.integer("seed", seed, 0)
+    """The model, starts from its prior, and the first and the last time of the sampler."""
     model = on_process_of(data, sampler, process)
     grid = path_of(model, sampler, steps, None, times)
     seeds = range(seed * samples, (seed + 1) * samples)

@@ -1,10 +1,10 @@
-"""Orders: how fast a sampler's exact law nears the data's, over whole paths and in single steps."""
+"""Orders of convergence of a sampler's exact law, over whole paths and in single steps."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,40 +14,42 @@ from sde_diffusion import validate
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.validate import Number, arguments
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending
 from sde_diffusion.verify.ladders import (
     Family,
     checked_sizes,
+    errors_table,
     ladder,
     made_from,
     of_family,
     rounding,
     slope,
     slopes,
-    table,
 )
 from sde_diffusion.verify.laws import Law, measured, on_process_of
+from sde_diffusion.verify.probe import AModel, AProcess, OrMaker
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["LocalOrder", "Order", "fitted", "local_order", "order", "uneven"]
 
-SLACK = 0.2  # a fitted order may stay so far under the declared one
+SLACK = 0.2  # a fitted order may be lower than the declared one by this
 STALLS = 0.5  # a lower rate is no convergence
-SETTLED = 0.6  # a larger gain from one rate to the next foretells nothing
+SETTLED = 0.6  # a larger gain from one rate to the next allows no extrapolation
 
 
 @dataclass(frozen=True, repr=False)
-class Order:
-    """Errors at a growing number of steps, and the order fitted to them; print it.
+class Order(Report):
+    """Errors at a growing number of steps, and the order fitted to them.
 
     Attributes:
         sampler: its name.
-        declared: the order it claims.
+        declared: its claimed order.
         sizes: numbers of steps.
         distances: the error of each.
         rounding: distances below this are rounding.
         left: W2 that an Euler step from its last level to sigma = 0 leaves (`Law.left`).
-        remark: what an adapter noticed on the way.
+        remark: a warning of an adapter.
     """
 
     sampler: str
@@ -72,9 +74,9 @@ class Order:
 
     @property
     def tends(self) -> float:
-        """The order that the rates rise to, if they settle: the last one plus its last gain.
+        """The limit of the rates, if they settle: the last one plus its last gain.
 
-        The rate of an error C N^-p (1 + c / N) is p + c' / N: a doubling of N halves what it lacks.
+        The rate of an error C N^-p (1 + c / N) is p + c' / N: a doubling of N halves c' / N.
         """
         last = self.rates[-1]
         gain = last - self.rates[-2] if len(self.rates) > 1 else 0.0
@@ -82,7 +84,7 @@ class Order:
 
     @property
     def floor(self) -> float | None:
-        """The error at which it stops shrinking, if it does: it rises, or hardly falls at last."""
+        """The value at which the error stops shrinking, if it does: it rises, or hardly falls."""
         for index, rate in enumerate(self.rates):
             after = max(self.distances[index + 1 :])
             last = index == len(self.rates) - 1
@@ -101,45 +103,43 @@ class Order:
     def verdict(self) -> str:
         if self.fitted == math.inf:
             return "exact up to rounding at every number of steps"
-        said = f"order {self.fitted:.2f}, declared {self.declared:g}"
+        text = f"order {self.fitted:.2f}, declared {self.declared:g}"
         if self.floor is not None:
-            said = f"{said}: THE ERROR STOPS SHRINKING at {self.floor:.1e}"
+            text += f": THE ERROR STOPS SHRINKING at {self.floor:.1e}"
             if self.floor <= 3 * self.left:
-                said = f"{said}, as an Euler step from its last level leaves {self.left:.1e}"
+                text += f", as an Euler step from its last level leaves {self.left:.1e}"
         else:
-            said = f"{said}, the rates tend to {self.tends:.2f}"
-            said = said if self.holds else f"{said}: LOWER THAN DECLARED"
-        return f"{said}; {self.remark}" if self.remark else said
+            text += f", the rates tend to {self.tends:.2f}"
+            text += "" if self.holds else ": LOWER THAN DECLARED"
+        return f"{text}; {self.remark}" if self.remark else text
 
-    def __str__(self) -> str:
-        return table(f"order of {self.sampler}", "steps", self.sizes, self.distances, self.rates, [
-            *ending(
-                self.verdict,
-                "the order on grids of another shape, where a multistep formula may be wrong and "
-                "still pass (local_order); nor that each step is the published one",
-            ),
-        ])  # fmt: skip
-
-    __repr__ = __str__
+    def page(self) -> Page:
+        return Page(
+            f"order of {self.sampler}",
+            "the order on grids of another shape, where a multistep formula may be wrong and still "
+            "pass (local_order); nor that each step is the published one",
+            errors_table(self.sizes, self.distances),
+        )
 
 
+@arguments
 def order(
     sampler: Family,
-    data: Model,
-    process: Process | None = None,
+    data: AModel,
+    process: AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256),
     declared: float | None = None,
 ) -> Order:
-    """The order at which a sampler's law nears the data's, each number of steps on its own grid.
+    """Fit the order at which a sampler's law approaches the data's, on the sampler's own grids.
 
     Args:
         sampler: a Sampler; or a function of the number of steps that makes one, as for an adapter:
             `partial(verify.Diffusers, scheduler)`.
-        data: exact.Gaussian, or another affine model that knows its mean and covariance.
-        process: on which process, if not on the model's own.
+        data: exact.Gaussian, or another affine model with mean, covariance, marginal.
+        process: the process to use, if not the model's own.
         sizes: two or more numbers of steps.
-        declared: the order it should have; by default what it says of itself.
+        declared: the expected order; by default the sampler's own claim.
     """
     sizes = checked_sizes(sizes, 2)
     some, laws = ladder(sampler, data, process, sizes)
@@ -150,35 +150,27 @@ def fitted(
     some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law],
     declared: float | None = None,
 ) -> Order:  # fmt: skip
-    """`order` from laws that are there."""
+    """`order` from laws already computed."""
     claimed = validate.number("declared", some.claims.order if declared is None else declared, 0)
-    distances = tuple(each.departure for each in laws)
-    return Order(
-        of_family(some),
-        claimed,
-        sizes,
-        distances,
-        rounding(data, some),
-        laws[-1].left,
-        laws[-1].remark,
-    )
+    name, last, distances = of_family(some), laws[-1], tuple(each.departure for each in laws)
+    return Order(name, claimed, sizes, distances, rounding(data, some), last.left, last.remark)
 
 
 @dataclass(frozen=True, repr=False)
-class LocalOrder:
-    """Errors over a short stretch of steps of fixed ratio, as it shrinks; print it.
+class LocalOrder(Report):
+    """Errors over a short stretch of steps of fixed ratio, as it shrinks.
 
     A method of order p makes an error of order p + 1 in a step, whatever the ratio of its steps. A
-    corrector that comes with the next call may mend what a step lacks: the whole stretch is then of
-    a higher order than its last step. A wrong step ratio in a formula of second order does just
-    that, unasked, and shows in single steps only.
+    corrector that comes with the next call may correct a step afterwards: the whole stretch is then
+    of a higher order than its last step. A wrong step ratio in a formula of second order has the
+    same effect, and shows in single steps only.
 
     Attributes:
         sampler: its name.
         declared: p of the whole stretch, and of one step.
         spans: largest step of each stretch, in u.
         whole: ratio of neighbouring steps -> the error of each stretch.
-        single: ratio -> what the last step alone adds to it; nan where no call shows it.
+        single: ratio -> the part of it that the last step adds; nan where no call shows it.
         rounding: distances below this are rounding.
     """
 
@@ -196,7 +188,7 @@ class LocalOrder:
 
     @property
     def of_one_step(self) -> dict[float, float]:
-        """p of the last step alone at each ratio where calls show it."""
+        """p of the last step alone at each ratio for which calls show it."""
         return {
             ratio: self._fit(values, self.rounding / 30)  # differences of two near states
             for ratio, values in self.single.items()
@@ -222,46 +214,44 @@ class LocalOrder:
 
     @property
     def verdict(self) -> str:
-        said = (
+        text = (
             f"local order {listed(self.fitted)} (declared {self.declared[0]:g}), of one step "
             f"{listed(self.of_one_step)} (declared {self.declared[1]:g})"
         )
-        return f"{said}: {self._missed}" if self._missed else said
+        return f"{text}: {self._missed}" if self._missed else text
 
-    def __str__(self) -> str:
-        rows = [
-            f"local order of {self.sampler}",
-        ]
-        width = 12 * len(self.whole)
-        ratios = "".join(f"{f'ratio {r:g}':>12}" for r in self.whole)
-        rows.append(f"  {'':>10}{'whole stretch':^{width}}{'last step':^{width}}".rstrip())
-        rows.append(f"  {'h':>10}{ratios}{ratios}")
-        for k, h in enumerate(self.spans):
-            values = [errors[k] for errors in (*self.whole.values(), *self.single.values())]
-            rows.append(f"  {h:10.3e}" + "".join(f"{value:12.2e}" for value in values))
-        left = "anything of the two ends of the path, nor the limit there"
-        return "\n".join([*rows, *ending(self.verdict, left)])
-
-    __repr__ = __str__
+    def page(self) -> Page:
+        errors = {f"whole {ratio:g}": values for ratio, values in self.whole.items()}
+        errors |= {f"last {ratio:g}": values for ratio, values in self.single.items()}
+        rows = zip(self.spans, *errors.values(), strict=True)
+        return Page(
+            f"local order of {self.sampler}: whole stretch and last step, by ratio of the steps",
+            "anything of the two ends of the path, nor the limit there",
+            Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows),
+        )
 
 
+@arguments
 def local_order(
-    sampler: Sampler | Callable[[Tensor], Sampler],
-    data: Model,
-    process: Process | None = None,
+    sampler: Annotated[
+        Sampler | Callable[[Tensor], Sampler],
+        OrMaker("a Sampler, or a function of times", "step", "grid"),
+    ],
+    data: AModel,
+    process: AProcess | None = None,
     *,
-    start: float = 0.6,
+    start: Annotated[float, Number(0, 1, strict=True)] = 0.6,
     spans: Sequence[float] = (0.04, 0.02, 0.01, 0.005, 0.0025, 0.00125),
     ratios: Sequence[float] = (2.0, 1.0, 0.5),
     declared: float | None = None,
     of_one_step: float | None = None,
 ) -> LocalOrder:
-    """The order of single steps, also of a multistep formula between steps of unequal size.
+    """Fit the order of single steps, also of a multistep formula between steps of unequal size.
 
     A stretch begins with tiny steps that double up to h, which gives a multistep formula a history
-    that is exact to its order, and goes on with a few whose ratio is the one asked for; the last is
-    tiny, since a corrector sets a step right at the next call. The error of the whole stretch is
-    that of a few steps of the size of h; that of the step before the tiny one is told apart.
+    that is exact to its order, and continues with a few steps of the given ratio; the last is tiny,
+    since a corrector corrects a step at the next call. The error of the whole stretch is that of a
+    few steps of size h; the error of the step before the tiny one is separated from it.
 
     Args:
         sampler: a Sampler; or a function that makes one from times, as for an adapter:
@@ -270,8 +260,8 @@ def local_order(
         start: u = sigma / (alpha + sigma) of the beginning, in (0, 1), inside the path.
         spans: the h, decreasing, in u.
         ratios: of each step to the one before it.
-        of_one_step: the order a single step should have; by default the sampler's own `step_order`,
-            which one has whose corrector comes with the next call, or `declared`.
+        of_one_step: the expected order of a single step; by default the sampler's own claim, lower
+            than `declared` for a corrector that comes with the next call.
     """
     for name, values in (("spans", spans), ("ratios", ratios)):
         for value in values:
@@ -310,12 +300,13 @@ def local_order(
 
 
 def added(law: Law, t: float, s: float) -> float:
-    """What the step from t to s adds; nan if there is no call at one of them."""
+    """The error that the step from t to s adds; nan if there is no call at one of them."""
     at = [[each for each in law.steps if abs(each.t - time) < 1e-9] for time in (t, s)]
     return at[1][-1].added(at[0][-1]) if all(at) else math.nan  # a second stage may come before
 
 
 def listed(orders: dict[float, float]) -> str:
+    """The orders as text."""
     if not orders:
         return "not seen"
     return ", ".join(f"{p:.2f}" for p in orders.values())
@@ -323,7 +314,6 @@ def listed(orders: dict[float, float]) -> str:
 
 def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
     """Times from u = start on: steps of u that double up to h, then three of the given ratio."""
-    validate.number("start", start, 0, 1, strict=True)
     growing = [h * 2.0**k for k in range(-24, 1)]
     after = [h * ratio**k for k in range(1, 4)] if ratio != 2 else []
     tiny = (after or growing)[-1] / 1024

@@ -1,4 +1,4 @@
-"""Outliers: the draws and steps of a law that their neighbours do not explain."""
+"""Outliers: draws and steps of a law that differ from their neighbours."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from typing import Any
 
 __all__ = ["odd_draws", "odd_steps", "unjudged"]
 
-STANDS_OUT = 4.0  # a step whose change is so many times that of its neighbours is named
+STANDS_OUT = 4.0  # times the change of its neighbours: a step is reported
 MISSING = -5.0  # log share of an outer draw against its neighbour
-SMOOTH = 32  # fewer steps than these are too coarse to tell
-UNLIKE = 1.35  # ratio of neighbouring steps from which on each may be of its own size
+SMOOTH = 32  # fewer steps are too coarse to judge
+UNLIKE = 1.35  # ratio of neighbouring steps from which they are not compared
 
 
 def odd_draws(draws: Sequence[Any], steps: Sequence[Any]) -> list[str]:
-    """Draws that add more or less noise, for their step, than those around them.
+    """Draws that add more or less noise, relative to their step, than their neighbours.
 
-    Between steps unlike in size the shares of an honest sampler differ too: there a draw is named
-    only if it is all but missing.
+    Between steps of unequal size the shares of a correct sampler differ too: there a draw is
+    reported only if it is nearly missing.
     """
     shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
     if any(math.isnan(share) for share in shares) or max(shares, default=0.0) < -20:
@@ -36,7 +36,7 @@ def odd_draws(draws: Sequence[Any], steps: Sequence[Any]) -> list[str]:
 
 
 def odd_steps(steps: Sequence[Any]) -> list[str]:
-    """Steps that move the law away from the data's by more than those around them."""
+    """Steps that move the law away from the data's by more than their neighbours."""
     if unjudged(steps):
         return []
     steps = at_levels(steps)
@@ -55,10 +55,10 @@ def odd_steps(steps: Sequence[Any]) -> list[str]:
 
 
 def unjudged(steps: Sequence[Any]) -> str:
-    """Why steps are not judged by their neighbours; empty where they are."""
+    """The reason why steps are not judged by their neighbours; empty if they are."""
     steps = at_levels(steps)
     if steps[0].exact is None:
-        return "no step is judged, since the model does not say what law its data have"
+        return "no step is judged, since the model has no law of its data"
     if len(steps) <= SMOOTH:
         return f"fewer than {SMOOTH} steps are not judged by their neighbours"
     if not even([step.log_snr for step in steps]):
@@ -67,24 +67,24 @@ def unjudged(steps: Sequence[Any]) -> str:
 
 
 def at_levels(steps: Sequence[Any]) -> list[Any]:
-    """The last state at each level: a second stage may have come before."""
+    """The last state at each level, after any earlier stage."""
     last = {step.t: step for step in steps}
     return list(last.values())
 
 
 def even(log_snr: Sequence[float]) -> bool:
-    """Whether neighbouring steps are alike in log-SNR, all but the three at either end."""
+    """True if neighbouring steps are of like size in log-SNR, all but three at either end."""
     steps = [b - a for a, b in pairwise(log_snr)][3:-3]
     return all(a > 0 and b > 0 and 1 / UNLIKE < b / a < UNLIKE for a, b in pairwise(steps))
 
 
 def spikes(values: Sequence[float], least: float) -> list[tuple[int, float]]:
-    """Where a sequence leaves what its neighbours say, and by how much.
+    """Indices at which a sequence leaves its neighbours, and by how much.
 
     Each value is compared with the median of the three to either side; it must be further from it
     than STANDS_OUT times all but one of them, and than `least`. The first and the last three are
-    not judged: a multistep scheme warms up there, and the finish at sigma = 0 is a step of its own.
-    Nor are fewer than SMOOTH, among which an honest step stands out.
+    not judged: a multistep scheme warms up there, and the finish at sigma = 0 is a different step.
+    Sequences shorter than SMOOTH are not judged: a correct step may stand out there.
     """
     found: list[tuple[int, float]] = []
     if len(values) < SMOOTH:

@@ -1,32 +1,31 @@
-"""Solvers that choose their own steps: not affine, so held to the exact map or the exact law."""
+"""Solvers that choose their own steps: not affine, compared with the exact map or law."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from sde_diffusion import validate
-from sde_diffusion.models.exact import Gaussian, GaussianMixture
-from sde_diffusion.processes import Process
+from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import sample
+from sde_diffusion.validate import Kind, arguments
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.gaussians import ending
-from sde_diffusion.verify.mixtures import begun, flow, none
+from sde_diffusion.verify.mixtures import AMixture, Samples, Seed, begun, flow, none
+from sde_diffusion.verify.probe import AProcess, ASampler
+from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Bias", "Tolerances", "bias", "tolerances"]
 
 ALLOWED = 10.0  # times the tolerance
-STRICT = 1e-5  # from this tolerance on
+STRICT = 1e-5  # for tolerances up to this
 ERRORS = 4.5  # standard errors
 
 
 @dataclass(frozen=True, repr=False)
-class Tolerances:
-    """The largest error of an ODE solver at each tolerance, against the exact map; print it.
+class Tolerances(Report):
+    """Largest errors of an ODE solver at each tolerance, against the exact map.
 
     Attributes:
         solver: its name.
@@ -44,7 +43,7 @@ class Tolerances:
 
     @property
     def holds(self) -> bool:
-        """Whether the error is at most 10 tolerances where these are at most 1e-5."""
+        """True if the error is at most 10 tolerances where these are at most 1e-5."""
         return all(r <= ALLOWED for r, tol in self._pairs if tol <= STRICT)
 
     @property
@@ -54,57 +53,53 @@ class Tolerances:
     @property
     def verdict(self) -> str:
         strict = [r for r, tol in self._pairs if tol <= STRICT] or self.ratios
-        said = f"error up to {max(strict):.2g} tolerances"
-        return said if self.holds else f"{said}: MORE THAN {ALLOWED:g}"
+        text = f"error up to {max(strict):.2g} tolerances"
+        return text if self.holds else f"{text}: MORE THAN {ALLOWED:g}"
 
-    def __str__(self) -> str:
-        rows = [f"tolerances of {self.solver}", f"  {'tolerance':>10}{'error':>12}{'ratio':>8}"]
-        for tol, error, ratio in zip(self.tolerances, self.errors, self.ratios, strict=True):
-            rows.append(f"  {tol:10.0e}{error:12.2e}{ratio:8.2f}")
-        return "\n".join(
-            [*rows, *ending(self.verdict, "the same for stiffer data, nor in float32")]
-        )
-
-    __repr__ = __str__
+    def page(self) -> Page:
+        rows = zip(self.tolerances, self.errors, self.ratios, strict=True)
+        table = Table({"tolerance": ".0e", "error": ".2e", "ratio": ".2f"}, rows)
+        left = "the same for stiffer data, nor in float32"
+        return Page(f"tolerances of {self.solver}", left, table)
 
 
+@arguments
 def tolerances(
-    solver: Any,
-    data: GaussianMixture,
-    process: Process | None = None,
+    solver: Annotated[Any, Kind("a solver with rtol and atol", "rtol", "atol", "step", "grid")],
+    data: AMixture,
+    process: AProcess | None = None,
     *,
     values: Sequence[float] = (1e-3, 1e-5, 1e-7),
-    samples: int = 64,
+    samples: Samples = 64,
 ) -> Tolerances:
-    """The error of an ODE solver that takes rtol and atol, at several of them.
+    """Measure the error of an ODE solver at several values of rtol = atol.
 
     Args:
         solver: a frozen dataclass with rtol and atol, such as TorchODE(); its own are replaced.
-        data: a Gaussian, whose flow is a closed form; or a mixture, whose flow is computed.
+        data: a Gaussian, with a flow in closed form; or a mixture, with a computed one.
         process: as in `law`.
         values: the tolerances.
-        samples: how many, from fixed starts.
+        samples: their number, from fixed starts.
     """
-    validate.kind("solver", solver, "a solver with rtol and atol", "rtol", "atol", "step")
-    found: list[float] = []
+    errors: list[float] = []
     if not values:
         raise ValueError("values must hold one or more tolerances; got none")
     for value in values:
         at = replace(solver, rtol=value, atol=value)
         model, x, (t, s) = begun(at, data, process, None, None, samples)
         exact = model.flow(x, t, s) if hasattr(model, "flow") else flow(model, x, t, s)
-        found.append(float((sample(model, at, x, noise=none) - exact).abs().max()))
-    return Tolerances(probe.one_line(solver), tuple(values), tuple(found))
+        errors.append(float((sample(model, at, x, noise=none) - exact).abs().max()))
+    return Tolerances(probe.one_line(solver), tuple(values), tuple(errors))
 
 
 @dataclass(frozen=True, repr=False)
-class Bias:
-    """Mean and variance of samples against the exact law of the reverse SDE; print it.
+class Bias(Report):
+    """Mean and variance of samples against the exact law of the reverse SDE.
 
     Attributes:
         sampler: its name.
-        samples: how many were drawn.
-        mean, variance: found, expected and standard error of each, (d, 3).
+        samples: their number.
+        mean, variance: measured, expected and standard error of each, (d, 3).
     """
 
     sampler: str
@@ -114,7 +109,7 @@ class Bias:
 
     @property
     def scores(self) -> torch.Tensor:
-        """(found - expected) / standard error, of all means and then of all variances."""
+        """(measured - expected) / standard error, of all means and then of all variances."""
         both = torch.cat([self.mean, self.variance])
         return (both[:, 0] - both[:, 1]) / both[:, 2]
 
@@ -125,32 +120,28 @@ class Bias:
     @property
     def verdict(self) -> str:
         worst = float(self.scores.abs().max())
-        said = f"mean and variance within {worst:.1f} standard errors"
-        return said if self.holds else f"{said}: BIASED (4.5 are allowed)"
+        text = f"mean and variance within {worst:.1f} standard errors"
+        return text if self.holds else f"{text}: BIASED ({ERRORS:g} are allowed)"
 
-    def __str__(self) -> str:
-        rows = [f"bias of {self.sampler}: {self.samples} samples"]
-        rows.append(f"  {'':>10}{'found':>12}{'exact':>12}{'std error':>12}")
-        for name, values in (("mean", self.mean), ("variance", self.variance)):
-            for found, exact, error in values.tolist():
-                rows.append(f"  {name:>10}{found:12.6f}{exact:12.6f}{error:12.1e}")
-        return "\n".join(
-            [*rows, *ending(self.verdict, "that a bias below the standard error is 0")]
-        )
-
-    __repr__ = __str__
+    def page(self) -> Page:
+        rows = [("mean", *row) for row in self.mean.tolist()]
+        rows += [("variance", *row) for row in self.variance.tolist()]
+        table = Table({"": "", "measured": ".6f", "exact": ".6f", "std error": ".1e"}, rows)
+        left = "that a bias below the standard error is 0"
+        return Page(f"bias of {self.sampler}: {self.samples} samples", left, table)
 
 
+@arguments
 def bias(
-    sampler: Sampler,
-    data: Gaussian,
-    process: Process | None = None,
+    sampler: ASampler,
+    data: Annotated[Gaussian, Kind("an exact.Gaussian", "mean", "covariance", "reverse_sde")],
+    process: AProcess | None = None,
     *,
     steps: int | None = None,
-    samples: int = 4000,
-    seed: int = 0,
+    samples: Samples = 4000,
+    seed: Seed = 0,
 ) -> Bias:
-    """The bias of an SDE solver whose noise cannot be injected, by Monte Carlo.
+    """Measure the bias of an SDE solver whose noise cannot be injected, by Monte Carlo.
 
     Args:
         sampler: any; its noise comes from a generator.
@@ -158,7 +149,6 @@ def bias(
         process, steps: as in `law`.
         samples, seed: of the starts and the noise.
     """
-    validate.kind("data", data, "an exact.Gaussian", "mean", "covariance", "reverse_sde")
     model, x, (t, _) = begun(sampler, data, process, None, steps, samples, seed)
     mean, covariance = model.reverse_sde(t)
     variance = covariance.diagonal()

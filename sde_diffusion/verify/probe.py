@@ -1,14 +1,15 @@
-r"""The probe: runs a sampler's real code on chosen inputs, and writes down all that it does.
+r"""The probe: run a sampler's real code on chosen inputs, and record its calls and draws.
 
-A run is given a start, something in each noise draw and something on top of each of the network's
-answers. For a model that is affine in x, every linear scheme is affine in all of these together,
-and they are handed out here: by a noise source and by a model that stands in front of the true one.
+The inputs of a run are its start, each noise draw, and an addition to each network output. For a
+model that is affine in x, every linear scheme is affine in all of these together. A noise source
+and a wrapper of the model supply them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +22,17 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.sampling import trajectory
+from sde_diffusion.validate import Kind
 
 __all__ = [
-    "Asked",
+    "AModel",
+    "AProcess",
+    "ASampler",
     "Basis",
+    "Call",
     "Inputs",
     "NotAffine",
+    "OrMaker",
     "Probe",
     "Trial",
     "check_affine",
@@ -34,32 +40,48 @@ __all__ = [
     "sizes",
 ]
 
+T = TypeVar("T")
+
 C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine
 LARGE = 100.0  # size of the second trial input; thresholds of the field lie well below
 
+# Arguments of the checks, with their rules.
+ASampler = Annotated[Sampler, Kind("a Sampler", "claims", "grid", "step")]
+AModel = Annotated[Model, Kind("a Model, such as exact.Gaussian", "process", "__call__")]
+AProcess = Annotated[Process, Kind("a Process", "log_alpha", "variance")]
+
+
+class OrMaker(Kind):
+    """An object of a kind, or a function that makes one."""
+
+    def __call__(self, name: str, value: T) -> T:
+        attributes = self.attributes if hasattr(value, self.attributes[0]) else ("__call__",)
+        return validate.kind(name, value, self.what, *attributes)
+
 
 class NotAffine(ValueError):
-    """The sampler has no Gaussian law: it clips, couples samples or draws elsewhere."""
+    """The sampler has no Gaussian law: it clips, couples samples or draws noise of its own."""
 
 
-class Inputs(Protocol):
-    """What the rows of a batch are given, each (rows, d)."""
+class Inputs(ABC):
+    """The inputs of a run by row of the batch, each (rows, d)."""
 
     @property
+    @abstractmethod
     def rows(self) -> int: ...
 
-    def start(self, d: int) -> Tensor: ...
+    @abstractmethod
+    def draw(self, index: int, d: int) -> Tensor:
+        """Noise of draw 0, 1, ...; the start for -1."""
 
-    def draw(self, index: int, d: int) -> Tensor: ...
-
-    def answer(self, index: int, d: int) -> Tensor | None:
-        """What is added to the network's answer; None for nothing."""
-        ...
+    def shift(self, index: int, d: int) -> Tensor | None:
+        """An addition to the x0 of a network call; None for nothing."""
+        return None
 
 
 @dataclass(frozen=True)
 class Basis(Inputs):
-    """Row 0: nothing. Then d rows with a unit start, and d with a unit impulse for each draw."""
+    """Row 0: zeros. Then d rows with a unit start, and d with a unit impulse for each draw."""
 
     d: int
     draws: int
@@ -68,29 +90,22 @@ class Basis(Inputs):
     def rows(self) -> int:
         return 1 + self.d + self.d * self.draws
 
-    def start(self, d: int) -> Tensor:
-        return self._impulse(1)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._impulse(1 + self.d + index * self.d)
-
-    def answer(self, index: int, d: int) -> None:
-        return None
-
-    def _impulse(self, first: int) -> Tensor:
-        made = torch.zeros(self.rows, self.d, dtype=torch.float64)
-        made[first : first + self.d] = torch.eye(self.d, dtype=torch.float64)
+        first = 1 + d + index * d
+        made = torch.zeros(self.rows, d, dtype=torch.float64)
+        made[first : first + d] = torch.eye(d, dtype=torch.float64)
         return made
 
 
 @dataclass(frozen=True)
 class Trial(Inputs):
-    """Rows that are given nothing; some A; some B, a hundred times larger; A + B; C A + D B.
+    """Rows with inputs of 0; A; B, a hundred times larger; A + B; C A + D B.
 
-    A and B are fixed numbers in the start, each draw and each answer, normal ones kept from 0.
+    A and B are fixed numbers in the start, each draw and each network output: normal, bounded away
+    from 0.
 
     Args:
-        parts: which of the five rows, and in what order.
+        parts: indices of the rows, in order.
     """
 
     parts: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -99,13 +114,10 @@ class Trial(Inputs):
     def rows(self) -> int:
         return len(self.parts)
 
-    def start(self, d: int) -> Tensor:
-        return self._numbers(0, 0, d)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._numbers(1, index, d)
+        return self._numbers(0, 0, d) if index < 0 else self._numbers(1, index, d)
 
-    def answer(self, index: int, d: int) -> Tensor:
+    def shift(self, index: int, d: int) -> Tensor:
         return self._numbers(2, index, d)
 
     def _numbers(self, kind: int, index: int, d: int) -> Tensor:
@@ -115,12 +127,12 @@ class Trial(Inputs):
         return torch.stack([a * 0, a, b, a + b, C * a + D * b])[list(self.parts)]
 
 
-class Asked(NamedTuple):
-    """One network call: where, and about what.
+class Call(NamedTuple):
+    """One network call.
 
     Attributes:
         level: its level.
-        x: the batch it was asked about, (rows, d).
+        x: its batch, (rows, d).
     """
 
     level: Level[float]
@@ -129,16 +141,16 @@ class Asked(NamedTuple):
 
 @dataclass
 class Probe:
-    """A model and a noise source in one, that hands out `inputs` and keeps what it was asked.
+    """A model and a noise source in one, that supplies `inputs` and records the calls.
 
     Attributes:
-        asked: the calls.
-        draws: for each noise draw, the number of calls made before it.
+        calls: the network calls.
+        draws: for each noise draw, the number of calls before it.
     """
 
     model: Model
     inputs: Inputs
-    asked: list[Asked] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
 
     @property
@@ -146,46 +158,44 @@ class Probe:
         return self.model.process
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        """The model's answer, its x0 and eps moved along x = alpha x0 + sigma eps."""
+        """The model's prediction, its x0 and eps moved along x = alpha x0 + sigma eps."""
         if len(x) != self.inputs.rows:
             raise NotAffine("a sampler that splits its batch has steps of its own: no affine map")
-        index = len(self.asked)
-        self.asked.append(Asked(level, coordinates(x).clone()))
+        index = len(self.calls)
+        self.calls.append(Call(level, coordinates(x).clone()))
         prediction = self.model(x, level)
-        more = self.inputs.answer(index, x.shape[1:].numel())
-        if more is None:
-            return prediction
-        if level.sigma == 0:
+        more = self.inputs.shift(index, x.shape[1:].numel())
+        if more is None or level.sigma == 0:
             return prediction
         more = more.reshape(x.shape).to(x)
         return truth(prediction.x0 + more, prediction.eps - level.alpha / level.sigma * more, level)
 
     def noise(self, t: float, s: float, like: Tensor) -> Tensor:
         if like.numel() and len(like) != self.inputs.rows:
-            raise NotAffine(f"it drew noise for {len(like)} rows of a batch of {self.inputs.rows}")
+            raise NotAffine(f"it draws noise for {len(like)} rows of a batch of {self.inputs.rows}")
         made = self.inputs.draw(len(self.draws), like.shape[1:].numel())
-        self.draws.append(len(self.asked))
+        self.draws.append(len(self.calls))
         return made.reshape(like.shape).to(like)
 
 
 class Run(NamedTuple):
-    """What one run showed.
+    """The record of one run.
 
     Attributes:
-        asked: its calls.
+        calls: its network calls.
         draws: the number of calls before each draw.
         end: (rows, d).
-        remark: what an adapter noticed on the way.
+        remark: a warning of an adapter.
     """
 
-    asked: list[Asked]
+    calls: list[Call]
     draws: list[int]
     end: Tensor
     remark: str
 
 
 def sizes(data: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of one sample; an exact model knows its own, and one coordinate will do else."""
+    """The shape of one sample; by default that of an exact model, or else one coordinate."""
     own = getattr(data, "shape", ()) if shape is None else validate.shape("shape", shape)
     return tuple(own) or (1,)
 
@@ -200,19 +210,20 @@ def run(
 ) -> Run:
     """One run of the sampler on these inputs."""
     probe = Probe(data, inputs)
-    x = inputs.start(prod(shape)).reshape(inputs.rows, *shape)
+    start = inputs.draw(-1, prod(shape)).reshape(inputs.rows, *shape)
+    x = start.clone()
     path = trajectory(probe, sampler, x, steps=steps, times=times, noise=probe.noise)
     try:
         *_, last = path
     except NotAffine as refusal:
         known = str(refusal).startswith(str(sampler))
         raise refusal if known else NotAffine(f"{sampler}: {refusal}") from None
-    if not torch.equal(x, inputs.start(prod(shape)).reshape(x.shape)):
+    if not torch.equal(x, start):
         raise NotAffine(f"{sampler} changes the batch that it is given")
-    if not probe.asked:
-        raise NotAffine(f"{sampler} never asked the network")
+    if not probe.calls:
+        raise NotAffine(f"{sampler} never calls the network")
     remark = getattr(last.memory, "remark", "")
-    return Run(probe.asked, probe.draws, coordinates(last.x), remark)
+    return Run(probe.calls, probe.draws, coordinates(last.x), remark)
 
 
 def check_affine(
@@ -222,19 +233,17 @@ def check_affine(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
 ) -> None:
-    """Refuse a sampler that is not an affine map of each row for itself.
+    """Refuse a sampler that is not an affine map of each row by itself.
 
     Raises:
-        NotAffine: naming the sampler and where it shows: if two runs on the same inputs differ, a
-            row depends on its batch mates, or the map from start, draws and answers to the state
-            at any call or to the end is not affine.
+        NotAffine: naming the sampler and the first state that shows it: if two runs on the same
+            inputs differ, a row depends on its batch mates, or the map from start, draws and
+            network outputs to the state at any call or to the end is not affine.
     """
-    validate.kind("sampler", sampler, "a Sampler", "claims", "grid", "step")
-    validate.kind("data", data, "a Model, such as exact.Gaussian", "process", "__call__")
     if sampler.claims.order is None:
         raise NotAffine(
-            f"{sampler} chooses its own steps, so its map is not affine: verify.tolerances tells "
-            f"the error of an ODE solver, verify.bias that of an SDE solver"
+            f"{sampler} chooses its own steps, so its map is not affine; use verify.tolerances "
+            f"for an ODE solver, verify.bias for an SDE solver"
         )
     tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
 
@@ -277,7 +286,7 @@ def check_affine(
 
 
 def states(made: Run) -> list[Tensor]:
-    return [*(asked.x for asked in made.asked), made.end]
+    return [*(call.x for call in made.calls), made.end]
 
 
 def differs(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> int | None:
@@ -292,9 +301,9 @@ def differs(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> int |
 
 
 def place(made: Run, index: int) -> str:
-    if index >= len(made.asked):
+    if index >= len(made.calls):
         return "in the samples it ends with"
-    return f"in call {index + 1} of {len(made.asked)}, at t={made.asked[index].level.t:.4g}"
+    return f"in call {index + 1} of {len(made.calls)}, at t={made.calls[index].level.t:.4g}"
 
 
 def one_line(sampler: Any) -> str:

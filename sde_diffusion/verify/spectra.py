@@ -1,9 +1,9 @@
 r"""The exact law of a sampler's output along the eigenvectors of a Gaussian's covariance.
 
-A sampler whose coefficients are the same for all coordinates, as are those of all of ours, carries
-each eigenvector of the data's covariance for itself. So the law of d coordinates, for which `law`
-needs 1 + d + d draws rows, is known from 2 + draws: nothing; a unit start along all eigenvectors at
-once; a unit impulse along all of them in each draw.
+A sampler with the same coefficients for all coordinates treats each eigenvector of the data's
+covariance separately. The law of d coordinates, for which `law` needs 1 + d + d draws rows, then
+follows from 2 + draws: zero; a unit start along all eigenvectors at once; a unit impulse along all
+of them in each draw.
 """
 
 import math
@@ -30,11 +30,11 @@ __all__ = ["Along", "along", "band", "centred", "check_along", "on_process", "sp
 
 @dataclass(frozen=True, eq=False)
 class Impulses(Inputs):
-    """Row 0: nothing. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
+    """Row 0: zeros. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
 
     Args:
         along: (d,), the sum of the eigenvectors.
-        draws: how many of them have a row.
+        draws: number of draws with a row.
     """
 
     along: Tensor
@@ -44,24 +44,15 @@ class Impulses(Inputs):
     def rows(self) -> int:
         return 2 + self.draws
 
-    def start(self, d: int) -> Tensor:
-        return self._impulse(1)
-
     def draw(self, index: int, d: int) -> Tensor:
-        return self._impulse(2 + index)
-
-    def answer(self, index: int, d: int) -> None:
-        return None
-
-    def _impulse(self, row: int) -> Tensor:
-        made = torch.zeros(self.rows, len(self.along), dtype=torch.float64)
-        made[row : row + 1] = self.along
+        made = torch.zeros(self.rows, d, dtype=torch.float64)
+        made[2 + index : 3 + index] = self.along
         return made
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed(Inputs):
-    """One row: other numbers along each eigenvector, in the start and in each draw.
+    """One row: different numbers along each eigenvector, in the start and in each draw.
 
     Args:
         axes: (d, d), the eigenvectors in columns; None for the coordinates.
@@ -73,14 +64,9 @@ class Mixed(Inputs):
     def rows(self) -> int:
         return 1
 
-    def start(self, d: int) -> Tensor:
-        return in_coordinates(self.amounts(0, d), self.axes)[None]
-
     def draw(self, index: int, d: int) -> Tensor:
-        return in_coordinates(self.amounts(1 + index, d), self.axes)[None]
-
-    def answer(self, index: int, d: int) -> None:
-        return None
+        amounts = self.amounts(1 + index, d)
+        return (amounts if self.axes is None else self.axes @ amounts)[None]
 
     def amounts(self, index: int, d: int) -> Tensor:
         return torch.from_numpy(stream(1, Purpose.PATH, step=index).standard_normal(d))
@@ -88,12 +74,12 @@ class Mixed(Inputs):
 
 @dataclass
 class CountingProbe(Probe):
-    """A probe that keeps no batch: of d coordinates and many draws they would be too many."""
+    """A probe that keeps no batch, to save memory."""
 
-    calls: int = 0
+    number: int = 0
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        self.calls += 1
+        self.number += 1
         return self.model(x, level)
 
 
@@ -112,8 +98,8 @@ class Along:
         data: mean and variance of the data's exact law at the last time.
         prior_std: of the prior.
         way: (n, d), after each step of a run that starts from the data's exact law at the first
-            time: the W2 that it would end with if the exact flow took over from there, or, where
-            noise is drawn, the exact reverse SDE. Its sign is that of std - exact std.
+            time: the final W2 if the exact flow continued from there, or, where noise is drawn, the
+            exact reverse SDE. Its sign is that of std - exact std.
     """
 
     times: Tensor
@@ -129,14 +115,14 @@ class Along:
     def errors(self) -> Tensor:
         r"""W2 to the data along each eigenvector, of a run that starts from the prior.
 
-        Of two normals W2^2 = (m - m')^2 + (s - s')^2.
+        W2^2 = (m - m')^2 + (s - s')^2
         """
         variance = self.prior_std**2 * self.start.square() + self.noises.square().sum(0)
         return torch.hypot(self.offset - self.data[0], variance.sqrt() - self.data[1].sqrt())
 
     @property
     def departures(self) -> Tensor:
-        """The same of a run that starts from the data's exact law at the first time."""
+        """`errors` of a run that starts from the data's exact law at the first time."""
         return self.way[-1].abs()
 
 
@@ -147,21 +133,21 @@ def along(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
 ) -> Along:
-    """The exact law along each eigenvector, from one run and one more if noise is drawn.
+    """Compute the exact law along each eigenvector, in one run, or two where noise is drawn.
 
-    Not checked to be that: see `check_along`.
+    The sampler is not checked: see `check_along`.
     """
-    mean, variances, axes = spectrum(data)
+    mean, _, axes = spectrum(data)
     direction = torch.ones_like(mean) if axes is None else axes.sum(1)
     shape = probe.sizes(data, None)
     grid = path_of(data, sampler, steps, None, times)
     levels = data.process.levels(grid)
-    exact = [marginal_along(mean, variances, level) for level in levels]
+    exact = [spectrum(data.marginal(level))[:2] for level in levels]
     last, (_, target) = levels[-1], exact[-1]
 
     def run(draws: int) -> tuple[CountingProbe, list[Tensor], Tensor]:
         made, way = CountingProbe(data, Impulses(direction, draws)), []
-        start = end = made.inputs.start(len(mean)).reshape(2 + draws, *shape)
+        start = end = made.inputs.draw(-1, len(mean)).reshape(2 + draws, *shape)
         path = trajectory(made, sampler, start, times=grid, noise=made.noise)
         for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
             end = coordinates(state.x) if axes is None else coordinates(state.x) @ axes
@@ -178,13 +164,13 @@ def along(
         needed = (2 + len(made.draws)) * len(mean)
         if needed > MOST:
             raise ValueError(
-                f"the law along {len(mean)} eigenvectors with {len(made.draws)} draws takes "
-                f"{needed:.1e} numbers: take fewer steps or coordinates"
+                f"the law along {len(mean)} eigenvectors with {len(made.draws)} draws has "
+                f"{needed:.1e} numbers, more than {MOST:.0e}; use fewer steps or coordinates"
             )
         made, way, end = run(len(made.draws))
     gains = end[1:] - end[0]
     return Along(
-        grid, made.calls, end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
+        grid, made.number, end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
         torch.stack(way),
     )  # fmt: skip
 
@@ -195,11 +181,11 @@ def check_along(
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
 ) -> Along:
-    """`along`, of a sampler that has shown in trial runs that this is its law.
+    """`along`, with trial runs that check the sampler.
 
     Raises:
-        NotAffine: naming the sampler, if it is no affine map of each row (see `probe.check`) and of
-            each eigenvector for itself.
+        NotAffine: naming the sampler, if it is no affine map of each row (see `probe.check_affine`)
+            or mixes eigenvectors.
     """
     shape, axes = probe.sizes(data, None), spectrum(data)[2]
     probe.check_affine(sampler, data, shape, steps, times)
@@ -214,16 +200,16 @@ def check_along(
     tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
     if not bool(((made - expected).abs() <= tolerance * scale).all()):
         raise NotAffine(
-            f"{sampler} does not carry each eigenvector of the covariance for itself: it mixes "
-            f"coordinates, as a frame with other axes does; verify.law has no need of that"
+            f"{sampler} does not treat each eigenvector of the covariance by itself: it mixes "
+            f"coordinates, as a frame with other axes does; use verify.law"
         )
     return found
 
 
 def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | None) -> Gaussian:
-    """Gaussian data, or N(0, S) for a covariance S, on the process asked for or the sampler's.
+    """Gaussian data, or N(0, S) for a covariance S, on `process` or else the sampler's own.
 
-    A covariance alone is put on VP.
+    A covariance alone is on VP.
 
     Args:
         data: exact.Gaussian; or S, (d, d), or its eigenvalues (d,).
@@ -239,31 +225,20 @@ def centred(covariance: Tensor, process: Process) -> Gaussian:
     S = covariance.double()
     if S.ndim not in (1, 2) or not S.numel() or (S.ndim == 2 and S.shape[0] != S.shape[1]):
         raise ValueError(
-            f"a covariance is (d, d), or (d,) for its eigenvalues; got shape {tuple(S.shape)}"
+            f"a covariance must be (d, d), or (d,) for its eigenvalues; got shape {tuple(S.shape)}"
         )
-    validate.kind("process", process, "a Process", "log_alpha", "variance")
     return Gaussian(process, torch.zeros(len(S), dtype=torch.float64), S)
 
 
 def band(low: float, high: float) -> Tensor:
-    """Variances from low to high, evenly spaced in their logarithm, at most a factor 2^(1/4)."""
+    """Variances from low to high, evenly spaced in their logarithm by at most a factor 2^(1/4)."""
     intervals = math.ceil(4 * math.log2(high / low))
     return torch.logspace(math.log10(low), math.log10(high), intervals + 1, dtype=torch.float64)
 
 
 def spectrum(data: Gaussian) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mean and variances along the axes, (d,) each, and these, (d, d), or None: coordinates."""
+    """Mean and variances along the axes, (d,) each, and the axes, (d, d), None for coordinates."""
     variances = data.variances[0].expand(len(data.mean))
     if data.axes is None:
         return data.mean, variances, None
     return data.mean @ data.axes[0], variances, data.axes[0]
-
-
-def in_coordinates(amounts: Tensor, axes: Tensor | None) -> Tensor:
-    """(d,) along the eigenvectors, as coordinates."""
-    return amounts if axes is None else axes @ amounts
-
-
-def marginal_along(mean: Tensor, variances: Tensor, level: Level[float]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of x_t along the eigenvectors."""
-    return level.alpha * mean, level.alpha**2 * variances + level.sigma**2

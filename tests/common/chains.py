@@ -1,4 +1,4 @@
-"""Chains and models of them, and Bayes' theorem for their kernels: what the tests of DDPM share."""
+"""Chains, models of them, and Bayes' theorem for their kernels, for the tests of DDPM."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("kind", ["beta", "posterior"])
 
 
 class Network(torch.nn.Module):
-    """What an MLP answers and, if asked for, as many channels again of `extra`."""
+    """An MLP and, if given, as many channels again of `extra`."""
 
     def __init__(self, extra=None):
         super().__init__()
@@ -58,7 +58,7 @@ def bayes(chain, i, x0, x):
     return mean, v * beta / total
 
 
-def answer(model, i, x):
+def output_of(model, i, x):
     """The network's output for x at index i, in whatever parameterization."""
     c = (torch.as_tensor(i).double() / model.num_steps).expand(len(x))
     return model.model.network.mlp(x, c)

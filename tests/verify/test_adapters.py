@@ -86,7 +86,7 @@ def test_noise_drawn_before_the_call_of_its_step_is_the_steps_all_the_same():
     assert f"{N - 1} draws" in str(law)
 
 
-def test_a_function_starts_and_ends_where_it_says():
+def test_a_function_starts_and_ends_at_its_times():
     """One exact step of DDIM between two times; the law is that of Ancestral on these two times."""
     level = {t: CHAIN.levels(torch.tensor([t], dtype=torch.float64))[0] for t in (0.75, 0.25)}
     t, s = level.values()
@@ -181,11 +181,11 @@ def test_a_draw_in_float32_is_the_injected_noise_rounded():
     assert torch.equal(made, NOISE.float().double())
 
 
-def test_each_draw_is_told_the_time_of_the_last_call():
-    heard = []
+def test_each_draw_gets_the_time_of_the_last_call():
+    intervals = []
 
     def noise(t, s, like):
-        heard.append((t, s))
+        intervals.append((t, s))
         return torch.zeros_like(like)
 
     def function(eps, x):
@@ -196,7 +196,7 @@ def test_each_draw_is_told_the_time_of_the_last_call():
         return x + torch.randn_like(x)
 
     sd.sample(DATA, verify.Function(function), normal(4, 1), noise=noise)
-    assert [t for t, _ in heard] == pytest.approx([1.0, 0.5, 0.25])
+    assert [t for t, _ in intervals] == pytest.approx([1.0, 0.5, 0.25])
 
 
 def test_the_global_generators_are_where_they_were_and_injection_ends_with_the_run():

@@ -193,13 +193,13 @@ def test_a_chain_has_its_own_size_and_the_report_can_be_printed():
     report = sd.verify.agreement(sd.VP(), sd.Discrete.linear(100, 1e-3, 0.2))
     assert report.sizes == (100,)
     assert set(report.rates.values()) == {None}
-    header, row, rates = str(report).splitlines()
+    _, header, row, *closing = str(report).splitlines()
     assert header.split() == ["N", "marginals", "transitions", "losses", "laws"]
     assert row.split()[0] == "100"
     assert [float(cell) for cell in row.split()[1:]] == pytest.approx(
         [report.marginals[0], report.transitions[0], report.losses[0], report.laws[0]], rel=5e-3
     )
-    assert rates.split() == ["rate", "-", "-", "-", "-"]
+    assert "marginals -, transitions -, losses -, laws -" in " ".join(closing)
 
 
 def test_the_chain_of_cosine_is_its_table_but_for_the_published_clip():

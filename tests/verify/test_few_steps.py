@@ -118,7 +118,7 @@ def test_one_step_less_misses_and_every_larger_number_tried_meets(name):
 
 
 def test_a_smaller_tolerance_takes_more_steps():
-    """Ancestral's W2 falls with every step tried, so the answers are ordered as the tolerances."""
+    """Ancestral's W2 falls with every step tried, so the results are ordered as the tolerances."""
     found = [verify.steps_for(tol, EIGENVALUES, sd.Ancestral(), VP) for tol in (1, 0.5, 0.25)]
     assert found[0].steps < found[1].steps < found[2].steps
     for each in found:
@@ -141,7 +141,7 @@ class Uneven:
 
 
 def test_a_number_that_meets_by_luck_is_not_taken():
-    """Doubling meets at 8 and misses at 16: the answer lies above 16."""
+    """Doubling meets at 8 and misses at 16: the result lies above 16."""
     good = verify.steps_for(1.0, EIGENVALUES, Uneven(()), VP)
     assert 4 < good.steps <= 8
     found = verify.steps_for(1.0, EIGENVALUES, Uneven((16,)), VP)
@@ -149,7 +149,7 @@ def test_a_number_that_meets_by_luck_is_not_taken():
     assert found.tried[8] <= 1.0 < found.tried[16]
 
 
-def test_what_is_not_reached_is_said_and_the_prior_named():
+def test_what_is_not_reached_is_reported_and_the_prior_named():
     found = verify.steps_for(1e-4, PLANE, sd.Adams(3), most=64)
     assert not found.holds
     assert found.steps == 64
@@ -166,16 +166,16 @@ def test_a_chain_is_tried_up_to_its_own_length():
     assert not found.holds
 
 
-def test_a_family_of_samplers_is_told_each_number():
+def test_a_family_of_samplers_gets_each_number():
     found = verify.steps_for(0.03, EIGENVALUES, sd.Adams.auto, VP)
     assert torch.equal(found.times, sd.Adams.auto(found.steps).grid(VP, found.steps))
     assert str(sd.Adams.auto(found.steps)) in str(found).replace("\n", " ")
 
 
-def test_the_report_says_its_unit_and_what_it_does_not_prove():
-    said = str(verify.steps_for(0.1, EIGENVALUES, sd.Heun(), VP))
+def test_the_report_states_its_unit_and_what_it_does_not_prove():
+    text = str(verify.steps_for(0.1, EIGENVALUES, sd.Heun(), VP))
     for phrase in ("for W2 0.1, d = 24", "per coordinate", "verdict: ", "does not prove: ", "<-"):
-        assert phrase in said
+        assert phrase in text
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -230,7 +230,7 @@ def test_what_has_no_law_along_eigenvectors_is_refused_by_name(sampler):
 
 def test_a_frame_with_other_axes_is_refused_and_one_of_the_data_leaves_the_prior_alone():
     other = frames.GaussianFrame.of(PLANE.mean, torch.diag(torch.tensor([1.0, 2.0, 3.0])))
-    with pytest.raises(verify.NotAffine, match="for itself"):
+    with pytest.raises(verify.NotAffine, match="by itself"):
         verify.steps_for(0.1, PLANE, sd.Adams(3, frame=other))
     own = frames.GaussianFrame.of(PLANE.mean, COVARIANCE)
     found = verify.steps_for(0.1, PLANE, sd.Adams(3, frame=own))
@@ -254,9 +254,9 @@ def test_a_frame_with_other_axes_is_refused_and_one_of_the_data_leaves_the_prior
     ({"narrowest": 2.5}, ValueError, "narrowest"),
 ])  # fmt: skip
 def test_steps_for_refuses_what_makes_no_sense(change, error, match):
-    asked = {"tol": 0.1, "data": EIGENVALUES, "sampler": sd.Heun(), "process": VP} | change
+    arguments = {"tol": 0.1, "data": EIGENVALUES, "sampler": sd.Heun(), "process": VP} | change
     with pytest.raises(error, match=match):
-        verify.steps_for(**asked)
+        verify.steps_for(**arguments)
 
 
 # ---- on mixtures, at a seed of which nothing was measured -------------------------------------

@@ -180,7 +180,7 @@ def test_a_scheduler_is_not_changed_by_being_certified(diffusers):
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_what_the_network_puts_out_does_not_change_the_law(diffusers, kind):
-    """The three say the same of x; DDIM converts them back, in float32."""
+    """The three give the same x; DDIM converts them back, in float32."""
     laws = [
         verify.law(
             verify.Diffusers(diffusers.DDIMScheduler(clip_sample=False, prediction_type=k), 20),

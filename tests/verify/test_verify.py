@@ -275,7 +275,7 @@ def test_there_is_one_gain_per_noise_draw_and_none_in_ancestrals_last_step_or_a_
 
 
 @pytest.mark.parametrize("variance", [0.25, 1e-4])
-def test_an_exact_flow_finished_by_eulers_step_misses_the_data_by_what_left_says(variance):
+def test_an_exact_flow_finished_by_eulers_step_misses_the_data_by_left(variance):
     """The exact map down to sigma / alpha = 0.002 and Euler's step from there."""
     data = sd.exact.Gaussian(sd.EDM(), torch.tensor([MEAN], dtype=torch.float64), variance)
     last = 0.002 / 80  # EDM: sigma = 80 t
@@ -357,7 +357,7 @@ def test_an_honest_sampler_on_a_random_grid_is_not_accused(sampler, seed):
     assert "too unlike" in law.verdict
 
 
-def test_a_law_says_where_it_does_not_judge_and_starts_where_alpha_is_0():
+def test_a_law_states_where_it_does_not_judge_and_starts_where_alpha_is_0():
     assert "fewer than 32" in sd.verify.law(sd.Heun(), DATA, steps=20).verdict
     flow = sd.exact.Gaussian(sd.RectifiedFlow(), DATA.mean, DATA.covariance)
     once = sd.verify.law(sd.Ancestral(), flow, steps=1)

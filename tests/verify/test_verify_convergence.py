@@ -41,10 +41,10 @@ class Shifted:
 
     def step(self, model, x, t, s, noise, memory):
         """y = z (alpha m, C) is kept as the standardized z: z -> z + error."""
-        said = model(x, t)
+        prediction = model(x, t)
         gain, offset = flow_gain(t, s)
-        # Whatever is added to the model's answer is passed on, so that the map is affine in it too.
-        x = gain * x + offset + (s.sigma / 10) * (said.eps - DATA.on(model.process)(x, t).eps)
+        # An addition to the model's output is passed on, so that the map is affine in it too.
+        x = gain * x + offset + (s.sigma / 10) * (prediction.eps - DATA.on(model.process)(x, t).eps)
         h = t.u - s.u
         error = self.constant * h ** (self.p + 1) + (self.floor if s.sigma == 0 else 0.0)
         return x + math.sqrt(total(s)) * error, memory
@@ -80,7 +80,7 @@ def test_the_order_of_a_known_error_is_found_and_its_size(p):
 
 
 @pytest.mark.parametrize(("p", "claims"), [(1.0, 2), (2.0, 3), (1.5, 2)])
-def test_an_order_lower_than_declared_is_said(p, claims):
+def test_an_order_lower_than_declared_is_reported(p, claims):
     order = verify.order(Shifted(p, claims=claims), DATA, sizes=SIZES)
     assert not order.holds
     assert f"declared {claims}" in order.verdict
@@ -276,7 +276,7 @@ def test_richardson_is_exact_for_a_plus_b_by_n_to_a_power(power):
 
 
 @pytest.mark.parametrize("wrong", [{"mean": MEAN + 1e-3}, {"std": math.sqrt(VARIANCE) * 1.001}])
-def test_a_wrong_limit_is_told_with_its_distance(wrong):
+def test_a_wrong_limit_is_reported_with_its_distance(wrong):
     limit = verify.limit(Tends(**wrong), DATA)
     right = Tends()
     found = Tends(**wrong)
@@ -302,14 +302,14 @@ def test_heun_misses_the_data_by_eulers_step_from_karras_last_level():
 def test_laws_that_move_apart_show_no_limit():
     """However uncertain: a sampler that diverges must not pass for it."""
     apart = verify.limit(Tends(power=-1.0, a=0.05, b=0.0), DATA)
-    assert not apart.told
+    assert not apart.shown
     assert not apart.holds
     slow = verify.limit(Tends(power=0.3, a=0.05, b=0.0), DATA)
     assert not slow.holds
 
 
 def test_the_verdict_of_a_law_that_does_not_settle_is_no_limit():
-    """a N^(-0.3) falls too slowly to be told by doubling: no extrapolation is made."""
+    """a N^(-0.3) falls too slowly for a limit by doubling: no extrapolation is made."""
     limit = verify.limit(Tends(power=0.3, a=0.05, b=0.0), DATA)
     assert limit.rate == pytest.approx(0.3, abs=1e-6)
     assert limit.distance == pytest.approx(0.05 / 512**0.3, rel=1e-6)

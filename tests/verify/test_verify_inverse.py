@@ -1,4 +1,4 @@
-"""The meter of truth: what it says of exact samples, of wrong ones, and of the methods."""
+"""Posterior samples against the exact posterior: exact ones, wrong ones, and the methods."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_exact_samples_pass_and_wrong_ones_do_not(name):
         assert not inverse(exactly(problem.posterior, **wrong), problem).holds
 
 
-def test_each_distance_is_what_it_says():
+def test_each_distance_follows_its_definition():
     """Samples moved by a known amount, in units of the posterior's standard deviation."""
     law = sd.exact.Gaussian(sd.VP(), torch.zeros(1).double(), 1.0)
     problem = Problem(law, torch.ones(1, 1).double(), 1.0, torch.tensor([0.8]).double())
@@ -95,7 +95,7 @@ def solved(wrap, sampler, steps):
     )
 
 
-def test_exact_methods_are_not_told_from_exact_samples():
+def test_exact_methods_are_indistinguishable_from_exact_samples():
     """PiGDM on N(m, v I), by a solver of the flow and by the chain; within 0.05 of a standard
     deviation: the promise."""
 
@@ -122,7 +122,7 @@ def test_particles_come_within_a_twentieth_on_a_mixture():
     assert found.distances["W2"] < 0.05
 
 
-def test_what_is_not_exact_is_told():
+def test_what_is_not_exact_is_found():
     problem = PROBLEMS["mixture"]
     for method in (
         solved(lambda m, z: methods.PiGDM(m, z), sd.Heun(), 32),
@@ -174,34 +174,34 @@ def test_replacement_is_not_the_posterior_and_pigdm_is_where_data_are_gaussian()
 
     found = inverse(replacement, Problem(correlated, known, 0.0, Y))
     assert found.distances["residual"] == 0.0
-    assert not found.holds  # the unknown pixel never heard of the noise of the known ones
+    assert not found.holds  # the unknown pixel is drawn without the noise of the known ones
     pigdm = solved(lambda m, z: methods.PiGDM(m, z, variance=0.6), sd.Heun(), 48)
     assert inverse(pigdm, Problem(GAUSSIAN, known, 0.0, Y)).holds
 
 
 def test_it_prints_what_was_measured():
     found = inverse(exactly(PROBLEMS["gaussian"].posterior), PROBLEMS["gaussian"], name="itself")
-    for part in ("itself", "2048", "W2", "mean", "covariance", "calibration", "not told from"):
+    for part in ("itself", "2048", "W2", "mean", "covariance", "calibration", "indistinguishable"):
         assert part in str(found)
 
 
-@pytest.mark.parametrize(("call", "says"), [
+@pytest.mark.parametrize(("call", "message"), [
     (lambda: Problem(GAUSSIAN, MATRIX, -0.1, Y), "noise_std"),
     (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y * math.nan), "y must hold finite"),
     (lambda: Problem(GAUSSIAN, MATRIX * math.nan, 0.0, Y), "matrix must be"),
     (lambda: Problem(GAUSSIAN, MATRIX.tolist(), 0.1, Y), "matrix must be a tensor"),
     (lambda: Problem(GAUSSIAN, MATRIX[:0], 0.1, Y[:0]), "must hold finite"),
     (lambda: Problem(GAUSSIAN, drawn(3, 1) @ drawn(1, 3), 0.0, drawn(3)), "independent rows"),
-    (lambda: inverse(lambda m, z, x, g: x.tolist(), PROBLEMS["gaussian"]), "method's answer"),
+    (lambda: inverse(lambda m, z, x, g: x.tolist(), PROBLEMS["gaussian"]), "method's result"),
     (lambda: Problem(GAUSSIAN, MATRIX[[0, 0]], 0.0, Y), "independent rows"),
-    (lambda: Problem(GAUSSIAN, torch.eye(3).double(), 0.0, drawn(3)), "nothing open"),
+    (lambda: Problem(GAUSSIAN, torch.eye(3).double(), 0.0, drawn(3)), "leave a direction open"),
     (lambda: MIXTURE.given(MATRIX, Y, 0.0), "noise_std"),
     (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y[:1]), "matrix must be"),
     (lambda: Problem(GAUSSIAN, MATRIX[:, :2], 0.1, Y), "matrix must be"),
     (lambda: Problem(sd.exact.Gaussian(sd.VP()), MATRIX, 0.1, Y), "shape"),
     (lambda: inverse(3, PROBLEMS["gaussian"]), "method"),
-    (lambda: inverse(lambda m, z, x, g: x[:3], PROBLEMS["gaussian"]), "answer with shape"),
+    (lambda: inverse(lambda m, z, x, g: x[:3], PROBLEMS["gaussian"]), "return shape"),
 ])  # fmt: skip
-def test_what_makes_no_sense_is_refused(call, says):
-    with pytest.raises((ValueError, TypeError), match=says):
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()

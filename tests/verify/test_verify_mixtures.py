@@ -147,13 +147,13 @@ class Drawn:
 def test_exact_samples_lie_at_the_floor_and_moved_ones_above(data):
     exact = verify.distribution(Drawn(), data, samples=512)
     assert exact.holds
-    assert exact.verdict == "not told from 512 exact samples"
+    assert exact.verdict == "indistinguishable from 512 exact samples"
     assert set(exact.distances) == {"W2" if data is LINE else "sliced W2", "MMD"}
     for wrong in (Drawn(shift=0.3), Drawn(stretch=1.7)):
-        told = verify.distribution(wrong, data, samples=512)
-        assert not told.holds
-        assert told.verdict.startswith("NOT THE DATA")
-        assert max(told.excess.values()) > 4.5
+        found = verify.distribution(wrong, data, samples=512)
+        assert not found.holds
+        assert found.verdict.startswith("NOT THE DATA")
+        assert max(found.excess.values()) > 4.5
 
 
 @pytest.mark.parametrize("shift", [0.05, 0.25, 2.0])
@@ -161,10 +161,10 @@ def test_w2_on_the_line_of_a_shift_is_the_shift(shift):
     """W2^2 = shift^2 + 2 shift (mean - m) + that of exact samples, whose mean has the standard
     error std / n^(1/2); E W2^2 of exact samples is the floors'."""
     n = 512
-    told = verify.distribution(Drawn(shift=shift), LINE, samples=n)
-    floor = told.floors["W2"].square()
+    found = verify.distribution(Drawn(shift=shift), LINE, samples=n)
+    floor = found.floors["W2"].square()
     error = 2 * shift * 0.5 / math.sqrt(n) + float(floor.std()) + float(floor.mean())
-    assert told.distances["W2"] ** 2 == pytest.approx(
+    assert found.distances["W2"] ** 2 == pytest.approx(
         shift**2 + float(floor.mean()), abs=4.5 * error
     )
 
@@ -174,12 +174,12 @@ def test_the_sliced_w2_of_a_stretch_is_that_of_its_projections():
     theta, whose mean over directions is h^2 tr S / 2. The 64 directions and the samples: both vary
     theta' S theta by (a - b)^2 / 8 and 2 (theta' S theta)^2 / n, with a, b the eigenvalues of S."""
     h, n = 0.5, 1024
-    told = verify.distribution(Drawn(stretch=1 + h), PLANE, samples=n)
+    found = verify.distribution(Drawn(stretch=1 + h), PLANE, samples=n)
     a, b = torch.linalg.eigvalsh(PLANE.covariance).tolist()
     expected = h**2 * (a + b) / 2
     error = h**2 * math.sqrt((a - b) ** 2 / 8 / 64 + 2 * b**2 / n)
-    floor = float(told.floors["sliced W2"].square().mean())
-    assert told.distances["sliced W2"] ** 2 == pytest.approx(expected, abs=4.5 * error + 9 * floor)
+    floor = float(found.floors["sliced W2"].square().mean())
+    assert found.distances["sliced W2"] ** 2 == pytest.approx(expected, abs=4.5 * error + 9 * floor)
 
 
 @pytest.mark.parametrize("d", [1, 3])
@@ -190,30 +190,30 @@ def test_the_mmd_of_a_shift_is_its_closed_form(d):
     2^(-d/2) (2 e)^(-1/2) over the distance c d^(1/2); and the floors' own."""
     data = sd.exact.Gaussian(sd.VP(), torch.full((d,), 0.2, dtype=torch.float64), 0.25)
     c, n = 0.5, 1024
-    told = verify.distribution(Drawn(shift=c * 0.5), data, samples=n)
+    found = verify.distribution(Drawn(shift=c * 0.5), data, samples=n)
     expected = 2 * 3 ** (-d / 2) * (1 - math.exp(-d * c**2 / 6))
     witness = 2 ** (-d / 2) / math.sqrt(2 * math.e) * c * math.sqrt(d)
-    error = 2 * witness / math.sqrt(n) + float(told.floors["MMD"].square().std())
+    error = 2 * witness / math.sqrt(n) + float(found.floors["MMD"].square().std())
     assert 4.5 * error < expected
     own = (1 - 3 ** (-d / 2)) / n  # of n points with themselves, where k = 1
-    assert told.distances["MMD"] ** 2 == pytest.approx(expected + own, abs=4.5 * error)
+    assert found.distances["MMD"] ** 2 == pytest.approx(expected + own, abs=4.5 * error)
 
 
 def test_the_squared_mmd_of_exact_samples_is_what_n_points_have_with_themselves():
     """E MMD^2 = (1 - E k(x, x')) / n, here with E k = 3^(-1/2), within 4.5 standard errors."""
     n = 512
-    told = verify.distribution(Drawn(), LINE, samples=n)
-    values = torch.cat([told.floors["MMD"], torch.tensor([told.distances["MMD"]])]).square()
+    found = verify.distribution(Drawn(), LINE, samples=n)
+    values = torch.cat([found.floors["MMD"], torch.tensor([found.distances["MMD"]])]).square()
     error = float(values.std()) / math.sqrt(len(values))
     assert float(values.mean()) == pytest.approx((1 - 3**-0.5) / n, abs=4.5 * error)
     assert 4.5 * error < (1 - 3**-0.5) / n
 
 
-def test_exact_samples_are_hardly_ever_told_from_exact_ones():
+def test_exact_samples_are_hardly_ever_distinguished_from_exact_ones():
     """None of 60, at 4.5 deviations in logarithms; none of 200 when it was last tried."""
     seeds = range(60)
-    told = [verify.distribution(Drawn(seed=seed), MODES, samples=128, seed=seed) for seed in seeds]
-    assert all(each.holds for each in told)
+    found = [verify.distribution(Drawn(seed=seed), MODES, samples=128, seed=seed) for seed in seeds]
+    assert all(each.holds for each in found)
 
 
 def test_a_real_samplers_distribution_holds_and_a_coarse_ones_does_not():

@@ -28,8 +28,8 @@ class Planted(sd.Ancestral):
 
     def step(self, model, x, t, s, noise, memory):
         index = memory or 0
-        said = model(x, t)
-        x0, eps = said.x0, said.eps
+        prediction = model(x, t)
+        x0, eps = prediction.x0, prediction.eps
         if index == self.at and self.x0 is not None:
             x0 = self.x0(x0)
             eps = (x - t.alpha * x0) / t.sigma if self.fresh_eps else eps
@@ -122,9 +122,9 @@ PLANTS = {
 @pytest.mark.parametrize("at", [0, 4, STEPS - 1])
 @pytest.mark.parametrize("name", PLANTS)
 def test_what_couples_remembers_draws_or_bends_is_refused_by_name_and_place(name, at):
-    plant, said = PLANTS[name]
+    plant, reason = PLANTS[name]
     place = f"in call {at + 2} of {STEPS}" if at < STEPS - 1 else "in the samples it ends with"
-    with pytest.raises(verify.NotAffine, match=f"Planted.*{said}.*first {place}"):
+    with pytest.raises(verify.NotAffine, match=f"Planted.*{reason}.*first {place}"):
         verify.law(Planted(at=at, **plant), PLANE, steps=STEPS)
 
 
@@ -133,7 +133,7 @@ def test_what_couples_remembers_draws_or_bends_is_refused_by_name_and_place(name
     [sd.TorchODE(), sd.samplers.ScipyODE(), sd.samplers.AdaptiveTorchSDE()],
     ids=lambda s: type(s).__name__,
 )
-def test_solvers_with_steps_of_their_own_are_refused_and_told_where_to_go(sampler):
+def test_solvers_with_steps_of_their_own_are_refused_with_the_check_to_use(sampler):
     for check in (verify.law, verify.certificate, verify.order, verify.limit, verify.local_order):
         with pytest.raises(verify.NotAffine, match=f"{type(sampler).__name__}.*own steps.*bias"):
             check(sampler, DATA)
@@ -154,7 +154,7 @@ def test_a_mixture_of_one_component_is_a_gaussian():
     one = sd.exact.GaussianMixture(sd.VP(), [1.0], [[0.7]], [0.25])
     laws = [verify.law(sd.Heun(), data, steps=6) for data in (one, DATA)]
     assert torch.equal(laws[0].covariance, laws[1].covariance)
-    with pytest.raises(TypeError, match="mean, covariance"):  # it does not say that it is
+    with pytest.raises(TypeError, match="mean, covariance"):  # it has no mean and covariance
         laws[0].w2()
 
 
@@ -223,10 +223,10 @@ def test_a_bad_argument_is_one_line_that_names_it(named):
 
 
 def refused(call, word):
-    with pytest.raises((ValueError, TypeError)) as told:
+    with pytest.raises((ValueError, TypeError)) as error:
         call()
-    assert word in str(told.value)
-    assert "\n" not in str(told.value)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 MORE = {

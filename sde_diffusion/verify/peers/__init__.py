@@ -1,4 +1,4 @@
-"""Adapters: samplers of other libraries, run by their own code, as samplers of ours."""
+"""Adapters: samplers of other libraries, run by their own code, as samplers of this package."""
 
 from sde_diffusion.verify.peers.azula import Azula
 from sde_diffusion.verify.peers.diffusers import Diffusers

@@ -1,39 +1,34 @@
-"""Samplers of azula as samplers of ours.
+"""Samplers of azula as samplers of this package.
 
-Nothing here imports azula; its objects are handed in, and run by their own code.
+Nothing here imports azula: its objects are arguments, and their own code runs.
 """
 
 import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.processes import EDM, Process
-from sde_diffusion.verify.peers.foreign import SINGLE, Ask, Foreign, only
+from sde_diffusion.validate import Kind
+from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel, only
 
 __all__ = ["Azula"]
 
 
 @dataclass(frozen=True)
 class Azula(Foreign):
-    """A sampler of azula, as it was built, with the model in place of its denoiser.
+    """A sampler of azula, with the model in place of its denoiser.
 
     Args:
-        sampler: an instance; it is copied, never changed. Its schedule and steps are its own.
-        declared: its order; by default what it says in `order`, if it does.
+        sampler: an instance, never changed, with its own schedule and steps.
+        declared: its order; by default its attribute `order`, if it has one.
     """
 
-    sampler: Any
+    sampler: Annotated[Any, Kind("an azula sampler", "timesteps", "denoiser", "__call__")]
     declared: int | None = None
     rounding: float = SINGLE
-
-    def __post_init__(self) -> None:
-        validate.kind(
-            "sampler", self.sampler, "an azula sampler", "timesteps", "denoiser", "__call__"
-        )
 
     @property
     def name(self) -> str:
@@ -55,9 +50,9 @@ class Azula(Foreign):
         first, last = (self._level(self.sampler.timesteps[at]) for at in (0, -1))
         return first, last
 
-    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def denoiser(x: Tensor, t: Tensor, **extra: Any) -> SimpleNamespace:
-            return SimpleNamespace(mean=ask(x, *self._level(t)).x0)
+            return SimpleNamespace(mean=model(x, *self._level(t)).x0)
 
         setattr(denoiser, "schedule", self.sampler.denoiser.schedule)  # noqa: B010
         sampler = copy.copy(self.sampler)

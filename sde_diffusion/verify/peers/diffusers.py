@@ -1,13 +1,13 @@
 """Schedulers of diffusers as samplers.
 
-Nothing here imports diffusers; its objects are handed in, and run by their own code.
+Nothing here imports diffusers: its objects are arguments, and their own code runs.
 """
 
 import copy
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,50 +17,51 @@ from sde_diffusion import validate
 from sde_diffusion.models.parameterizations import Preconditioned
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
-from sde_diffusion.verify.peers.foreign import SINGLE, Ask, Foreign
+from sde_diffusion.validate import Count, Kind
+from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel
 
 __all__ = ["Diffusers"]
 
-ASIDE = 1e-3  # a share of sigma that is no rounding of float32
+ASIDE = 1e-3  # relative to sigma: more than float32 rounds
 
 
 @dataclass(frozen=True)
 class Diffusers(Foreign):
     """A scheduler of diffusers, run as its pipelines run it.
 
-    It may be of the variance-preserving family (it has `alphas_cumprod`), a flow-matching one, or
-    one of EDM's. The network is asked at the timestep that the scheduler feeds it: a whole one is a
-    step of the chain, whatever the scheduler's own sigma is there; a fractional one can only mean
-    that sigma, if the scheduler scales its input by it, and else log sigma is linear between steps.
+    Schedulers may be variance-preserving (with `alphas_cumprod`), of flow matching, or of EDM. The
+    network is called at the scheduler's timestep. A whole timestep is a step of the chain, whatever
+    the scheduler's own sigma. A fractional one stands for that sigma if the scheduler scales its
+    input by it; otherwise log sigma is linear between steps.
 
     Args:
-        scheduler: an instance; it is copied, never changed.
-        steps: what `set_timesteps` is told.
+        scheduler: an instance, never changed.
+        steps: the argument of `set_timesteps`.
         declared: its order; by default its `solver_order`, if it has one.
     """
 
-    scheduler: Any
-    steps: int
+    scheduler: Annotated[Any, Kind("a diffusers scheduler", "set_timesteps", "step", "config")]
+    steps: Count
     declared: int | None = None
     rounding: float = SINGLE
 
     def __post_init__(self) -> None:
-        validate.kind("scheduler", self.scheduler, "a diffusers scheduler", "set_timesteps", "step",
-                    "config")  # fmt: skip
-        validate.integer("steps", self.steps)
+        super().__post_init__()
+        if problem := self._unsupported():
+            raise TypeError(f"scheduler must be {problem}; got {self.name}")
+
+    def _unsupported(self) -> str:
+        """The requirement that the scheduler does not meet, if any."""
         if self._chain is None and not (self._is_edm or hasattr(self.scheduler, "scale_noise")):
-            raise TypeError(
-                f"{self}: neither of the variance-preserving family, nor flow matching, nor EDM"
-            )
+            return "variance-preserving, of flow matching or of EDM"
         if self.scheduler.config.get("use_flow_sigmas"):
-            raise TypeError(f"{self}: use_flow_sigmas puts flow matching on a chain's timesteps")
-        more = inspect.signature(self.scheduler.step).parameters.values()
-        needed = [p.name for p in list(more)[3:] if p.default is p.empty and p.kind in (0, 1, 3)]
-        if needed or "prev_timestep" in inspect.signature(self.scheduler.step).parameters:
-            raise TypeError(f"{self}: its step wants more than the output, the timestep and x")
+            return "without use_flow_sigmas, which puts flow matching on a chain's timesteps"
+        more = inspect.signature(self.scheduler.step).parameters
+        needed = [p for p in [*more.values()][3:] if p.default is p.empty and p.kind in (0, 1, 3)]
+        if needed or "prev_timestep" in more:
+            return "one whose step takes the output, the timestep and x"
         times = self._started().timesteps
-        if float(times[0]) < float(times[-1]):
-            raise TypeError(f"{self} runs from data to noise")
+        return "one from noise to data" if float(times[0]) < float(times[-1]) else ""
 
     @property
     def name(self) -> str:
@@ -90,21 +91,21 @@ class Diffusers(Foreign):
         alpha, sigma = self._seen(t, scheduler)
         return (alpha / scale, sigma / scale), (1.0, 0.0)
 
-    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         scheduler = self._started()
         sigmas = getattr(scheduler, "sigmas", ())
-        aside = 0.0  # of log sigma, between where the network is asked and where the state is
+        aside = 0.0  # log sigma of the network's input against that of the state
         for index, t in enumerate(scheduler.timesteps):
             alpha, sigma = self._seen(t, scheduler)
-            said = ask(scaled(scheduler, x, t), alpha, sigma)
-            x = scheduler.step(self._out(said, alpha, sigma), t, x).prev_sample
+            prediction = model(scaled(scheduler, x, t), alpha, sigma)
+            x = scheduler.step(self._out(prediction, alpha, sigma), t, x).prev_sample
             if self._chain is not None and len(sigmas) == len(scheduler.timesteps) + 1:
                 aside = max(aside, abs(math.log(sigma / alpha / float(sigmas[index]))))
         if aside < ASIDE:
             return x, ""
         return x, (
-            f"it asks the network up to {math.expm1(aside):.0%} of sigma away from where the state "
-            f"is, as if its time steps were rounded"
+            f"it calls the network up to {math.expm1(aside):.0%} of sigma away from the state, as "
+            f"if its time steps were rounded"
         )
 
     @property
@@ -133,7 +134,9 @@ class Diffusers(Foreign):
             sigma = step / self.scheduler.config.num_train_timesteps
             return 1 - sigma, sigma
         if not 0 <= step <= len(self._chain) - 1:
-            raise ValueError(f"{self} asks at step {step:g} of a chain 0 .. {len(self._chain) - 1}")
+            raise ValueError(
+                f"{self} calls at step {step:g} of a chain 0 .. {len(self._chain) - 1}"
+            )
         scale = scale_of(scheduler, t)
         if step != round(step) and scale < 1:
             return unit(nearest_sigma(scheduler, math.sqrt(1 / scale**2 - 1)))
@@ -141,26 +144,26 @@ class Diffusers(Foreign):
             logs = np.log((1 - self._chain) / self._chain) / 2
         return unit(math.exp(min(np.interp(step, np.arange(len(logs)), logs), 700.0)))
 
-    def _out(self, said: Prediction, alpha: float, sigma: float) -> Tensor:
-        """What the network puts out."""
+    def _out(self, prediction: Prediction, alpha: float, sigma: float) -> Tensor:
+        """The network's output in the scheduler's parameterization."""
         if self._is_edm:
-            out = Preconditioned(self.scheduler.config.sigma_data).target(said)
+            out = Preconditioned(self.scheduler.config.sigma_data).target(prediction)
             turned = self.scheduler.config.prediction_type == "v_prediction"  # c_out < 0 there
             return -out if turned else out
         if self._chain is None:
-            return said.velocity
+            return prediction.velocity
         kind = self.scheduler.config.get("prediction_type", "epsilon")
         of = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-sigma, alpha)}
-        return said.combine(*of[validate.choice("prediction_type", kind, of)])
+        return prediction.combine(*of[validate.choice("prediction_type", kind, of)])
 
 
 def scale_of(scheduler: Any, t: Tensor) -> float:
-    """What the network's input is multiplied by at a timestep."""
+    """Factor of the network's input at a timestep."""
     return float(scaled(scheduler, torch.ones(1, dtype=torch.float64), t))
 
 
 def nearest_sigma(scheduler: Any, sigma: float) -> float:
-    """The one of a scheduler's sigmas that was meant; the scale has fewer digits."""
+    """The scheduler's sigma nearest to one of fewer digits."""
     known = [scheduler.sigmas, getattr(scheduler, "sigmas_interpol", scheduler.sigmas)]
     sigmas = torch.cat([torch.as_tensor(values).flatten().double() for values in known])
     sigmas = sigmas[sigmas.isfinite()]
@@ -168,7 +171,7 @@ def nearest_sigma(scheduler: Any, sigma: float) -> float:
 
 
 def scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
-    """The network's input; flow-matching schedulers leave it as it is and have no word for it."""
+    """The network's input; flow-matching schedulers have no scaling."""
     return scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
 
 

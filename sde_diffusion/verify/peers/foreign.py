@@ -1,24 +1,23 @@
-r"""Samplers from elsewhere as one of ours: what the adapters share, and the one for a function.
+r"""Foreign samplers: the base of the adapters, and the adapter for a function.
 
 An adapter runs the peer's whole loop as one step over [s, t]. Peers keep a batch in coordinates of
-their own, x' = alpha' x_0 + sigma' eps: only the ratio sigma' / alpha' says where they are, so the
-model is asked at its own level of equal ratio about x rescaled, and x0 and eps are the answer.
+their own, x' = alpha' x_0 + sigma' eps. The model is called at its own level of equal ratio
+sigma / alpha, on the rescaled batch; x0 and eps do not depend on the coordinates.
 
-What they draw by torch's normal functions is replaced by the injected noise. Who draws otherwise,
-from another distribution or from a generator of its own, is refused by name.
+The injected noise replaces torch's normal draws. Any other random number, from another distribution
+or from a generator of the peer's own, is refused by name.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sde_diffusion import validate
 from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.models.prediction import Prediction
@@ -26,9 +25,10 @@ from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.processes.level import enter, leave
 from sde_diffusion.samplers.sampler import Claims, Memory, SolverError
+from sde_diffusion.validate import Checked, Kind, Share
 from sde_diffusion.verify.probe import NotAffine
 
-__all__ = ["Ask", "Foreign", "Function", "only"]
+__all__ = ["Foreign", "Function", "PeerModel", "only"]
 
 NORMAL = {"randn", "randn_like", "normal", "normal_"}
 
@@ -41,7 +41,7 @@ OTHER = {
 
 
 class Injected(TorchFunctionMode):
-    """Torch's normal draws give what `noise` gives for the batch x, at the last call's time."""
+    """Replaces torch's normal draws by `noise` for the batch x, at the time of the last call."""
 
     def __init__(self, name: str, noise: Noise, x: Tensor, t: float, s: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Injected(TorchFunctionMode):
             return func(*args, **kwargs)
         if kwargs.pop("generator", None) is not None:
             raise NotAffine(
-                f"{self.name} draws from a generator of its own, as Brownian trees do: its noise "
+                f"{self.name} draws from a generator of its own, as Brownian trees do; its noise "
                 f"cannot be injected"
             )
         if called == "randn":
@@ -85,15 +85,15 @@ class Injected(TorchFunctionMode):
 
 
 def normal_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Mean, std and size of a call of torch.normal; what else it was told stays in kwargs."""
+    """Mean, std and size of a call of torch.normal, taken out of kwargs."""
     given = dict(zip(("mean", "std", "size"), args, strict=False))
     given |= {name: kwargs.pop(name) for name in ("mean", "std", "size") if name in kwargs}
     return given.get("mean", 0.0), given.get("std", 1.0), given.get("size")
 
 
 @dataclass(frozen=True)
-class Ask:
-    """The model as a peer asks it: about x = alpha x_0 + sigma eps in the peer's coordinates."""
+class PeerModel:
+    """The model as a function of x = alpha x_0 + sigma eps in the peer's coordinates."""
 
     model: Model
     injected: Injected
@@ -103,8 +103,8 @@ class Ask:
         own = self.model.process.level_at(there.u)
         if abs(own.u - there.u) > 1e-3 * (1 - there.u):
             raise ValueError(
-                f"{self.injected.name} asks at sigma/alpha = {sigma / alpha:.6g}, and "
-                f"{self.model.process} ends at {own.sigma / own.alpha:.6g}: put the model on "
+                f"{self.injected.name} calls at sigma/alpha = {sigma / alpha:.6g}, and "
+                f"{self.model.process} ends at {own.sigma / own.alpha:.6g}; put the model on "
                 f"the sampler's own process, and keep churn below its start"
             )
         self.injected.t = own.t
@@ -140,13 +140,13 @@ class Between(Ends):
 
 
 class Remark(NamedTuple):
-    """What an adapter leaves in the memory."""
+    """The memory of an adapter."""
 
     remark: str
 
 
-class Foreign(ABC):
-    """A peer's loop as a sampler of one step, over all the levels that the peer chooses."""
+class Foreign(Checked, ABC):
+    """A peer's loop as a sampler of one step, over all levels of the peer's choice."""
 
     rounding: float
     declared: int | None
@@ -159,15 +159,15 @@ class Foreign(ABC):
     @property
     @abstractmethod
     def process(self) -> Process:
-        """The process that the peer itself works on."""
+        """The peer's own process."""
 
     @abstractmethod
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(alpha, sigma) of the peer's own coordinates at its start and at its end."""
 
     @abstractmethod
-    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
-        """The peer's code, from x in its own coordinates to its end, likewise; and any remark."""
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+        """Run the peer's code from x to its end, in its own coordinates; return a warning too."""
 
     @property
     def claims(self) -> Claims:
@@ -189,40 +189,41 @@ class Foreign(ABC):
         begin = leave(enter(x, t), first)
         with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
             try:
-                end, remark = self.loop(Ask(model, injected), begin)
+                end, remark = self.loop(PeerModel(model, injected), begin)
             except (ValueError, SolverError):
                 raise
-            except Exception as error:  # the peer's own code: whatever it is, in one line
-                said = " ".join(str(error).split())
-                raise ValueError(f"{self} failed: {type(error).__name__}: {said:.200}") from error
+            except Exception as error:  # of the peer's own code
+                text = " ".join(str(error).split())
+                raise ValueError(f"{self} failed: {type(error).__name__}: {text:.200}") from error
         return leave(enter(end.to(x), last), s), Remark(remark)
 
 
 @dataclass(frozen=True)
-class Function:
+class Function(Checked):
     """A plain function f(eps_fn, x_T) -> x_0, on the model's own process.
 
     It calls eps_fn(x, t), t a time in [0, 1] (i / N on a chain), and draws by torch.
 
     Args:
         function: f.
-        start, end: the times of x_T and of what f returns.
+        start, end: the times of x_T and of the result of f.
         declared: its order, if it is known.
         rounding: of its arithmetic, relative; 1e-4 if that is in float32.
     """
 
-    function: Callable[[Callable[[Tensor, Any], Tensor], Tensor], Tensor]
-    start: float = 1.0
-    end: float = 0.0
+    function: Annotated[
+        Callable[[Callable[[Tensor, Any], Tensor], Tensor], Tensor],
+        Kind("a function f(eps_fn, x)", "__call__"),
+    ]
+    start: Share = 1.0
+    end: Share = 0.0
     declared: int | None = None
     rounding: float = 1e-9
 
     def __post_init__(self) -> None:
-        validate.kind("function", self.function, "a function f(eps_fn, x)", "__call__")
-        validate.number("start", self.start, 0, 1)
-        validate.number("end", self.end, 0, 1)
+        super().__post_init__()
         if self.end >= self.start:
-            raise ValueError(f"a sampler runs from start down to end; got {self.start}, {self.end}")
+            raise ValueError(f"end must be below start; got end={self.end}, start={self.start}")
 
     def __str__(self) -> str:
         return f"function {name_of(self.function)}"
@@ -257,7 +258,7 @@ class Function:
 
 
 def only(value: Any, name: str) -> float:
-    """A number that is the same for the whole batch."""
+    """Return a value that must be one number for the whole batch."""
     flat = double(value, name).flatten()
     if not len(flat) or not bool((flat == flat[0]).all()):
         raise NotAffine(f"{name} must be one number for the whole batch; got {value!r:.80}")
@@ -265,7 +266,8 @@ def only(value: Any, name: str) -> float:
 
 
 def name_of(function: Any) -> str:
-    function = getattr(function, "func", function)  # of a partial
+    """The name of a function or of a partial of one."""
+    function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
 
 

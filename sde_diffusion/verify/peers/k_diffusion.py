@@ -1,19 +1,20 @@
 """Sampling functions of k-diffusion as samplers.
 
-Nothing here imports k-diffusion; its functions are handed in, and run by their own code.
+Nothing here imports k-diffusion: its functions are arguments, and their own code runs.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.processes import EDM, Process
-from sde_diffusion.verify.peers.foreign import Ask, Foreign, name_of, only
+from sde_diffusion.validate import Kind, arguments
+from sde_diffusion.verify.peers.foreign import Foreign, PeerModel, name_of, only
+from sde_diffusion.verify.probe import AProcess
 
 __all__ = ["KDiffusion", "ratios"]
 
@@ -22,24 +23,24 @@ __all__ = ["KDiffusion", "ratios"]
 class KDiffusion(Foreign):
     """A sampling function of k-diffusion, f(model, x, sigmas, ...).
 
-    Those that take sigma_min, sigma_max and perhaps n instead are given the first and the last
-    positive of the sigmas and their number.
+    Functions of sigma_min, sigma_max and perhaps n instead get the last positive of the sigmas, the
+    first, and their number.
 
     Args:
         function: such as `k_diffusion.sampling.sample_heun`.
         sigmas: decreasing, sigma / alpha, such as `grids.karras(20)`.
-        arguments: more of them, by name.
+        arguments: further arguments of the function, by name.
         declared: its order, if it is known.
     """
 
-    function: Callable[..., Tensor]
+    function: Annotated[Callable[..., Tensor], Kind("a function f(model, x, sigmas)", "__call__")]
     sigmas: Tensor | Sequence[float]
     arguments: dict[str, Any] = field(default_factory=dict)
     declared: int | None = None
     rounding: float = 1e-9
 
     def __post_init__(self) -> None:
-        validate.kind("function", self.function, "a function f(model, x, sigmas)", "__call__")
+        super().__post_init__()
         sigmas = self.levels
         if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[:-1] > sigmas[1:]).all()):
             raise ValueError(f"sigmas must decrease; got {sigmas.tolist()!r:.80}")
@@ -73,9 +74,9 @@ class KDiffusion(Foreign):
         last = self.levels if self._takes("sigmas") else self._positive
         return (1.0, float(self.levels[0])), (1.0, float(last[-1]))
 
-    def loop(self, ask: Ask, x: Tensor) -> tuple[Tensor, str]:
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
-            return ask(x, 1.0, only(sigma, "sigma")).x0
+            return model(x, 1.0, only(sigma, "sigma")).x0
 
         arguments = dict(self.arguments)
         if self._takes("disable"):
@@ -96,8 +97,8 @@ class KDiffusion(Foreign):
         return name in inspect.signature(self.function).parameters
 
 
-def ratios(process: Process, times: Tensor) -> Tensor:
-    """sigma / alpha at these times of a process: where a peer that counts in sigmas stands."""
-    validate.kind("process", process, "a Process", "log_alpha", "variance")
+@arguments
+def ratios(process: AProcess, times: Tensor) -> Tensor:
+    """Return sigma / alpha at these times of a process, as the sigmas of a peer."""
     levels = process.levels(times)
     return torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)

@@ -147,13 +147,13 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like_ours(value: Tensor, ours: Tensor) -> Tensor:
-    """`value` on the device of `ours`, in its memory format, and sharded as it is.
+    """`value` on the device of `ours`, in its memory format and with its shards; dtype unchanged.
 
-    A fused optimizer goes through weights and moments side by side in memory: were their formats
-    different, it would pair the wrong numbers and say nothing.
+    A fused optimizer reads weights and moments in the order of memory. With different formats it
+    would pair the wrong numbers, silently.
     """
     if not hasattr(ours, "full_tensor"):
-        return torch.empty_like(ours, requires_grad=False).copy_(value)
+        return torch.empty_like(ours, dtype=value.dtype, requires_grad=False).copy_(value)
     value = value.to(ours.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 

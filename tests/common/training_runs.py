@@ -78,10 +78,11 @@ def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE, **others):
 
 def content(state):
     """Everything that training changes: weights, average, moments and counters, copied."""
-    tensors = {f"network.{k}": v for k, v in state.denoiser.network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.averaged.network.state_dict().items()}
+    tensors = dict(state.tensors)
+    tensors |= {f"averaged.{k}": v for k, v in state.averaged.state_dict().items()}
     for number, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items()}
+        tensors |= {f"optimizer.{number}.{slot}": torch.as_tensor(float("nan") if v is None else v)
+                    for slot, v in slots.items()}  # fmt: skip
     tensors |= {"skipped": torch.tensor(state.skipped), "step": torch.tensor(state.step)}
     return {name: value.clone() for name, value in tensors.items()}
 

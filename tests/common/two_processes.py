@@ -45,10 +45,10 @@ class Sharded:
 
 def content(state):
     """Weights, average and gradients, whole; a call of all processes where they are sharded."""
-    named = dict(state.network.named_parameters())
+    named = dict(state.denoiser.named_parameters())
     parts = {f"weight.{name}": value for name, value in named.items()}
     parts |= {f"grad.{name}": value.grad for name, value in named.items()}
-    parts |= {f"mean.{n}": v for n, v in zip(named, state.average, strict=True)}
+    parts |= {f"mean.{name}": value for name, value in state.average.items()}
     return {
         name: training.engine.full(value.detach()).clone(memory_format=torch.contiguous_format)
         for name, value in parts.items()
@@ -71,8 +71,8 @@ def main(folder):
 
     for case, (network, data) in CASES.items():
         state = fresh(network, dtype=torch.float64, engine=Sharded(engine))
-        shards = [tuple(p.to_local().shape) for p in state.network.parameters()]
-        assert shards != [tuple(p.shape) for p in state.network.parameters()]
+        shards = [tuple(p.to_local().shape) for p in state.denoiser.network.parameters()]
+        assert shards != [tuple(p.shape) for p in state.denoiser.network.parameters()]
         for _ in zip(training.train(state, data), range(3), strict=False):
             pass
         found |= {f"fsdp.{case}.{k}": v for k, v in content(state).items()}

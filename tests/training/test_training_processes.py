@@ -30,7 +30,8 @@ def start(*command, processes=2):
     """One program as that many processes, as torchrun starts them."""
     port = str(free_port())
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "PATH": "",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(HERE),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}",
               "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
     return [
         subprocess.Popen(

@@ -96,7 +96,9 @@ class TrainState:
         optimizer: MakeOptimizer | None = None,
     ) -> None:
         if optimizer is not None and not callable(optimizer):
-            raise TypeError(f"optimizer must be a function of parameters; got {optimizer!r:.80}")
+            raise TypeError(
+                f"optimizer must be a function of parameters; got {type(optimizer).__name__}"
+            )
         check_tensors(denoiser)
         network = denoiser.network
         self.denoiser, self.recipe = denoiser, recipe
@@ -164,7 +166,8 @@ class TrainState:
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), with the masks of this step."""
         recipe, device = self.recipe, self.engine.device
-        dtype = next(self.denoiser.network.parameters(), batch.x0).dtype
+        weights = self.denoiser.network.parameters()
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), batch.x0.dtype)
         mask(self._masked, recipe, self.step, batch, device)
         bf16 = torch.autocast(device.type, torch.bfloat16)
         with (

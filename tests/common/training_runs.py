@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,6 +46,27 @@ def unet_dropout():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return network
+
+
+@dataclass(eq=False)
+class Learned(torch.nn.Module):
+    """VP with sigma times exp(gain), a process with a parameter."""
+
+    start: float = 0.1
+
+    def __post_init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(self.start))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(VP(), name)
+
+    def level(self, t, x0):
+        level = VP().level(t, x0)
+        return level._replace(sigma=level.sigma * self.gain.exp().to(x0.dtype))
 
 
 def fresh(network=mlp, recipe=RECIPE, seed=0, process=None, dtype=torch.float32, **others):

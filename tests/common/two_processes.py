@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training_runs import IMAGES, POINTS, RECIPE, TIMES, fresh, mlp_dropout, unet_dropout
+from training_runs import IMAGES, POINTS, RECIPE, TIMES, Learned, fresh, mlp_dropout, unet_dropout
 
 from sde_diffusion import training
 
@@ -68,6 +68,11 @@ def main(folder):
                 found |= {f"{case}.{dtype}.{parts}.{k}": v for k, v in content(state).items()}
                 found[f"{case}.{dtype}.{parts}.losses"] = torch.tensor(losses).double()
     training.save(state, folder / "ddp")
+
+    state = fresh(mlp_dropout, dtype=torch.float64, engine=engine, process=Learned())
+    for _ in zip(training.train(state, POINTS, 2), range(3), strict=False):
+        pass
+    found |= {f"learned.{k}": v for k, v in content(state).items()}
 
     for case, (network, data) in CASES.items():
         state = fresh(network, dtype=torch.float64, engine=Sharded(engine))

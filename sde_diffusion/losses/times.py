@@ -1,7 +1,6 @@
-r"""Laws of t: where on the path to train.
+r"""Laws of t in training.
 
-Each is given by its quantile function, so that evenly spread quantiles (`stratified`) pass through
-it as well as random ones.
+Each is a quantile function: it maps quantiles, random or evenly spread (`stratified`), to times.
 """
 
 import math

@@ -48,8 +48,8 @@ class Likelihood:
         unknown = double(level.diffusion2).isnan()
         if t.device.type == "cpu" and bool(unknown.any()):
             raise ValueError(
-                f"g^2 is not promised at t={t[unknown].flatten()[0]:g}, above the process's t_max: "
-                f"draw times below it, as LikelihoodTimes or UniformTimes(t_max=...) do"
+                f"t must be at most the process's t_max, where g^2 is defined; "
+                f"got {t[unknown].flatten()[0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
             )
         return level.diffusion2
 
@@ -97,8 +97,8 @@ class VLB(Checked):
     """beta_i^2 / (2 sigma_i^2 alpha_i (1 - abar_i)), on errors of eps (Ho et al. 2020, eq. 12).
 
     The loss at t = i/N is then the part of L_(i-1) that depends on the model, in nats per
-    coordinate. At i = 1 the posterior's variance is 0 and that of i = 2 stands in, as in the code
-    of Ho et al.
+    coordinate. At i = 1 the posterior's variance is 0 and is replaced by that of i = 2, as in the
+    code of Ho et al.
 
     Args:
         process: the chain.
@@ -128,7 +128,7 @@ class VLB(Checked):
             strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
             if bool(strange.any()):
                 raise ValueError(
-                    f"VLB weighs its own chain's levels at t = i/N alone; got "
+                    f"level must be one of VLB's own chain's levels, t = i/N alone; got "
                     f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
                 )
         weight = self._weights.to(i.device)[i - 1]

@@ -102,7 +102,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
         if theirs.get(name) != ours.get(name)
     ]
     if changed:
-        raise Otherwise(f"{path}: the run was started otherwise: {', '.join(changed)}")
+        raise Otherwise(f"{path}: its run had other settings: {', '.join(changed)}")
     blank = copy.deepcopy(state.averaged)
     Denoiser.load(
         checkpoint / "denoiser.safetensors",

@@ -282,7 +282,7 @@ def check_tensors(denoiser: Denoiser) -> None:
 
 
 def around(denoiser: Denoiser, network: nn.Module) -> Denoiser:
-    """The same denoiser, sharing all its parts, called through a wrapper of its network."""
+    """Return a denoiser that shares all parts but calls its network through a wrapper."""
     twin = copy.copy(denoiser)
     twin.__dict__["_modules"] = {**denoiser.__dict__["_modules"], "network": network}
     return twin

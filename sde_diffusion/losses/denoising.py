@@ -29,7 +29,6 @@ from sde_diffusion.validate import Batch, Checked, Kind, Positive
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
 
-Cond = Tensor | Mapping[str, Tensor]
 SPACE = Kind("a parameterization such as Eps()", "target")
 WEIGHT = Kind("a function of the level such as SNR()", "__call__")
 PENALTY = Kind("a function of the error such as L2()", "__call__")
@@ -76,7 +75,7 @@ def denoising_loss(
     t: Tensor,
     eps: Tensor,
     *,
-    cond: Cond | None = None,
+    cond: Tensor | Mapping[str, Tensor] | None = None,
     keep: Tensor | None = None,
     space: Annotated[Parameterization, SPACE] | None = None,
     penalty: Annotated[Penalty, PENALTY] | None = None,
@@ -120,7 +119,7 @@ def denoising_loss(
     return coordinates(cost if weight is None else weight(level) * cost).mean(1)
 
 
-def with_null(denoiser: Denoiser, cond: Cond, keep: Tensor) -> Cond:
+def with_null(denoiser: Denoiser, cond: Tensor | Mapping[str, Tensor], keep: Tensor) -> Tensor:
     """Replace the conditions of samples that are not kept by the null: 0 for a float vector."""
     if isinstance(cond, Mapping) or cond.ndim != 2 or not cond.is_floating_point():
         raise ValueError(

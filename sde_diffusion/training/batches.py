@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import Data, shuffled_indices
+from sde_diffusion.data.datasets import Cond, Data, shuffled_indices
 from sde_diffusion.losses.times import TimeDistribution, stratified
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.counter import normals, row_keys, uniforms
@@ -20,9 +20,6 @@ from sde_diffusion.training.recipe import Recipe
 from sde_diffusion.validate import Integer, Kind
 
 __all__ = ["Batch", "draw", "mask", "stretches"]
-
-
-Cond = Tensor | Mapping[str, Tensor]
 
 
 class Batch(NamedTuple):
@@ -81,13 +78,6 @@ def draw(
     if cond is not None and recipe.cond_dropout:
         keep = uniforms(row_keys(dropped, positions, device), ()) >= recipe.cond_dropout
     return Batch(x0, t, eps, cond, positions.start, keep)
-
-
-def entries(cond: Cond | None) -> Mapping[str, Tensor]:
-    """Conditions by name; a single one has the name ""."""
-    if cond is None:
-        return {}
-    return cond if isinstance(cond, Mapping) else {"": cond}
 
 
 def to_device(cond: Any, device: torch.device) -> Any:

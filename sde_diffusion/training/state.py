@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import Data
+from sde_diffusion.data.datasets import Data, entries
 from sde_diffusion.files import storage
 from sde_diffusion.losses.denoising import L2, Penalty, denoising_loss
 from sde_diffusion.losses.times import TimeDistribution, UniformTimes
@@ -19,15 +19,7 @@ from sde_diffusion.losses.weights import Weight
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.sources import Purpose
-from sde_diffusion.training.batches import (
-    Batch,
-    draw,
-    entries,
-    mask,
-    stretches,
-    to_device,
-    words,
-)
+from sde_diffusion.training.batches import Batch, draw, mask, stretches, to_device, words
 from sde_diffusion.training.engine import Alone, Engine, full
 from sde_diffusion.training.optimizers import MakeOptimizer, adamw, hyperparameters, rehearsed
 from sde_diffusion.training.recipe import Recipe
@@ -139,6 +131,11 @@ class TrainState:
                 self.average[name] = ours.detach().to(dtype, copy=True)
             else:
                 self.average[name] = whole.data
+        if (count := len(self.tensors) + len(self.slots)) > storage.TENSORS:
+            raise ValueError(
+                f"denoiser must need at most {storage.TENSORS:,} tensors in a checkpoint; "
+                f"got {count:,}"
+            )
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import PIXELS, POINTS, TIMES, assert_same_bits, content, fresh
 
-from sde_diffusion.data.datasets import Images, shuffled_indices
+from sde_diffusion.data.datasets import Images, entries, fingerprint, shuffled_indices
 from sde_diffusion.files import storage
 from sde_diffusion.losses import denoising_loss
 from sde_diffusion.models.parameterizations import V
@@ -18,7 +18,7 @@ from sde_diffusion.noise.counter import row_keys, uniforms
 from sde_diffusion.noise.sources import Purpose
 from sde_diffusion.processes import VP
 from sde_diffusion.training import EMA, Recipe, TrainState, draw, restore, save
-from sde_diffusion.training.batches import entries, words
+from sde_diffusion.training.batches import words
 from sde_diffusion.training.state import blame
 
 CLASSES = 3
@@ -150,6 +150,12 @@ def test_dropout_keeps_or_drops_whole_samples_whatever_the_shape(name):
     batch = draw(Conditioned(CONDITIONS[name]), RECIPE, TIMES, 0)
     assert batch.keep.shape == (16,)
     assert torch.equal(batch.keep, draw(LABELLED, RECIPE, TIMES, 0).keep)
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_the_fingerprint_of_data_covers_their_conditions(name):
+    one, other = (Conditioned(lambda i, k=k: CONDITIONS[name](i + k)) for k in (0, 1))
+    assert fingerprint(one) == fingerprint(Conditioned(CONDITIONS[name])) != fingerprint(other)
 
 
 def test_a_condition_that_is_not_finite_is_named():

@@ -251,6 +251,14 @@ def test_a_network_that_cannot_be_saved_is_refused_at_once(network, named):
         TrainState(Denoiser(network(), VP(), V()), RECIPE)
 
 
+def test_more_tensors_than_a_file_may_have_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(storage, "TENSORS", 30)  # 6 weights, 6 averages, 18 slots of AdamW
+    fresh()
+    monkeypatch.setattr(storage, "TENSORS", 29)
+    with pytest.raises(ValueError, match="at most 29 tensors in a checkpoint; got 30"):
+        fresh()
+
+
 def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
     checkpoint = save(fresh(dtype=torch.float64), tmp_path)
     with pytest.raises(storage.BadFile, match="float"):

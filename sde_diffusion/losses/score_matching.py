@@ -9,6 +9,7 @@ have one gradient in the model's parameters. Losses are means over coordinates, 
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,11 +18,17 @@ from sde_diffusion import validate
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates
+from sde_diffusion.validate import Batch, Kind
 
 __all__ = ["implicit_loss", "sliced_loss"]
 
+MODEL = Kind("a model, such as a Denoiser", "process", "__call__")
 
-def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
+
+@validate.arguments
+def implicit_loss(
+    model: Annotated[Model, MODEL], x: Annotated[Tensor, Batch()], t: Scalar
+) -> Tensor:
     """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
     One backward pass for each of the d coordinates of a sample: for small d.
@@ -33,14 +40,19 @@ def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    validate.batch("x", x)
     basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = [row.reshape(1, *x.shape[1:]) for row in basis]
     score, slopes = score_and_slopes(model, x, t, directions)
     return coordinates(score**2).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
 
 
-def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) -> Tensor:
+@validate.arguments
+def sliced_loss(
+    model: Annotated[Model, MODEL],
+    x: Annotated[Tensor, Batch()],
+    t: Scalar,
+    probes: Sequence[Tensor],
+) -> Tensor:
     """Mean over coordinates and probes v of |s|^2 + 2 v' (ds/dx) v (Song et al. 2019, SSM-VR).
 
     Unbiased for `implicit_loss` with probes of unit covariance (Hutchinson 1990); one backward pass
@@ -52,7 +64,6 @@ def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) ->
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    validate.batch("x", x)
     shapes = [tuple(validate.batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
     if not shapes or any(shape not in allowed for shape in shapes):
@@ -69,7 +80,6 @@ def score_and_slopes(
     model: Model, x: Tensor, t: Scalar, directions: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """The score s and, for each direction v, v' (ds/dx) v of every sample, (B,)."""
-    validate.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         score = model(x, model.process.level(t, x)).score

@@ -27,7 +27,6 @@ from sde_diffusion.validate import Choice, Kind
 
 __all__ = ["Metrics", "TrainState", "train"]
 
-HALF = (torch.float16, torch.bfloat16)
 LAW = Kind("a callable, see losses and times", "__call__")
 FOREIGN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -124,10 +123,10 @@ class TrainState:
                 raise ValueError(
                     "engine must not shard a denoiser with parameters outside its network"
                 )
+            dtype = torch.promote_types(ours.dtype, torch.float32)
             if not ours.is_floating_point():
                 self._copied.append((whole, ours))
-            elif sharded or ours.dtype in HALF:  # each process averages its shards, in float32
-                dtype = torch.float32 if ours.dtype in HALF else ours.dtype
+            elif sharded or dtype != ours.dtype:  # each process averages its own shards
                 self.average[name] = ours.detach().to(dtype, copy=True)
             else:
                 self.average[name] = whole.data

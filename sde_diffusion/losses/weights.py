@@ -128,7 +128,7 @@ class VLB(Checked):
             strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
             if bool(strange.any()):
                 raise ValueError(
-                    f"level of VLB must be one of its own chain's levels, t = i/N alone; got "
+                    f"level of VLB must be one of its own chain's levels at t = i/N alone; got "
                     f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
                 )
         weight = self._weights.to(i.device)[i - 1]

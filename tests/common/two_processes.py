@@ -73,6 +73,11 @@ def main(folder):
     for _ in zip(training.train(state, POINTS, 2), range(3), strict=False):
         pass
     found |= {f"learned.{k}": v for k, v in content(state).items()}
+    checkpoint = training.save(state, folder / "learned")
+    again = fresh(mlp_dropout, dtype=torch.float64, engine=engine, process=Learned(), seed=5)
+    training.restore(again, checkpoint)
+    next(training.train(again, POINTS))
+    found |= {f"relearned.{k}": v for k, v in content(again).items()}
 
     for case, (network, data) in CASES.items():
         state = fresh(network, dtype=torch.float64, engine=Sharded(engine))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from sde_diffusion.grids.grid import IS_GRID, within
 from sde_diffusion.models.model import (
     IS_MODEL,
     Bound,
-    Cond,
     HeldBelow,
     Model,
     trained_range,
@@ -29,7 +28,7 @@ from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
 from sde_diffusion.processes import Level
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
-from sde_diffusion.validate import Batch
+from sde_diffusion.validate import Batch, Cond
 
 __all__ = ["Sample", "prior", "sample", "trajectory"]
 
@@ -111,7 +110,7 @@ def trajectory(
         ValueError, TypeError: naming the argument.
     """
     if cond is not None:
-        check_cond(cond, len(x))
+        check_conditions(cond, len(x))
     model, path = prepared(model, sampler, steps, grid, times, cond)
     process = model.process
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
@@ -164,13 +163,11 @@ def sample(
     return x
 
 
-def check_cond(cond: Cond, count: int) -> None:
+def check_conditions(cond: Cond, count: int) -> None:
     """Refuse a condition without one entry per sample or one for all, or with nan."""
     entries: Any = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
     for name, value in entries:
-        if not isinstance(value, Tensor) or not value.ndim or len(value) not in (1, count):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must be a tensor of first axis {count} or 1; got {got}")
+        validate.cond(name, value, count)
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite; got nan or infinity")
 

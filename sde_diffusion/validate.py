@@ -13,7 +13,7 @@ A message reads `<argument> must <rule>; got <value>`. Code inside the package t
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -28,10 +28,13 @@ from typing import (
     get_origin,
 )
 
+from torch import Tensor
+
 __all__ = [
     "Batch",
     "Checked",
     "Choice",
+    "Cond",
     "Count",
     "Each",
     "Integer",
@@ -45,6 +48,7 @@ __all__ = [
     "arguments",
     "batch",
     "choice",
+    "cond",
     "integer",
     "kind",
     "number",
@@ -53,6 +57,7 @@ __all__ = [
 
 T = TypeVar("T")
 P = ParamSpec("P")
+Cond = Tensor | Mapping[str, Tensor]  # a condition, (B, ...), or several by name
 
 # ---- rules as functions ------------------------------------------------------------------------
 
@@ -116,6 +121,14 @@ def batch(name: str, value: T) -> T:
             f"{name} must be a floating-point batch (B, ...); "
             f"got shape {tuple(tensor.shape)}, {tensor.dtype}"
         )
+    return value
+
+
+def cond(name: str, value: Any, count: int) -> Any:
+    """Return `value` if it is a tensor with one entry per sample, or one for all."""
+    if not isinstance(value, Tensor) or not value.ndim or len(value) not in (1, count):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a tensor of first axis {count} or 1; got {got}")
     return value
 
 

@@ -161,7 +161,7 @@ def steps(
                 if journal:
                     journal.write(metrics)
                     bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)
-                stopped = stop.asked(engine)
+                stopped = stop.requested(engine)
                 if stopped or metrics.step % every == 0 or metrics.step == total:
                     if journal:
                         journal.flush()

@@ -5,6 +5,7 @@ Images are uint8 in memory and in [-1, 1] in the model: x = (pixel + u) / 128 - 
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.noise.sources import Purpose, stream
-from sde_diffusion.validate import Count, arguments
+from sde_diffusion.validate import Cond, Count, arguments
 
 __all__ = [
     "Data",
@@ -36,8 +37,8 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the samples `index` (B,) and their conditions.
+    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Cond | None]:
+        """Return the samples `index` (B,) and their conditions, (B, ...) or several by name.
 
         Args:
             uniform: numbers in [0, 1), (B, *sample shape): the only randomness of a sample.
@@ -129,10 +130,17 @@ def fingerprint(data: Data) -> str:
     index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
     samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
     hashed = hashlib.sha256()
-    for part in (samples, cond):
-        if part is not None:
-            hashed.update(part.cpu().contiguous().numpy().tobytes())
+    for name, part in [("", samples), *entries(cond).items()]:
+        hashed.update(name.encode())
+        hashed.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{size} of {tuple(data.shape)}, {hashed.hexdigest()[:16]}"
+
+
+def entries(cond: Cond | None) -> Mapping[str, Tensor]:
+    """Conditions by name; a single one has the name ""."""
+    if cond is None:
+        return {}
+    return cond if isinstance(cond, Mapping) else {"": cond}
 
 
 def to_uint8(x: Tensor) -> Tensor:

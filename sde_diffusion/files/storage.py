@@ -105,7 +105,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     taken = [name for name in OURS if name in record]
     if taken:
         raise ValueError(f"record must not hold the reserved name {', '.join(taken)}")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    form = torch.contiguous_format
+    tensors = {  # copies: tied weights share memory, and are written once for each name
+        name: value.detach().to("cpu", copy=True, memory_format=form)
+        for name, value in tensors.items()
+    }
     data = save(tensors)
     parse_header(data[8 : header_end(data[:8], len(data))], len(data))
     check_numbers(tensors)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sde_diffusion.grids import Grid
 from sde_diffusion.models.derivatives import leaf, ordinary, recorded
-from sde_diffusion.models.model import Cond, Model, evaluate
+from sde_diffusion.models.model import Model, evaluate
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import posterior_kernel
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
-from sde_diffusion.validate import Checked, Kind, Number
+from sde_diffusion.validate import Checked, Cond, Kind, Number
 
 __all__ = [
     "BackpropCorrection",

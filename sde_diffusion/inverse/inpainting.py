@@ -19,14 +19,14 @@ from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
 from sde_diffusion.inverse.operators import binary, check_broadcast
 from sde_diffusion.models.guidance import Clipped
-from sde_diffusion.models.model import IS_MODEL, Cond, Model, per_sample_field
+from sde_diffusion.models.model import IS_MODEL, Model, per_sample_field
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level, forward_kernel
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Ancestral
 from sde_diffusion.samplers.sampler import Memory, Sampler
 from sde_diffusion.sampling import prior, sample
-from sde_diffusion.validate import Count
+from sde_diffusion.validate import Cond, Count
 
 __all__ = ["MaskedMSE", "RePaint", "Replacement", "complete_image"]
 

@@ -17,12 +17,12 @@ from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
 from sde_diffusion.models.guidance import Guided, turned
-from sde_diffusion.models.model import Cond, evaluate
+from sde_diffusion.models.model import evaluate
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.validate import Kind, Number, Positive
+from sde_diffusion.validate import Cond, Kind, Number, Positive
 
 __all__ = ["DPS", "DiffPIR", "PiGDM"]
 

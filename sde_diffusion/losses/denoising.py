@@ -1,20 +1,19 @@
 r"""Losses: denoising, in any space, with any penalty and weight.
 
-Convention: x = alpha x0 + sigma eps with eps drawn; a loss compares a prediction with that truth.
+Convention: x = alpha x0 + sigma eps with eps drawn; a loss compares a prediction with (x0, eps).
 The eps-loss |eps_hat - eps|^2 is sigma^2 |score_hat - grad log p(x | x0)|^2: denoising score
 matching (Vincent 2011) weighted by the variance.
 
-Errors in different spaces differ by a factor of the level alone. With e that of eps:
+Errors in different spaces differ by a factor of the level alone. With e the error of eps:
 
     x0:  -sigma / alpha e,    score:  -1 / sigma e,    v:  (alpha + sigma^2 / alpha) e
 
-so a published weight means something only together with the space it was published for: `Weight`
-objects carry theirs.
+so a published weight is defined only together with its space: `Weight` objects carry both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
@@ -25,19 +24,25 @@ from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates
+from sde_diffusion.validate import Batch, Checked, Kind, Positive
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
 
+SPACE = Kind("a parameterization such as Eps()", "target")
+WEIGHT = Kind("a function of the level such as SNR()", "__call__")
+PENALTY = Kind("a function of the error such as L2()", "__call__")
+
+
 class Penalty(Protocol):
-    """What an error costs, coordinate by coordinate."""
+    """Cost of an error, coordinate by coordinate."""
 
     def __call__(self, error: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class L2:
-    """e^2. Its best prediction is the posterior mean, which is what samplers need."""
+    """e^2; minimized by the posterior mean, which samplers need."""
 
     def __call__(self, error: Tensor) -> Tensor:
         return error**2
@@ -45,20 +50,17 @@ class L2:
 
 @dataclass(frozen=True)
 class L1:
-    """|e|. Its best prediction is the posterior median."""
+    """|e|; minimized by the posterior median."""
 
     def __call__(self, error: Tensor) -> Tensor:
         return error.abs()
 
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(Checked):
     """e^2 / 2 up to |e| = delta, and delta (|e| - delta / 2) beyond."""
 
-    delta: float = 1.0
-
-    def __post_init__(self) -> None:
-        validate.number("delta", self.delta, 0, strict=True)
+    delta: Positive = 1.0
 
     def __call__(self, error: Tensor) -> Tensor:
         return torch.nn.functional.huber_loss(
@@ -66,51 +68,61 @@ class Huber:
         )
 
 
+@validate.arguments
 def denoising_loss(
-    denoiser: Denoiser,
-    x0: Tensor,
+    denoiser: Annotated[Denoiser, Kind("a Denoiser", "parameterization")],
+    x0: Annotated[Tensor, Batch()],
     t: Tensor,
     eps: Tensor,
     *,
-    cond: Tensor | None = None,
-    space: Parameterization | None = None,
-    penalty: Penalty | None = None,
-    weight: Weight | Callable[[Level], Scalar] | None = None,
+    cond: Tensor | Mapping[str, Tensor] | None = None,
+    keep: Tensor | None = None,
+    space: Annotated[Parameterization, SPACE] | None = None,
+    penalty: Annotated[Penalty, PENALTY] | None = None,
+    weight: Annotated[Weight | Callable[[Level], Scalar], WEIGHT] | None = None,
 ) -> Tensor:
     r"""w(level) penalty(target(prediction) - target(truth)), the mean over a sample's coordinates.
 
     Args:
-        denoiser: the model that is trained.
+        denoiser: the model in training.
         x0: clean data (B, ...).
         t: times in [0, 1], (B,).
         eps: standard normal noise, shaped like x0.
-        cond: condition (B, width) for a conditional network.
-        space: what is compared (Eps(), X0(), V(), Score(), ...); by default that of the weight, or
-            else the network's own output.
+        cond: conditions of a conditional network, (B, ...), or several by name.
+        keep: bool (B,); where False the sample's conditions are replaced by the denoiser's null.
+        space: the quantity compared (Eps(), X0(), V(), Score(), ...); by default that of the
+            weight, or else the network's own output.
         penalty: L2(), the default, L1(), Huber(delta) or any function of the error.
-        weight: one of those below, or any function of the level; 1 by default.
+        weight: an object of `losses.weights`, or any function of the level; 1 by default.
     Returns:
         (B,) losses; take the mean to train.
     Raises:
         ValueError: if `space` is not that of the weight, or shapes do not fit.
     """
-    validate.batch("x0", x0)
-    validate.kind("denoiser", denoiser, "a Denoiser", "parameterization")
-    for name, value, what, attribute in (
-        ("space", space, "a parameterization such as Eps()", "target"),
-        ("weight", weight, "a function of the level such as SNR()", "__call__"),
-        ("penalty", penalty, "a function of the error such as L2()", "__call__"),
-    ):
-        if value is not None:
-            validate.kind(name, value, what, attribute)
     if eps.shape != x0.shape:
         raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}; got {tuple(eps.shape)}")
     own: Parameterization | None = getattr(weight, "space", None)
     if space is not None and own is not None and space != own:
         raise ValueError(f"{weight} weighs errors of {own}; got space={space}: leave it out")
+    if keep is not None:
+        if keep.shape != x0.shape[:1] or keep.dtype != torch.bool or cond is None:
+            raise ValueError(
+                f"keep must be a bool for each condition, ({len(x0)},), given with cond; "
+                f"got {tuple(keep.shape)} of {keep.dtype}"
+            )
+        cond = with_null(denoiser, cond, keep)
     space = space or own or denoiser.parameterization
     level = denoiser.process.level(t, x0)
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))
     cost = (penalty or L2())(error)
     return coordinates(cost if weight is None else weight(level) * cost).mean(1)
+
+
+def with_null(denoiser: Denoiser, cond: Tensor | Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    """Replace the conditions of samples that are not kept by the null: 0 for a float vector."""
+    if isinstance(cond, Mapping) or cond.ndim != 2 or not cond.is_floating_point():
+        raise ValueError(
+            "denoiser must have a null to drop conditions that are not (B, width) floats"
+        )
+    return cond.where(keep[:, None], 0)

@@ -4,11 +4,12 @@ For a model's score s and x ~ p_t, integration by parts gives (Hyvarinen 2005, T
 
     E |s - grad log p_t|^2 = E[ |s|^2 + 2 div s ] + constant,
 
-and the denoising loss in Score() space is the same up to another constant (Vincent 2011): all
-three have one gradient in the model's parameters. As there, losses are means over coordinates.
+and the denoising loss in Score() space is equal up to another constant (Vincent 2011): all three
+have one gradient in the model's parameters. Losses are means over coordinates, as in `denoising`.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -17,34 +18,45 @@ from sde_diffusion import validate
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates
+from sde_diffusion.validate import Batch, Kind
 
 __all__ = ["implicit_loss", "sliced_loss"]
 
+MODEL = Kind("a model, such as a Denoiser", "process", "__call__")
 
-def implicit_loss(model: Model, x: Tensor, t: Scalar) -> Tensor:
-    """|s|^2 + 2 div s, the mean over coordinates, with the divergence exact.
+
+@validate.arguments
+def implicit_loss(
+    model: Annotated[Model, MODEL], x: Annotated[Tensor, Batch()], t: Scalar
+) -> Tensor:
+    """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
     One backward pass for each of the d coordinates of a sample: for small d.
 
     Args:
-        model: whose score is judged; samples must not see each other (no batch norm).
+        model: the model under test; samples must be independent (no batch norm).
         x: noisy batch (B, ...), drawn from p_t.
         t: its times, a float, () or (B,), with sigma(t) > 0.
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    validate.batch("x", x)
     basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = [row.reshape(1, *x.shape[1:]) for row in basis]
     score, slopes = score_and_slopes(model, x, t, directions)
     return coordinates(score**2).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
 
 
-def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) -> Tensor:
-    """|s|^2 + 2 v' (ds/dx) v, the mean over coordinates and probes v (Song et al. 2019, SSM-VR).
+@validate.arguments
+def sliced_loss(
+    model: Annotated[Model, MODEL],
+    x: Annotated[Tensor, Batch()],
+    t: Scalar,
+    probes: Sequence[Tensor],
+) -> Tensor:
+    """Mean over coordinates and probes v of |s|^2 + 2 v' (ds/dx) v (Song et al. 2019, SSM-VR).
 
-    For probes of unit covariance an unbiased estimate of `implicit_loss` (Hutchinson 1990), at one
-    backward pass a probe. Signs, +1 or -1 with equal chance, have the least variance.
+    Unbiased for `implicit_loss` with probes of unit covariance (Hutchinson 1990); one backward pass
+    a probe. Random signs, +1 or -1, have the least variance.
 
     Args:
         model, x, t: as in `implicit_loss`.
@@ -52,7 +64,6 @@ def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) ->
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    validate.batch("x", x)
     shapes = [tuple(validate.batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
     if not shapes or any(shape not in allowed for shape in shapes):
@@ -68,8 +79,7 @@ def sliced_loss(model: Model, x: Tensor, t: Scalar, probes: Sequence[Tensor]) ->
 def score_and_slopes(
     model: Model, x: Tensor, t: Scalar, directions: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """s and, for each direction v, v' (ds/dx) v for every sample, (B,)."""
-    validate.kind("model", model, "a model, such as a Denoiser", "process", "__call__")
+    """The score s and, for each direction v, v' (ds/dx) v of every sample, (B,)."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         score = model(x, model.process.level(t, x)).score

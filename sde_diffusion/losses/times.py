@@ -1,18 +1,18 @@
-r"""Laws of t: where on the path to train.
+r"""Laws of t in training.
 
-Each is given by its quantile function, so that evenly spread quantiles (`stratified`) pass through
-it as well as random ones.
+Each is a quantile function: it maps quantiles, random or evenly spread (`stratified`), to times.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.processes import Process
+from sde_diffusion.validate import Checked, Count, Kind, Number, Positive, Share
 
 __all__ = [
     "DiscreteTimes",
@@ -24,37 +24,48 @@ __all__ = [
 ]
 
 
+PROCESS = Kind("a Process", "log_alpha", "variance")
+
+
 class TimeDistribution(Protocol):
-    """A law of t in (0, 1], given by its quantile function, so that strata pass through it."""
+    """A law of t in (0, 1], given by its quantile function.
+
+    The laws of this module also have `support`, (t_low, t_high): all their times lie between.
+    """
 
     def __call__(self, quantile: Tensor) -> Tensor:
-        """The t below which this share of the law lies; shaped like `quantile`, in (0, 1)."""
+        """Return the t below which this share of the law lies, shaped like `quantile` in (0, 1)."""
         ...
 
 
 @dataclass(frozen=True)
-class UniformTimes:
+class UniformTimes(Checked):
     """t uniform in (t_min, t_max), (0, 1) by default."""
 
-    t_min: float = 0.0
-    t_max: float = 1.0
+    t_min: Share = 0.0
+    t_max: Share = 1.0
 
     def __post_init__(self) -> None:
-        validate.number("t_min", self.t_min, 0, 1)
+        super().__post_init__()
         validate.number("t_max", self.t_max, self.t_min, 1, strict=True)
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return self.t_min, self.t_max
 
     def __call__(self, quantile: Tensor) -> Tensor:
         return self.t_min + (self.t_max - self.t_min) * checked_quantile(quantile)
 
 
 @dataclass(frozen=True)
-class DiscreteTimes:
+class DiscreteTimes(Checked):
     """t = i/N with i uniform in 1 .. N: training the discrete chain."""
 
-    num_steps: int
+    num_steps: Count
 
-    def __post_init__(self) -> None:
-        validate.integer("num_steps", self.num_steps)
+    @property
+    def support(self) -> tuple[float, float]:
+        return 1 / self.num_steps, 1.0
 
     def __call__(self, quantile: Tensor) -> Tensor:
         return (checked_quantile(quantile) * self.num_steps).ceil().clamp(
@@ -63,7 +74,7 @@ class DiscreteTimes:
 
 
 @dataclass(frozen=True)
-class LikelihoodTimes:
+class LikelihoodTimes(Checked):
     r"""Times in proportion to g^2 / sigma^2, importance sampling for the likelihood weight.
 
     Since d log_snr / dt = -g^2 / sigma^2, this law is uniform in log-SNR, and
@@ -75,18 +86,21 @@ class LikelihoodTimes:
     (Song et al. 2021 "Maximum likelihood training", sec. 5; Kingma et al. 2021, sec. 5).
 
     Args:
-        process: whose path it is.
-        t_min: where the path is cut, since log_snr(0) is infinite; its end is process.t_max.
+        process: the process whose path is sampled, up to process.t_max.
+        t_min: start of the path, since log_snr(0) is infinite.
     """
 
-    process: Process
-    t_min: float = 1e-5
+    process: Annotated[Process, PROCESS]
+    t_min: Positive = 1e-5
 
     def __post_init__(self) -> None:
-        validate.kind("process", self.process, "a Process", "log_alpha", "variance")
-        validate.number("t_min", self.t_min, 0, self.process.t_max, strict=True)
+        super().__post_init__()
         if not self.t_min < self.process.t_max:
             raise ValueError(f"t_min must be below t_max={self.process.t_max}; got {self.t_min}")
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return self.t_min, self.process.t_max
 
     @property
     def total(self) -> float:
@@ -102,26 +116,28 @@ class LikelihoodTimes:
 
 
 @dataclass(frozen=True)
-class NormalLogSNR:
+class NormalLogSNR(Checked):
     """Log-normal noise: log-SNR normal(mean, std^2), cut to the process's range.
 
     With -log_snr / 2 = log(sigma / alpha) this is the log-normal noise law of Karras et al. 2022,
     sec. 5, for any process; their P_mean = -1.2, P_std = 1.2 are mean = 2.4, std = 2.4 here.
     """
 
-    process: Process
-    mean: float = 0.0
-    std: float = 2.0
+    process: Annotated[Process, PROCESS]
+    mean: Annotated[float, Number()] = 0.0
+    std: Positive = 2.0
 
     def __post_init__(self) -> None:
-        validate.kind("process", self.process, "a Process", "log_alpha", "variance")
-        validate.number("mean", self.mean)
-        validate.number("std", self.std, 0, strict=True)
+        super().__post_init__()
         if self._above < 1e-100:
             raise ValueError(
                 f"mean={self.mean} and std={self.std} leave nothing of the process's range, "
                 f"log_snr > {self.process.log_snr(1.0):.4g}"
             )
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     @property
     def _above(self) -> float:
@@ -134,19 +150,20 @@ class NormalLogSNR:
         return self.process.time(self.mean - self.std * torch.special.ndtri(share))
 
 
-def stratified(offset: float, positions: Tensor, batch_size: int) -> Tensor:
+@validate.arguments
+def stratified(
+    offset: Annotated[float, Number(0, 1)], positions: Tensor, batch_size: Count
+) -> Tensor:
     """Low discrepancy: one quantile in each of batch_size equal strata.
 
     (position + offset) / batch_size, `offset` drawn once from [0, 1) for the whole batch
     (Kingma et al. 2021, App. I.1). Pass it through a law: `UniformTimes()(stratified(...))`.
     """
-    validate.integer("batch_size", batch_size)
-    validate.number("offset", offset, 0, 1)
     return (positions.to(torch.float64) + offset) / batch_size
 
 
 def checked_quantile(quantile: Tensor) -> Tensor:
-    """The quantile, if it is a tensor of shares in [0, 1]; a GPU is not asked, it would stall."""
+    """Return a tensor of shares in [0, 1]; not checked on a GPU, which would synchronize."""
     validate.kind("quantile", quantile, "a tensor", "is_floating_point", "device")
     allowed = (quantile >= 0) & (quantile <= 1)
     if quantile.device.type == "cpu" and not bool(allowed.all()):

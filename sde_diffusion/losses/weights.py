@@ -1,4 +1,4 @@
-r"""Weights of the denoising loss, each with the space of the errors that it weighs."""
+r"""Weights of the denoising loss, each with the space of its errors."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,18 +7,17 @@ from typing import Annotated, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.models.parameterizations import X0, Eps, Score
 from sde_diffusion.models.prediction import Parameterization, nonzero
 from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
 from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Checked
+from sde_diffusion.validate import Checked, Kind, Positive
 
 __all__ = ["SNR", "VLB", "EDMWeight", "Likelihood", "MinSNR", "Simple", "Weight"]
 
 
 class Weight(Protocol):
-    """w as a function of the level, and the space of the errors that it weighs."""
+    """w as a function of the level, and the space of the errors."""
 
     space: ClassVar[Parameterization]
 
@@ -53,8 +52,8 @@ class Likelihood(Checked):
         unknown = g2.isnan()
         if t.device.type == "cpu" and bool(unknown.any()):
             raise ValueError(
-                f"g^2 is not promised at t={t[unknown].flatten()[0]:g}, above the process's t_max: "
-                f"draw times below it, as LikelihoodTimes or UniformTimes(t_max=...) do"
+                f"t must be at most the process's t_max, where g^2 is defined; "
+                f"got {t[unknown].flatten()[0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
             )
         return g2.to(level.sigma) if isinstance(level.sigma, Tensor) else g2.item()
 
@@ -70,14 +69,11 @@ class SNR:
 
 
 @dataclass(frozen=True)
-class MinSNR:
+class MinSNR(Checked):
     """min(alpha^2 / sigma^2, gamma), on errors of x0 (Hang et al. 2023)."""
 
     space: ClassVar[Parameterization] = X0()
-    gamma: float = 5.0
-
-    def __post_init__(self) -> None:
-        validate.number("gamma", self.gamma, 0, strict=True)
+    gamma: Positive = 5.0
 
     def __call__(self, level: Level) -> Scalar:
         signal, noise = level.alpha**2, level.sigma**2
@@ -87,29 +83,26 @@ class MinSNR:
 
 
 @dataclass(frozen=True)
-class EDMWeight:
+class EDMWeight(Checked):
     """(r^2 + s^2) / (r s)^2 with r = sigma / alpha, s = sigma_data, on errors of x0.
 
     Karras et al. 2022, Table 1: 1 on errors of their network's output (space=Karras(sigma_data)).
     """
 
     space: ClassVar[Parameterization] = X0()
-    sigma_data: float = 0.5
-
-    def __post_init__(self) -> None:
-        validate.number("sigma_data", self.sigma_data, 0, strict=True)
+    sigma_data: Positive = 0.5
 
     def __call__(self, level: Level) -> Scalar:
         return SNR()(level) + 1 / self.sigma_data**2
 
 
 @dataclass(frozen=True)
-class VLB:
+class VLB(Checked):
     """beta_i^2 / (2 sigma_i^2 alpha_i (1 - abar_i)), on errors of eps (Ho et al. 2020, eq. 12).
 
     The loss at t = i/N is then the part of L_(i-1) that depends on the model, in nats per
-    coordinate. At i = 1 the posterior's variance is 0 and that of i = 2 stands in, as in the code
-    of Ho et al.
+    coordinate. At i = 1 the posterior's variance is 0 and is replaced by that of i = 2, as in the
+    code of Ho et al.
 
     Args:
         process: the chain.
@@ -117,16 +110,16 @@ class VLB:
     """
 
     space: ClassVar[Parameterization] = Eps()
-    process: Discrete
+    process: Annotated[Discrete, Kind("a Discrete process", "model_variances")]
     variance: Literal["beta", "posterior"] = "beta"
 
     def __post_init__(self) -> None:
-        validate.kind("process", self.process, "a Discrete process", "model_variances")
+        super().__post_init__()
         self.process.model_variances(self.variance)
         if self.process.betas[-1] == 1:
             raise ValueError(
-                "VLB weighs errors of eps, which say nothing of x0 where alpha = 0: a chain with "
-                "zero terminal SNR has no such weight at i = N (DDPM.bound_term is the term itself)"
+                "process must have alpha > 0 at i = N: VLB weighs errors of eps; got zero terminal "
+                "SNR; use DDPM.bound_term"
             )
 
     def __call__(self, level: Level) -> Scalar:
@@ -139,7 +132,7 @@ class VLB:
             strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
             if bool(strange.any()):
                 raise ValueError(
-                    f"VLB weighs its own chain's levels at t = i/N alone; got "
+                    f"level of VLB must be one of its own chain's levels at t = i/N alone; got "
                     f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
                 )
         weight = self._weights.to(i.device)[i - 1]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.model import (
     IS_MODEL,
-    Cond,
     LogSNRRange,
     Model,
     evaluate,
@@ -26,7 +25,7 @@ from sde_diffusion.models.prediction import Parameterization, Prediction, Row
 from sde_diffusion.processes import Discrete, Level, Process
 from sde_diffusion.processes.level import double, enter, leave
 from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Integer, Kind
+from sde_diffusion.validate import Cond, Integer, Kind
 
 __all__ = ["Matched", "adopt", "match"]
 

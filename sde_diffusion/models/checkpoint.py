@@ -33,7 +33,9 @@ def save(path: Path, denoiser: Any, record: dict[str, object]) -> None:
     """Write the tensors of a denoiser's network, and a record with its four parts."""
     if "denoiser" in record:
         raise ValueError("record must not hold the reserved name denoiser")
-    parts: dict[str, Any] = {name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]}
+    parts: dict[str, Any] = {
+        name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]
+    }
     parts["network"] = network_record(denoiser.network)
     if denoiser.trained is not None:
         low, high, only = denoiser.trained

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from sde_diffusion import validate
 from sde_diffusion.models import checkpoint, prediction
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import Cond, LogSNRRange, zero_null
+from sde_diffusion.models.model import LogSNRRange, zero_null
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.processes.level import per_sample
 from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Kind
+from sde_diffusion.validate import Cond, Kind
 
 __all__ = ["Denoiser", "pretrained"]
 
@@ -178,9 +178,7 @@ def replaced(cond: Tensor, keep: Tensor, null: Tensor) -> Tensor:
 
 def fitted(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A condition with one entry per sample of x; floats in the dtype of the network."""
-    if not isinstance(cond, Tensor) or not cond.ndim or len(cond) not in (1, len(x)):
-        got = tuple(cond.shape) if isinstance(cond, Tensor) else type(cond).__name__
-        raise ValueError(f"{name} must be a tensor of first axis {len(x)} or 1; got {got}")
+    cond = validate.cond(name, cond, len(x))
     cond = ordinary(cond.to(x.device, dtype) if cond.is_floating_point() else cond.to(x.device))
     return cond if len(cond) == len(x) else cond.expand(len(x), *cond.shape[1:])
 

@@ -20,7 +20,6 @@ from sde_diffusion import validate
 from sde_diffusion.models.derivatives import leaf, ordinary, recorded
 from sde_diffusion.models.model import (
     IS_MODEL,
-    Cond,
     LogSNRRange,
     evaluate,
     expanded,
@@ -32,7 +31,7 @@ from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.processes.level import per_sample
-from sde_diffusion.validate import Checked, Integer, Kind, Number, Share
+from sde_diffusion.validate import Checked, Cond, Integer, Kind, Number, Share
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Guided", "get_context_mask"]
 

@@ -16,13 +16,12 @@ from torch import Tensor
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.validate import Kind
+from sde_diffusion.validate import Cond, Kind
 
 __all__ = [
     "EVERYWHERE",
     "IS_MODEL",
     "Bound",
-    "Cond",
     "HeldBelow",
     "LogSNRRange",
     "Model",
@@ -34,7 +33,6 @@ __all__ = [
     "trained_range",
 ]
 
-Cond = Tensor | Mapping[str, Tensor]
 IS_MODEL = Kind("a model such as a Denoiser", "process", "__call__")
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sde_diffusion.validate import Each, Integer
 
-__all__ = ["Cond", "Side", "Width", "Widths", "check_cond", "check_images"]
+__all__ = ["CondWidth", "Side", "Width", "Widths", "check_cond", "check_images"]
 
 Side = Integer(1, 2**16)
 
 Width = Annotated[int, Side]
-Cond = Annotated[int, Integer(0, 2**16)]
+CondWidth = Annotated[int, Integer(0, 2**16)]
 Widths = Annotated[Sequence[int], Each(Side, 16, 1)]
 
 

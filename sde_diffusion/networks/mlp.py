@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import Cond, Side, Width, check_cond
+from sde_diffusion.networks.inputs import CondWidth, Side, Width, check_cond
 from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["MLP"]
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         width: Width = 128,
         depth: Annotated[int, Integer(1, 1000)] = 3,
         fourier: Annotated[int, Integer(0, 2**16, multiple_of=2)] = 0,
-        cond: Cond = 0,
+        cond: CondWidth = 0,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import Cond, Width, check_cond, check_images
+from sde_diffusion.networks.inputs import CondWidth, Width, check_cond, check_images
 from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["UNet"]
@@ -49,7 +49,7 @@ class UNet(nn.Module):
         attention: Annotated[Sequence[int], Each(Integer(0, 9), 10)] = (1,),
         patch: Annotated[int, Integer(1, 512)] = 2,
         embedding: Annotated[int, Integer(4, 2**16, 2)] = 128,
-        cond: Cond = 0,
+        cond: CondWidth = 0,
         heads: Width = 4,
         dropout: Share = 0.0,
     ) -> None:

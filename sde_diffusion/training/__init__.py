@@ -1,11 +1,11 @@
-"""Training as an iterator: what happens between steps is the caller's `for` body.
+"""*Reproducible training*: an iterator of steps; the body of the loop belongs to the caller.
 
     for metrics in training.train(state, data):
         ...
 
 Data order, dequantization, times, noise and dropout are functions of (seed, step, position in the
-global batch) and of nothing else, so a run resumed from a checkpoint goes on as if it had never
-stopped, and several processes or accumulated parts draw the numbers that one process draws.
+global batch) alone. So a resumed run is the uninterrupted one, bit for bit, and several processes
+or accumulated parts draw the numbers of one process.
 """
 
 from sde_diffusion.training.batches import Batch, draw

@@ -1,11 +1,11 @@
 """One step's data and noise, as functions of (seed, step, position in the global batch).
 
-So a resumed run draws what the uninterrupted one would have drawn, and several processes or
-accumulated parts of a batch draw what one process draws at once.
+A resumed run draws the numbers of the uninterrupted one, and several processes or accumulated parts
+of a batch draw the numbers of one process.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,50 +17,50 @@ from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.counter import normals, row_keys, uniforms
 from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.training.recipe import Recipe
+from sde_diffusion.validate import Cond, Integer, Kind
 
 __all__ = ["Batch", "draw", "mask", "stretches"]
 
 
 class Batch(NamedTuple):
-    """A stretch of one step's global batch: all of its randomness but that of dropout.
+    """A stretch of one step's global batch: all of its randomness but the masks of dropout.
 
     Attributes:
         x0: samples (B, ...).
         t: times in [0, 1], (B,) float64.
         eps: standard normal noise, shaped like x0.
-        cond: conditions (B, width), or None.
+        cond: a condition (B, ...) of any shape and dtype, several by name, or None.
         first: position of the first sample in the global batch.
+        keep: bool (B,), False where the sample is trained without its conditions; None: all True.
     """
 
     x0: Tensor
     t: Tensor
     eps: Tensor
-    cond: Tensor | None
+    cond: Cond | None
     first: int = 0
+    keep: Tensor | None = None
 
 
+@validate.arguments
 def draw(
     data: Data,
-    recipe: Recipe,
+    recipe: Annotated[Recipe, Kind("a Recipe", "batch_size", "seed")],
     times: TimeDistribution,
-    step: int,
-    positions: range | None = None,
+    step: Annotated[int, Integer(0, 2**63 - 1)],
+    positions: Annotated[range, Kind("a range", "start", "stop")] | None = None,
     device: torch.device | None = None,
 ) -> Batch:
-    """The part `positions` of the global batch of `step`, a function of its arguments alone.
+    """Draw the part `positions` of the global batch of `step`, a function of its arguments alone.
 
     Args:
-        data: where samples come from, in the order of `data.order`.
-        recipe: its seed and batch_size.
-        times: the law of t, met by one quantile in each of batch_size strata.
+        data: the samples, in the order of `shuffled_indices`.
+        recipe: its seed, batch_size and cond_dropout.
+        times: the law of t, evaluated at one quantile in each of batch_size strata.
         positions: a stretch of range(batch_size); all of it by default.
-        device: where the noise is drawn and the batch is wanted; the CPU by default.
+        device: device of the batch and of its noise; the CPU by default.
     """
-    validate.kind("recipe", recipe, "a Recipe", "batch_size", "seed")
-    validate.integer("step", step, 0, 2**63 - 1)
     everything = range(recipe.batch_size)
-    if positions is not None:
-        validate.kind("positions", positions, "a range", "start", "stop")
     positions = everything if positions is None else positions
     if positions != everything[positions.start : positions.stop] or not positions:
         raise ValueError(f"positions must be a stretch of {everything}; got {positions}")
@@ -74,16 +74,23 @@ def draw(
     offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
     x0, cond = data.batch(index, uniform)
+    keep = None
     if cond is not None and recipe.cond_dropout:
-        kept = uniforms(row_keys(dropped, positions, cond.device), (1,)) >= recipe.cond_dropout
-        cond = cond * kept
-    return Batch(x0, t, eps, cond, positions.start)
+        keep = uniforms(row_keys(dropped, positions, device), ()) >= recipe.cond_dropout
+    return Batch(x0, t, eps, cond, positions.start, keep)
+
+
+def to_device(cond: Any, device: torch.device) -> Any:
+    """A tensor, tensors by name or None, on a device; dtypes are kept."""
+    if isinstance(cond, Mapping):
+        return {name: value.to(device) for name, value in cond.items()}
+    return None if cond is None else cond.to(device)
 
 
 def mask(
     layers: Sequence[Dropout], recipe: Recipe, step: int, batch: Batch, device: torch.device
 ) -> None:
-    """Give each layer the masks of this part of the step's batch."""
+    """Set the keys of each layer's masks for this part of the step's batch."""
     positions = range(batch.first, batch.first + len(batch.x0))
     bases = words(recipe.seed, Purpose.DROPOUT, step, len(layers)) if layers else []
     for layer, base in zip(layers, bases, strict=True):
@@ -96,7 +103,7 @@ def words(seed: int, purpose: Purpose, step: int, count: int) -> list[int]:
 
 
 def stretches(recipe: Recipe, processes: int, process: int, parts: int) -> Iterator[range]:
-    """What one of the processes does of a global batch, in as many parts.
+    """The positions of one process in a global batch, cut into `parts` pieces.
 
     Raises:
         ValueError: if there are fewer positions than parts: each process must have work in each.

@@ -1,6 +1,6 @@
-"""Checkpoints: folders that are whole or absent, and a run that goes on from one as if unbroken.
+"""Checkpoints: folders that are whole or absent, from which a run continues bit for bit.
 
-Where there are several processes they read the same folder, and the main one writes it.
+All processes of a run read the same folder, and the main process writes it.
 """
 
 import copy
@@ -8,34 +8,37 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import is_tensor
 
 from sde_diffusion import validate
 from sde_diffusion.files import storage
 from sde_diffusion.files.strict_json import plain
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.training.engine import full, like_ours
+from sde_diffusion.training.optimizers import flat, load, outline
 from sde_diffusion.training.state import TrainState
+from sde_diffusion.validate import Kind
 
 __all__ = ["Otherwise", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
 
 PREFIX = "checkpoint-"
-ADDED = {"cond_dropout": 0.0}  # settings that older checkpoints do not have, as they were
-SLOTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW, for each parameter
+ADDED = {"cond_dropout": 0.0}  # settings that older checkpoints do not have, and their values
+STATE = Kind("a TrainState", "settings", "averaged")
 
 
 class Otherwise(storage.BadFile):
     """A checkpoint of a run with other settings; the message lists the differences."""
 
 
-def save(state: TrainState, folder: str | Path, **record: object) -> Path:
+@validate.arguments
+def save(state: Annotated[TrainState, STATE], folder: str | Path, **record: object) -> Path:
     """Write a checkpoint under `folder`, whole or not at all; keep it and the one before.
 
     A checkpoint is a folder: denoiser.safetensors, the averaged denoiser that `Denoiser.load`
-    reads, and training.safetensors, what it takes to go on. It is written under another name,
+    reads, and training.safetensors, all that a resumed run needs. It is written under another name,
     flushed to the disk and renamed. A call of all processes.
 
     Args:
@@ -44,16 +47,15 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         OSError: if the disk refuses; the checkpoints before it are untouched.
         ValueError: likewise, if a weight is not finite.
     """
-    validate.kind("state", state, "a TrainState", "settings", "averaged")
     if "step" in record:
-        raise ValueError("step: a name that the record keeps for itself")
+        raise ValueError("step must not be in the record of the caller; save adds it")
     folder = Path(folder)
     target = folder / f"{PREFIX}{state.step:08d}"
     averaged = state.averaged
-    tensors = {f"network.{name}": full(value) for name, value in weights(state).items()}
-    for number, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": full(value) for slot, value in slots.items()}
-    told = {"step": state.step, "skipped": state.skipped, "settings": state.settings}
+    tensors = {**state.tensors, **flat(state.optimizer)}
+    numbers = {name: tensors.pop(name) for name in list(tensors) if not is_tensor(tensors[name])}
+    tensors = {name: full(value) for name, value in tensors.items()}
+    progress = {"step": state.step, "skipped": state.skipped, "settings": state.settings}
     if state.engine.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for end in ("part", "old"):
@@ -62,7 +64,9 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
         scratch = folder / f".{target.name}.part"
         try:
             averaged.save(scratch / "denoiser.safetensors", step=state.step, **record)
-            storage.write(scratch / "training.safetensors", tensors, told)
+            storage.write(
+                scratch / "training.safetensors", tensors, {**progress, "numbers": numbers}
+            )
         except (OSError, ValueError):
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -71,25 +75,25 @@ def save(state: TrainState, folder: str | Path, **record: object) -> Path:
             discard(target)
         os.replace(scratch, target)
         sync_folder(folder)
-        # Folders beyond this step are damaged, or of another run: they push nothing out.
+        # Folders beyond this step are damaged, or of another run: they do not count.
         for old in [path for path in checkpoints(folder) if step_of(path) <= state.step][:-2]:
             discard(old)
     state.engine.wait_for_everyone()
     return target
 
 
-def restore(state: TrainState, checkpoint: str | Path) -> None:
-    """Go on from a checkpoint of the same run; one that does not fit changes nothing.
+@validate.arguments
+def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None:
+    """Continue from a checkpoint of the same run; one that does not fit changes nothing.
 
     Raises:
         Otherwise: if it was made with other settings.
         storage.BadFile: if it is damaged, or holds another network.
     """
-    validate.kind("state", state, "a TrainState", "settings", "averaged")
     checkpoint = Path(checkpoint)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
-    step, skipped, theirs = progress(path, record)
+    step, skipped, theirs, numbers = progress_of(path, record)
     theirs = {**ADDED, **theirs}
     ours = plain(state.settings)
     changed = [
@@ -98,56 +102,51 @@ def restore(state: TrainState, checkpoint: str | Path) -> None:
         if theirs.get(name) != ours.get(name)
     ]
     if changed:
-        raise Otherwise(f"{path}: the run was started otherwise: {', '.join(changed)}")
-    averaged = Denoiser.load(
+        raise Otherwise(f"{path}: its run had other settings: {', '.join(changed)}")
+    blank = copy.deepcopy(state.averaged)
+    Denoiser.load(
         checkpoint / "denoiser.safetensors",
-        copy.deepcopy(state.averaged.network),
-        process=state.denoiser.process,
-        parameterization=state.denoiser.parameterization,
-        noise_input=state.denoiser.noise_input,
+        blank.network,
+        process=blank.process,
+        parameterization=blank.parameterization,
+        noise_input=blank.noise_input,
     )
-    check_tensors(path, tensors, state, moved=step > skipped)
+    values = {**tensors, **numbers}
+    check_names(path, values, state, moved=step > skipped)
     with torch.no_grad():
-        for name, value in weights(state).items():
-            value.copy_(like_ours(tensors[f"network.{name}"], value))
-        for mean, value in zip(state.average, averaged.network.parameters(), strict=True):
-            mean.copy_(like_ours(value, mean))
-        for mean, value in zip(state.shadow.buffers(), averaged.network.buffers(), strict=True):
-            mean.copy_(value)
-    slots = {
-        number: {slot: tensors[f"optimizer.{number}.{slot}"] for slot in SLOTS}
-        for number in (range(len(state.weights)) if step > skipped else ())
-    }
-    for number, parameter in enumerate(state.weights):
-        for slot in SLOTS[:2] if slots else ():
-            slots[number][slot] = like_ours(slots[number][slot], parameter)
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        for name, ours in state.tensors.items():
+            ours.copy_(like_ours(values.pop(name), ours))
+    state.copy_buffers()
+    slots: dict[int, dict[str, Any]] = {}
+    for name in sorted(values):  # sharding is a call of all processes, in one order
+        _, index, slot = name.split(".", 2)
+        slots.setdefault(int(index), {})[slot] = values[name]
+    load(state.optimizer, slots)
     state.step, state.skipped = step, skipped
 
 
-def progress(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str, Any]]:
-    """Steps done, steps skipped, settings."""
-    told: tuple[Any, ...] = tuple(record.get(name) for name in ("step", "skipped", "settings"))
-    step, skipped, settings = told
-    whole = type(step) is int and type(skipped) is int and isinstance(settings, dict)
+def progress_of(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str, Any], Any]:
+    """Steps done, steps skipped, settings, numbers of the optimizer."""
+    step, skipped, settings, numbers = map(
+        record.get, ("step", "skipped", "settings", "numbers"), (None, None, None, {})
+    )
+    whole = type(step) is int and type(skipped) is int
+    whole = whole and isinstance(settings, dict) and isinstance(numbers, dict)
     if not whole or not 0 <= skipped <= step:
         raise storage.BadFile(f"{path.with_suffix('.json')}: not the record of a training run")
-    return step, skipped, settings
+    return step, skipped, settings, numbers
 
 
-def check_tensors(
-    path: Path, tensors: dict[str, Tensor], state: TrainState, *, moved: bool
-) -> None:
-    """Refuse tensors that are not, by name and shape, those of this state."""
-    expected = {f"network.{name}": tuple(value.shape) for name, value in weights(state).items()}
-    for number, parameter in enumerate(state.weights if moved else ()):
-        shapes = (parameter.shape, parameter.shape, ())
-        expected |= {
-            f"optimizer.{number}.{slot}": tuple(shape)
-            for slot, shape in zip(SLOTS, shapes, strict=True)
-        }
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
+def check_names(path: Path, values: dict[str, Any], state: TrainState, *, moved: bool) -> None:
+    """Refuse values whose names, shapes or dtypes are not those of this state.
+
+    A parameter that never had a gradient has no slots; any other has all of them.
+    """
+    found = {name: outline(value) for name, value in values.items()}
+    touched = {parameter_of(name) for name in {*found, *state.first_slots}}
+    slots = state.slots if moved else state.first_slots
+    slots = {name: kind for name, kind in slots.items() if parameter_of(name) in touched}
+    expected = {name: outline(value) for name, value in state.tensors.items()} | slots
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise storage.BadFile(
@@ -156,16 +155,16 @@ def check_tensors(
             )
 
 
-def weights(state: TrainState) -> dict[str, Any]:
-    """Parameters and buffers of the network in training."""
-    return state.network.state_dict()
+def parameter_of(slot: str) -> str:
+    """The part `optimizer.<index>` of the name of a slot."""
+    return ".".join(slot.split(".")[:2])
 
 
 def resume(state: TrainState, folder: str | Path) -> tuple[Path | None, list[str]]:
-    """Go on from the newest checkpoint under `folder` that can be read.
+    """Continue from the newest checkpoint under `folder` that can be read.
 
     Returns:
-        its folder, or None, and a line for each newer one that says what was wrong with it.
+        its folder, or None, and the error message of each newer one.
     Raises:
         Otherwise: if the newest readable one was made with other settings.
         storage.BadFile: if there are some and none can be read.
@@ -195,7 +194,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in its name; -1 where that is no checkpoint's."""
+    """The step in the name of a checkpoint; -1 for any other name."""
     digits = checkpoint.name.removeprefix(PREFIX)
     return int(digits) if re.fullmatch("[0-9]{8,18}", digits) else -1
 
@@ -206,7 +205,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, of which no part is to be seen while it goes."""
+    """Delete a checkpoint under another name: it is whole or absent at every instant."""
     going = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(going, ignore_errors=True)
     os.replace(checkpoint, going)

@@ -1,4 +1,4 @@
-"""What carries a training step: this process alone, or accelerate's many.
+"""The processes of a training run: this one alone, or those of accelerate.
 
 `accelerate.Accelerator` fits `Engine` as it is, so one program runs as `python ...`,
 `torchrun --nproc_per_node N ...` and `accelerate launch ...`.
@@ -20,7 +20,7 @@ __all__ = ["Alone", "Engine", "accumulation", "full", "launched", "like_ours", "
 
 
 class Engine(Protocol):
-    """What training asks of an engine; the names are those of `accelerate.Accelerator`."""
+    """Interface that training needs, with the names of `accelerate.Accelerator`."""
 
     @property
     def num_processes(self) -> int: ...
@@ -35,11 +35,11 @@ class Engine(Protocol):
     def device(self) -> torch.device: ...
 
     def prepare(self, *parts: Any) -> Any:
-        """Network and optimizer, ready for several processes."""
+        """Return network and optimizer, ready for several processes."""
         ...
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Within it gradients are kept and not exchanged."""
+        """Context in which gradients are accumulated and not exchanged."""
         ...
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
@@ -52,10 +52,10 @@ class Engine(Protocol):
 
 
 class Alone:
-    """One process that needs nobody: plain torch.
+    """A single process in plain torch.
 
     Args:
-        device: where the network is to be; where it is already, by default.
+        device: device of the network.
     """
 
     num_processes, process_index, is_main_process = 1, 0, True
@@ -87,19 +87,18 @@ def launched(
     folder: Path | None = None,
     patience: timedelta = timedelta(minutes=10),
 ) -> Any:
-    """The `accelerate.Accelerator` of the processes that this program was launched as.
+    """Return the `accelerate.Accelerator` of all processes of this program.
 
     DDP where there are several; FSDP, on GPUs, by accelerate's configuration (fsdp_version: 2).
-    What accelerate was told of mixed precision and accumulation is read by `precision` and
-    `accumulation`: a recipe decides them.
+    accelerate's settings for mixed precision and accumulation are not used here: `precision` and
+    `accumulation` read them, for a recipe.
 
     Args:
-        device: where to train; accelerate's choice by default, a GPU if there is one.
-        compiled: put the network through torch.compile; accelerate's configuration may ask for it
-            too.
+        device: device for training; accelerate's choice by default, a GPU if there is one.
+        compiled: compile the network by torch.compile; accelerate's configuration may set it too.
         trackers: names of accelerate's trackers, "tensorboard" or "wandb".
-        folder: where trackers write.
-        patience: how long a process waits for another one that says nothing.
+        folder: output folder of the trackers.
+        patience: longest time that a process waits for another one.
     Raises:
         ValueError: if accelerate is configured for a version of FSDP without plain state.
     """
@@ -108,7 +107,7 @@ def launched(
 
     on_cpu = device is not None and torch.device(device).type == "cpu"
     accelerator = Accelerator(
-        # Without this several processes on CPUs would each be alone, and nobody would notice.
+        # Without this, several processes on CPUs would each train alone, without an error.
         cpu=on_cpu or not torch.accelerator.is_available(),
         mixed_precision="no",
         dynamo_backend="inductor" if compiled else None,
@@ -117,43 +116,43 @@ def launched(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP needs `fsdp_version: 2` in accelerate's configuration; got 1")
+        raise ValueError("fsdp_version must be 2 in accelerate's configuration; got 1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise ValueError(
-            f"{started} processes were launched (WORLD_SIZE), but each would train alone: "
-            "use torchrun"
+            f"WORLD_SIZE must be the number of connected processes, {accelerator.num_processes}; "
+            f"got {started}; launch them with torchrun"
         )
     return accelerator
 
 
 def precision() -> str:
-    """float32 or bf16: what `accelerate launch` was told."""
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return {"no": "float32"}.get(told, told)
+    """The setting of `accelerate launch`: float32 or bf16."""
+    setting = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return "float32" if setting == "no" else setting
 
 
 def accumulation() -> int:
-    """Parts of a process's batch: what `accelerate launch` was told, or 1."""
+    """Parts of a process's batch: the setting of `accelerate launch`, or 1."""
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-    told = os.environ.get(name, "1")
-    return validate.integer(name, int(told) if told.isdecimal() else told)
+    setting = os.environ.get(name, "1")
+    return validate.integer(name, int(setting) if setting.isdecimal() else setting)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process may hold a shard; a call of all processes."""
+    """The whole tensor of a shard, or the tensor itself; a call of all processes."""
     whole = getattr(tensor, "full_tensor", None)
     return tensor if whole is None else whole()
 
 
 def like_ours(value: Tensor, ours: Tensor) -> Tensor:
-    """`value` on the device of `ours`, in its memory format, and sharded as it is.
+    """`value` on the device of `ours`, in its memory format and with its shards; dtype unchanged.
 
-    A fused optimizer goes through weights and moments side by side in memory: were their formats
-    different, it would pair the wrong numbers and say nothing.
+    A fused optimizer reads weights and moments in the order of memory. With different formats it
+    would pair the wrong numbers, silently.
     """
     if not hasattr(ours, "full_tensor"):
-        return torch.empty_like(ours, requires_grad=False).copy_(value)
+        return torch.empty_like(ours, dtype=value.dtype, requires_grad=False).copy_(value)
     value = value.to(ours.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes on, and how it is stopped."""
+"""The table of the steps of a run, and the signals that stop it."""
 
 import csv
 import io
@@ -22,16 +22,16 @@ TABLE = "metrics.csv"
 
 
 class Journal:
-    """A table of the steps, metrics.csv, that outlasts a kill, and accelerate's trackers.
+    """Table of the steps, metrics.csv, that survives a kill, and accelerate's trackers.
 
         with Journal(folder, state.step) as journal:
             for metrics in train(state, data):
                 journal.write(metrics)
 
     Args:
-        folder: of the table.
-        step: where the run stands; rows beyond it, of steps that will be made again, are dropped.
-        log: called with (values by name, step=step), such as `accelerator.log`; nothing by default.
+        folder: folder of the table.
+        step: steps done; later rows are removed, since their steps will be repeated.
+        log: called with (values by name, step=step), such as `accelerator.log`; None by default.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, log: Any = None) -> None:
@@ -52,19 +52,19 @@ class Journal:
         self._file.close()
 
     def write(self, metrics: Metrics) -> None:
-        """Add a step."""
+        """Append a step."""
         self._table.writerow(metrics)
         if self.log is not None:
             self.log({k: v for k, v in metrics._asdict().items() if k != "step"}, step=metrics.step)
 
     def flush(self) -> None:
-        """Bring all rows to the disk; before a checkpoint, which they explain."""
+        """Write all rows to the disk; call it before a checkpoint."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def history(folder: str | Path) -> list[Metrics]:
-    """The steps of the run in `folder`, from metrics.csv, as far as they are whole and in order."""
+    """Read the steps of metrics.csv in `folder` up to the first row damaged or out of order."""
     path = Path(folder, TABLE)
     if not path.exists():
         return []
@@ -87,23 +87,22 @@ def history(folder: str | Path) -> list[Metrics]:
 
 
 class Stop:
-    """SIGINT and SIGTERM as a question that a loop asks between two steps.
+    """SIGINT and SIGTERM as a flag that a loop reads between two steps.
 
         with Stop() as stop:
             for metrics in train(state, data):
-                if stop.asked(state.engine):
+                if stop.requested(state.engine):
                     save(state, folder)
                     sys.exit(stop.code)
 
-    After the first signal the second one has its usual effect. Outside the main thread nothing is
-    caught.
+    The second signal has its usual effect. Outside the main thread no signal is caught.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.signal = 0
-        self.code = 0  # exit status once it is asked: 130 for Ctrl-C, 143 for SIGTERM
+        self.code = 0  # exit status after a signal: 130 for Ctrl-C, 143 for SIGTERM
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -123,11 +122,11 @@ class Stop:
             signal.signal(which, handler)
         self._before = {}
 
-    def asked(self, engine: Engine) -> bool:
-        """Whether any process was asked to stop; a call of all processes, with one answer."""
+    def requested(self, engine: Engine) -> bool:
+        """True if any process got a signal; a call of all processes, with one result."""
         noted = self.signal
         if engine.num_processes > 1:
-            # What arrives while the processes agree counts at the next question, for all of them.
+            # A signal during this reduction counts at the next call, for all processes.
             mine = torch.tensor(float(noted > 0), device=engine.device)
             noted = (noted or self.SIGNALS[1]) if engine.reduce(mine, "sum") > 0 else 0
         self.code = 128 + noted if noted else 0

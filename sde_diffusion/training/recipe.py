@@ -1,39 +1,60 @@
-"""The numbers that decide a training run, and the averages of its weights."""
+"""Settings of a training run, and the averages of its weights."""
 
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal, Protocol
+from numbers import Real
+from typing import Annotated, Any, Literal, Protocol
 
-from sde_diffusion import validate
+from sde_diffusion.validate import (
+    Checked,
+    Choice,
+    Count,
+    Integer,
+    Kind,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+)
 
 __all__ = ["EMA", "Average", "PowerEMA", "Recipe"]
 
+Decay = Literal["cosine", "linear", "constant"]
+
+
+def below_one(name: str, value: Any) -> None:
+    """Refuse 1, the end of [0, 1)."""
+    if value == 1:
+        raise ValueError(f"{name} must be below 1; got {value}")
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuse anything but a number above 0; inf is allowed."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise ValueError(f"{name} must be a positive number; got {value}")
+
 
 class Average(Protocol):
-    """How an average of the weights follows them:  mean += (1 - decay) (weights - mean)."""
+    """A rule for averaging the weights:  mean += (1 - decay) (weights - mean)."""
 
     def decay_at(self, updates: int) -> float:
-        """What the mean keeps of itself when it has seen `updates` sets of weights; 0 at 0."""
+        """The decay after `updates` sets of weights; 0 at 0."""
         ...
 
 
 @dataclass(frozen=True)
-class EMA:
+class EMA(Checked):
     """Exponential moving average whose decay grows from 0: min(decay, (1 + n) / (10 + n))."""
 
-    decay: float = 0.9995
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1); got {self.decay}")
+    decay: Annotated[float, Number(0, 1), below_one] = 0.9995
 
     def decay_at(self, updates: int) -> float:
         return min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
 
 
 @dataclass(frozen=True)
-class PowerEMA:
+class PowerEMA(Checked):
     r"""Power-function average: its profile scales with the length of the run.
 
     After n steps the weights of step j count in proportion to  j^(gamma + 1) - (j - 1)^(gamma + 1),
@@ -45,10 +66,7 @@ class PowerEMA:
             follows from  sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
 
-    sigma_rel: float = 0.05
-
-    def __post_init__(self) -> None:
-        validate.number("sigma_rel", self.sigma_rel, 1e-3, 12**-0.5)
+    sigma_rel: Annotated[float, Number(1e-3, 12**-0.5)] = 0.05
 
     @cached_property
     def gamma(self) -> float:
@@ -63,60 +81,50 @@ class PowerEMA:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The numbers that decide a training run; data, network and the law of t come beside it.
+class Recipe(Checked):
+    """Settings of a training run; data, network and the law of t are separate arguments.
 
     Args:
         steps: optimizer steps of the whole run.
         batch_size: positions of the global batch, over all processes.
-        learning_rate: its largest value.
+        learning_rate: largest rate of the default optimizer.
         warmup: steps of linear growth of the learning rate.
-        decay: how it falls to 0 over the whole run, if it does: "cosine", "linear", "constant".
-        weight_decay: of AdamW.
-        clip: largest norm of the gradient; inf clips nothing.
+        decay: shape of its fall to 0 over the whole run: "cosine", "linear", or "constant": none.
+        weight_decay: of the default optimizer, AdamW.
+        clip: largest norm of the gradient; inf for no clipping.
         ema: the average of the weights, EMA(0.9995) by default.
         seed: of data order, times, noise and dropout.
-        cond_dropout: share of the conditions that a step replaces by the zero vector, so that
-            the network learns the unconditional law too; see guidance.ClassifierFree.
-        dtype: the network's arithmetic, "float32" or "bf16"; the weights stay as they are.
+        cond_dropout: share of the samples whose conditions are replaced by the denoiser's null, so
+            that the network learns the unconditional law too; see guidance.ClassifierFree.
+        dtype: the network's arithmetic, "float32" or "bf16"; the weights keep their dtype.
     """
 
-    steps: int = 10_000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    warmup: int = 500
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: Average = EMA()
-    seed: int = 0
-    cond_dropout: float = 0.0
-    dtype: Literal["float32", "bf16"] = "float32"
+    steps: Count = 10_000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    warmup: Annotated[int, Integer(0)] = 500
+    decay: Annotated[Decay, Choice("cosine", "linear", "constant")] = "cosine"
+    weight_decay: NonNegative = 0.0
+    clip: Annotated[float, positive] = 1.0
+    ema: Annotated[Average, Kind("an average such as EMA(0.9995)", "decay_at")] = EMA()
+    seed: Annotated[int, Integer(0)] = 0
+    cond_dropout: Share = 0.0
+    dtype: Annotated[Literal["float32", "bf16"], Choice("float32", "bf16")] = "float32"
 
-    def __post_init__(self) -> None:
-        validate.integer("steps", self.steps)
-        validate.integer("batch_size", self.batch_size)
-        validate.integer("warmup", self.warmup, 0)
-        validate.integer("seed", self.seed, 0)
-        validate.number("cond_dropout", self.cond_dropout, 0, 1)
-        validate.number("learning_rate", self.learning_rate, 0, strict=True)
-        validate.number("weight_decay", self.weight_decay, 0)
-        if isinstance(self.clip, bool) or not self.clip > 0:
-            raise ValueError(f"clip must be a positive number; got {self.clip}")
-        validate.kind("ema", self.ema, "an average such as EMA(0.9995)", "decay_at")
-        validate.choice("decay", self.decay, ("cosine", "linear", "constant"))
-        validate.choice("dtype", self.dtype, ("float32", "bf16"))
-
-    def rate(self, step: int) -> float:
-        """Learning rate of the step that starts after `step` steps."""
+    def factor(self, step: int) -> float:
+        """Share of the largest learning rate for the step that starts after `step` steps."""
         ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         left = 1 - step / self.steps
         fall = {"cosine": math.sin(math.pi * left / 2) ** 2, "linear": left, "constant": 1.0}
-        return self.learning_rate * ramp * fall[self.decay]
+        return ramp * fall[self.decay]
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the default optimizer for the step that starts after `step` steps."""
+        return self.learning_rate * self.factor(step)
 
     @property
     def settings(self) -> dict[str, object]:
-        """The fields as JSON can hold them."""
+        """The fields in a form for JSON."""
         plain: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
         plain["ema"] = repr(self.ema)
         return plain

@@ -1,34 +1,38 @@
-"""One optimizer step, and the state that it moves."""
+"""One optimizer step, and the state that it changes."""
 
 import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import Data
+from sde_diffusion.data.datasets import Data, entries
+from sde_diffusion.files import storage
 from sde_diffusion.losses.denoising import L2, Penalty, denoising_loss
 from sde_diffusion.losses.times import TimeDistribution, UniformTimes
 from sde_diffusion.losses.weights import Weight
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.sources import Purpose
-from sde_diffusion.training.batches import Batch, draw, mask, stretches, words
+from sde_diffusion.training.batches import Batch, draw, mask, stretches, to_device, words
 from sde_diffusion.training.engine import Alone, Engine, full
+from sde_diffusion.training.optimizers import MakeOptimizer, adamw, hyperparameters, rehearsed
 from sde_diffusion.training.recipe import Recipe
+from sde_diffusion.validate import Choice, Kind
 
 __all__ = ["Metrics", "TrainState", "train"]
 
+LAW = Kind("a callable, see losses and times", "__call__")
 FOREIGN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 class Metrics(NamedTuple):
-    """What one step reports.
+    """Report of one step.
 
     Attributes:
         step: steps done.
@@ -46,77 +50,103 @@ class Metrics(NamedTuple):
 
 
 class TrainState:
-    """The denoiser in training, its average, its optimizer and the number of steps done.
+    """A denoiser in training: parameters, their average, the optimizer, the number of steps done.
+
+    Its tensors have one flat list of names: `tensors` has those of the denoiser (`network.*`, and
+    those of its process and null where they have any) and `average.*`; the optimizer's own state
+    has the names `optimizer.<index>.<slot>`.
 
     Args:
-        denoiser: trained in place; on the device where training is to happen.
+        denoiser: trained in place; on the device where training is to happen. Parameters that do
+            not require gradients stay as they are.
         recipe: the settings of the run.
         times: the law of t; uniform by default.
         weight, penalty: of the loss, see `losses.denoising_loss`.
         engine: this process alone by default; `engine.launched()` for as many as were launched.
-        bad: what happens at a loss or gradient that is not finite: "raise" a FloatingPointError,
-            or "skip" the step and count it.
-        facts: what else a resumed run must have in common with this one, such as
+        bad: at a loss or gradient that is not finite, "raise" a FloatingPointError, or "skip" the
+            step and count it.
+        facts: further settings that a resumed run must share, such as
             {"data": data.fingerprint(images)}.
+        optimizer: function of the list of trained parameters that returns a torch optimizer, such
+            as torch.optim.Adafactor; AdamW with the recipe's rate and weight decay by default. The
+            recipe's schedule multiplies the initial rate of each of its groups.
     """
 
+    @validate.arguments
     def __init__(
         self,
-        denoiser: Denoiser,
-        recipe: Recipe,
-        times: TimeDistribution | None = None,
-        weight: Weight | None = None,
-        penalty: Penalty | None = None,
-        engine: Engine | None = None,
-        bad: Literal["raise", "skip"] = "raise",
+        denoiser: Annotated[Denoiser, Kind("a Denoiser", "network", "parameterization")],
+        recipe: Annotated[Recipe, Kind("a Recipe", "settings", "factor")],
+        times: Annotated[TimeDistribution, LAW] | None = None,
+        weight: Annotated[Weight, LAW] | None = None,
+        penalty: Annotated[Penalty, LAW] | None = None,
+        engine: Annotated[Engine, Kind("an Engine such as launched()", "prepare", "reduce")]
+        | None = None,
+        bad: Annotated[Literal["raise", "skip"], Choice("raise", "skip")] = "raise",
         facts: Mapping[str, object] | None = None,
+        optimizer: MakeOptimizer | None = None,
     ) -> None:
-        validate.kind("denoiser", denoiser, "a Denoiser", "network", "parameterization")
-        validate.kind("recipe", recipe, "a Recipe", "settings", "rate")
-        for name, law in (("times", times), ("weight", weight), ("penalty", penalty)):
-            if law is not None:
-                validate.kind(name, law, "a callable, see losses and times", "__call__")
-        if engine is not None:
-            validate.kind("engine", engine, "an Engine such as launched()", "prepare", "reduce")
-        validate.choice("bad", bad, ("raise", "skip"))
-        if next(denoiser.network.parameters(), None) is None:
-            raise ValueError("denoiser has a network without parameters: nothing to train")
-        device = next(denoiser.network.parameters()).device
-        self.denoiser, self.recipe, self.engine = denoiser, recipe, engine or Alone(device)
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                f"optimizer must be a function of parameters; got {type(optimizer).__name__}"
+            )
+        check_tensors(denoiser)
+        network = denoiser.network
+        self.denoiser, self.recipe = denoiser, recipe
+        self.engine = engine or Alone(next(denoiser.parameters()).device)
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         self.bad, self.step, self.skipped, self.facts = bad, 0, 0, dict(facts or {})
-        network = denoiser.network.to(self.engine.device)
+        denoiser.to(self.engine.device)
         gains = self.engine.device.type != "cpu" or recipe.dtype == "float32"
         if gains and not getattr(self.engine, "is_fsdp2", False):  # FSDP shards contiguous weights
             # A CPU's step of the packaged U-Net takes 0.92 to 0.95 of the time; 1.8 times in bf16.
             network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        parts = list(network.modules())
-        self._masked = [part for part in parts if isinstance(part, Dropout) and part.p]
-        self._foreign = any(isinstance(part, FOREIGN) for part in parts)
-        shadow = copy.deepcopy(network).requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        self.network = network  # wrapped or sharded, its parameters stay this module's
-        self._wrapped, self.optimizer = self.engine.prepare(network, optimizer)
-        self._trained = Denoiser(
-            self._wrapped, denoiser.process, denoiser.parameterization, denoiser.noise_input
-        )
-        # Of weights that are sharded, each process averages its own shards.
-        self.shadow, self._sharded = shadow, any(hasattr(p, "full_tensor") for p in self.weights)
-        held = self.weights if self._sharded else shadow.parameters()
-        self.average = [p.detach().clone() if self._sharded else p.data for p in held]
+        self._masked = [m for m in network.modules() if isinstance(m, Dropout) and m.p]
+        self._foreign = any(isinstance(m, FOREIGN) for m in network.modules())
+        trained = [p for p in denoiser.parameters() if p.requires_grad and p.numel()]
+        made, self.first_slots, self.slots = rehearsed(optimizer or adamw(recipe), trained)
+        self._optimized = hyperparameters(made)
+        self._rates = [float(group["lr"]) for group in made.param_groups]
+        self.shadow = copy.deepcopy(denoiser).requires_grad_(False)
+        # Wrapped or sharded, the parameters of the network stay those of denoiser.network.
+        self._wrapped, self.optimizer = self.engine.prepare(network, made)
+        self._trained = around(denoiser, self._wrapped)
+        self._outside = [
+            p for name, p in denoiser.named_parameters() if not name.startswith("network.")
+        ]
+        self.average: dict[str, Tensor] = {}
+        self._copied = list(zip(self.shadow.buffers(), denoiser.buffers(), strict=True))
+        parameters = zip(denoiser.named_parameters(), self.shadow.parameters(), strict=True)
+        for (name, ours), whole in parameters:
+            sharded = hasattr(ours, "full_tensor")
+            if sharded and self._outside:
+                raise ValueError(
+                    "engine must not shard a denoiser with parameters outside its network"
+                )
+            dtype = torch.promote_types(ours.dtype, torch.float32)
+            if not ours.is_floating_point():
+                self._copied.append((whole, ours))
+            elif sharded or dtype != ours.dtype:  # each process averages its own shards
+                self.average[name] = ours.detach().to(dtype, copy=True)
+            else:
+                self.average[name] = whole.data
+        if (count := len(self.tensors) + len(self.slots)) > storage.TENSORS:
+            raise ValueError(
+                f"denoiser must need at most {storage.TENSORS:,} tensors in a checkpoint; "
+                f"got {count:,}"
+            )
 
     @property
-    def weights(self) -> list[nn.Parameter]:
-        """The parameters of the network in training."""
-        return list(self.network.parameters())
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the denoiser, and the averages, by name; not copied."""
+        averages = {f"average.{name}": value for name, value in self.average.items()}
+        return {**self.denoiser.state_dict(), **averages}
 
     @property
     def settings(self) -> dict[str, object]:
-        """What a resumed run must have in common with the one that it goes on from."""
+        """Settings that a resumed run must share with the one that it continues."""
         laws = {name: named(getattr(self, name)) for name in ("times", "weight", "penalty")}
-        return {**self.facts, **self.recipe.settings, **laws}
+        return {**self.facts, **self.recipe.settings, **laws, "optimizer": self._optimized}
 
     @property
     def averaged(self) -> Denoiser:
@@ -124,16 +154,16 @@ class TrainState:
 
         Where weights are sharded this is a call of all processes.
         """
-        if self._sharded:
-            for whole, shard in zip(self.shadow.parameters(), self.average, strict=True):
-                whole.copy_(full(shard))
-        ours = self.denoiser
-        return Denoiser(self.shadow, ours.process, ours.parameterization, ours.noise_input).eval()
+        parameters = dict(self.shadow.named_parameters())
+        for name, mean in self.average.items():
+            parameters[name].copy_(full(mean))
+        return self.shadow.eval()
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each sample, (B,), with the masks of this step."""
         recipe, device = self.recipe, self.engine.device
-        dtype = next(self.network.parameters()).dtype
+        weights = self.denoiser.network.parameters()
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), batch.x0.dtype)
         mask(self._masked, recipe, self.step, batch, device)
         bf16 = torch.autocast(device.type, torch.bfloat16)
         with (
@@ -149,7 +179,8 @@ class TrainState:
                 batch.x0.to(device, dtype),
                 batch.t,
                 batch.eps.to(device, dtype),
-                cond=None if batch.cond is None else batch.cond.to(device),
+                cond=to_device(batch.cond, device),
+                keep=to_device(batch.keep, device),
                 weight=self.weight,
                 penalty=self.penalty,
             )
@@ -166,14 +197,14 @@ class TrainState:
         """
         engine, recipe = self.engine, self.recipe
         if not parts:
-            raise ValueError("advance needs at least one part of a batch")
+            raise ValueError("parts must hold at least one part of a batch; got none")
         for part in parts:
             validate.kind("each part", part, "a Batch such as draw() makes", "x0", "eps", "t")
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
-        if not self.network.training:
-            self.network.train()
-        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        if not self.denoiser.network.training:
+            self.denoiser.train()
+        buffers = [(buffer, buffer.clone()) for buffer in self.denoiser.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         each: list[Tensor] = []
         for k, part in enumerate(parts, 1):
@@ -182,7 +213,8 @@ class TrainState:
                 # DDP and FSDP take the mean over the processes.
                 (losses.sum() * (engine.num_processes / total)).backward()
             each.append(losses.detach())
-        norm = engine.clip_grad_norm_(self._wrapped.parameters(), recipe.clip)
+        self._share_gradients()
+        norm = engine.clip_grad_norm_(self.denoiser.parameters(), recipe.clip)
         loss = engine.reduce(sum(losses.double().sum() for losses in each) / total, "sum")
         value, size = float(loss), float(full(norm))
         if not (math.isfinite(value) and math.isfinite(size)):
@@ -196,36 +228,74 @@ class TrainState:
                 )
             self.step, self.skipped = self.step + 1, self.skipped + 1
             return Metrics(self.step, value, size, 0.0, self.skipped)
-        rate = recipe.rate(self.step)
-        for group in self.optimizer.param_groups:
+        rates = [rate * recipe.factor(self.step) for rate in self._rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.step()
         self._follow()
         self.step += 1
-        return Metrics(self.step, value, size, rate, self.skipped)
+        return Metrics(self.step, value, size, rates[0], self.skipped)
+
+    def _share_gradients(self) -> None:
+        """Take the mean over the processes of gradients outside the network, which DDP leaves."""
+        for p in self._outside if self.engine.num_processes > 1 else ():
+            used = torch.tensor(float(p.grad is not None), device=p.device)
+            mine = torch.zeros_like(p) if p.grad is None else p.grad
+            mean = self.engine.reduce(mine, "mean")
+            p.grad = mean if float(self.engine.reduce(used, "sum")) else None
 
     @torch.no_grad()
     def _follow(self) -> None:
         """mean += (1 - decay) (weights - mean); buffers are copied."""
         decay = self.recipe.ema.decay_at(self.step - self.skipped)
-        get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.weights], 0)
-        for mean, value in zip(self.shadow.buffers(), self.network.buffers(), strict=True):
-            mean.copy_(value)
+        parameters = dict(self.denoiser.named_parameters())
+        means = list(self.average.values())
+        values = [parameters[name].detach().to(mean.dtype) for name, mean in self.average.items()]
+        get_ema_multi_avg_fn(decay)(means, values, 0)
+        self.copy_buffers()
+
+    @torch.no_grad()
+    def copy_buffers(self) -> None:
+        """Give the averaged denoiser the values that are not averaged: buffers, and integers."""
+        for theirs, ours in self._copied:
+            theirs.copy_(ours)
+
+
+def check_tensors(denoiser: Denoiser) -> None:
+    """Refuse a denoiser without a trained parameter, or with values that no file can hold."""
+    if not any(p.requires_grad for p in denoiser.parameters()):
+        raise ValueError(
+            "denoiser must have a parameter that requires a gradient; got a network without "
+            "parameters to train"
+        )
+    for name, value in denoiser.state_dict().items():
+        known = isinstance(value, Tensor) and value.dtype in storage.DTYPES.values()
+        if not known or nn.parameter.is_lazy(value):
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise ValueError(
+                f"denoiser must hold initialized tensors of real numbers; got {name} of {kind}"
+            )
+
+
+def around(denoiser: Denoiser, network: nn.Module) -> Denoiser:
+    """Return a denoiser that shares all parts but calls its network through a wrapper."""
+    twin = copy.copy(denoiser)
+    twin.__dict__["_modules"] = {**denoiser.__dict__["_modules"], "network": network}
+    return twin
 
 
 def named(law: object) -> str:
-    """The same in every process: a function by its name, all else as it prints itself."""
+    """A text that is equal in all processes: the name of a function, or the repr of an object."""
     name = getattr(law, "__qualname__", None)
     return repr(law) if name is None else f"{getattr(law, '__module__', '?')}.{name}"
 
 
 def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:
-    """Which of this process's samples are not finite, or whose loss is not."""
+    """Name the first samples of this process that are not finite, or whose loss is not."""
     for part, losses in zip(parts, each, strict=True):
-        fields = {"x0": part.x0, "cond": part.cond, "eps": part.eps, "t": part.t, "loss": losses}
+        cond = {f"cond {name}".strip(): value for name, value in entries(part.cond).items()}
+        fields = {"x0": part.x0, **cond, "eps": part.eps, "t": part.t, "loss": losses}
         for name, value in fields.items():
-            if value is None:
-                continue
             finite = value.isfinite().reshape(len(value), -1).all(1)
             if not bool(finite.all()):
                 rows = (~finite).nonzero().flatten().add(part.first).tolist()
@@ -234,17 +304,19 @@ def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:
     return ""
 
 
-def train(state: TrainState, data: Data, parts: int = 1) -> Iterator[Metrics]:
-    """Steps from where `state` stands to the end of its recipe, one Metrics each.
+@validate.arguments
+def train(
+    state: Annotated[TrainState, Kind("a TrainState", "advance", "recipe")],
+    data: Annotated[Data, Kind("a data set such as Images or Points", "batch", "shape", "__len__")],
+    parts: validate.Count = 1,
+) -> Iterator[Metrics]:
+    """Train from the present step of `state` to the end of its recipe, one Metrics a step.
 
     Args:
-        state: advanced in place; save it whenever it pleases.
-        data: what to learn.
-        parts: into how many pieces each process cuts its share of a batch, to add up gradients.
+        state: advanced in place; it may be saved between any two steps.
+        data: the training set.
+        parts: pieces of each process's share of a batch, whose gradients are added up.
     """
-    validate.kind("state", state, "a TrainState", "advance", "recipe")
-    validate.kind("data", data, "a data set such as Images or Points", "batch", "shape", "__len__")
-    validate.integer("parts", parts)
     engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:

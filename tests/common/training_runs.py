@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,6 +48,27 @@ def unet_dropout():
     return network
 
 
+@dataclass(eq=False)
+class Learned(torch.nn.Module):
+    """VP with sigma times exp(gain), a process with a parameter."""
+
+    start: float = 0.1
+
+    def __post_init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(self.start))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(VP(), name)
+
+    def level(self, t, x0):
+        level = VP().level(t, x0)
+        return level._replace(sigma=level.sigma * self.gain.exp().to(x0.dtype))
+
+
 def fresh(network=mlp, recipe=RECIPE, seed=0, process=None, dtype=torch.float32, **others):
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # initial weights are all that torch draws from its global state
@@ -78,10 +100,11 @@ def ran(steps, *, network=mlp, data=POINTS, recipe=RECIPE, **others):
 
 def content(state):
     """Everything that training changes: weights, average, moments and counters, copied."""
-    tensors = {f"network.{k}": v for k, v in state.denoiser.network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in state.averaged.network.state_dict().items()}
+    tensors = dict(state.tensors)
+    tensors |= {f"averaged.{k}": v for k, v in state.averaged.state_dict().items()}
     for number, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": value for slot, value in slots.items()}
+        tensors |= {f"optimizer.{number}.{slot}": torch.as_tensor(float("nan") if v is None else v)
+                    for slot, v in slots.items()}  # fmt: skip
     tensors |= {"skipped": torch.tensor(state.skipped), "step": torch.tensor(state.step)}
     return {name: value.clone() for name, value in tensors.items()}
 

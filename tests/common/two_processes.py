@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from training_runs import IMAGES, POINTS, RECIPE, TIMES, fresh, mlp_dropout, unet_dropout
+from training_runs import IMAGES, POINTS, RECIPE, TIMES, Learned, fresh, mlp_dropout, unet_dropout
 
 from sde_diffusion import training
 
@@ -45,10 +45,10 @@ class Sharded:
 
 def content(state):
     """Weights, average and gradients, whole; a call of all processes where they are sharded."""
-    named = dict(state.network.named_parameters())
+    named = dict(state.denoiser.named_parameters())
     parts = {f"weight.{name}": value for name, value in named.items()}
     parts |= {f"grad.{name}": value.grad for name, value in named.items()}
-    parts |= {f"mean.{n}": v for n, v in zip(named, state.average, strict=True)}
+    parts |= {f"mean.{name}": value for name, value in state.average.items()}
     return {
         name: training.engine.full(value.detach()).clone(memory_format=torch.contiguous_format)
         for name, value in parts.items()
@@ -69,10 +69,20 @@ def main(folder):
                 found[f"{case}.{dtype}.{parts}.losses"] = torch.tensor(losses).double()
     training.save(state, folder / "ddp")
 
+    state = fresh(mlp_dropout, dtype=torch.float64, engine=engine, process=Learned())
+    for _ in zip(training.train(state, POINTS, 2), range(3), strict=False):
+        pass
+    found |= {f"learned.{k}": v for k, v in content(state).items()}
+    checkpoint = training.save(state, folder / "learned")
+    again = fresh(mlp_dropout, dtype=torch.float64, engine=engine, process=Learned(), seed=5)
+    training.restore(again, checkpoint)
+    next(training.train(again, POINTS))
+    found |= {f"relearned.{k}": v for k, v in content(again).items()}
+
     for case, (network, data) in CASES.items():
         state = fresh(network, dtype=torch.float64, engine=Sharded(engine))
-        shards = [tuple(p.to_local().shape) for p in state.network.parameters()]
-        assert shards != [tuple(p.shape) for p in state.network.parameters()]
+        shards = [tuple(p.to_local().shape) for p in state.denoiser.network.parameters()]
+        assert shards != [tuple(p.shape) for p in state.denoiser.network.parameters()]
         for _ in zip(training.train(state, data), range(3), strict=False):
             pass
         found |= {f"fsdp.{case}.{k}": v for k, v in content(state).items()}

@@ -242,7 +242,7 @@ def test_weights_at_the_ends_are_finite_or_refused_by_name():
             with pytest.raises(ValueError, match="the weight SNR is not defined at sigma = 0"):
                 weight(level)
     for level in (noise, batch):
-        with pytest.raises(ValueError, match=r"g\^2 is not promised at t=1"):
+        with pytest.raises(ValueError, match=r"^t must be at most .* g\^2 .* got 1"):
             sd.losses.Likelihood()(level)
 
 
@@ -298,6 +298,28 @@ def test_uniform_times_may_be_cut():
     q = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     assert sd.losses.UniformTimes()(q).tolist() == [0, 0.25, 1]
     assert sd.losses.UniformTimes(0.2, 0.6)(q).tolist() == pytest.approx([0.2, 0.3, 0.6])
+
+
+SUPPORTS = {
+    "uniform": (sd.losses.UniformTimes(), 0.0, 1.0),
+    "cut": (sd.losses.UniformTimes(0.2, 0.6), 0.2, 0.6),
+    "discrete": (sd.losses.DiscreteTimes(7), 1 / 7, 1.0),
+    "likelihood": (sd.losses.LikelihoodTimes(sd.VP(), 1e-3), 1e-3, 1.0),
+    "likelihood-cosine": (sd.losses.LikelihoodTimes(sd.Cosine()), 1e-5, sd.Cosine().t_max),
+    "normal": (sd.losses.NormalLogSNR(sd.VP(), 0.5), 0.0, 1.0),
+    "normal-rectified": (sd.losses.NormalLogSNR(sd.RectifiedFlow()), 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_the_support_is_the_range_of_the_quantile_function(name):
+    """Quantiles 0 and 1 are its ends, to the rounding of the inverse of log-SNR."""
+    law, low, high = SUPPORTS[name]
+    assert law.support == (low, high)
+    times = law(torch.linspace(0, 1, 101, dtype=torch.float64))
+    assert bool((times.diff() >= 0).all())
+    assert float(times[0]) == pytest.approx(low, rel=1e-9, abs=1e-9)
+    assert float(times[-1]) == pytest.approx(high, rel=1e-9, abs=1e-9)
 
 
 def test_stratified_quantiles_put_one_in_each_stratum():

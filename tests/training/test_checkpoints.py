@@ -311,7 +311,7 @@ def test_settings_that_json_does_not_know_come_back(tmp_path, clip):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     older, state = save(ran(2), tmp_path), ran(3)
-    torch.nn.init.constant_(state.weights[0], torch.inf)
+    torch.nn.init.constant_(next(state.denoiser.parameters()), torch.inf)
     with pytest.raises(ValueError, match=r"layers\.0\.weight"):
         save(state, tmp_path)
     assert list(tmp_path.iterdir()) == [older]

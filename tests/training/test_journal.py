@@ -1,4 +1,4 @@
-"""The table of a run outlasts a kill, and a signal is a question between two steps."""
+"""The table of a run survives a kill, and a signal is a flag read between two steps."""
 
 import os
 import signal
@@ -89,9 +89,9 @@ def test_trackers_are_told_each_step(tmp_path):
 def test_a_signal_is_noted_and_the_second_has_its_usual_effect(which, code):
     before = signal.getsignal(which)
     with Stop() as stop:
-        assert not stop.asked(Alone())
+        assert not stop.requested(Alone())
         os.kill(os.getpid(), which)
-        assert stop.asked(Alone())
+        assert stop.requested(Alone())
         assert stop.code == code
         assert signal.getsignal(which) == before
     assert signal.getsignal(which) == before
@@ -115,16 +115,16 @@ class Two:
 
 def test_a_signal_that_comes_while_processes_agree_counts_at_the_next_question():
     with Stop() as stop:
-        assert not stop.asked(Two(which=signal.SIGTERM))  # the other process heard no
-        assert stop.asked(Two())
+        assert not stop.requested(Two(which=signal.SIGTERM))  # the other process heard no
+        assert stop.requested(Two())
         assert stop.code == 143
 
 
 def test_a_signal_of_another_process_stops_this_one():
     with Stop() as stop:
-        assert not stop.asked(Two())
+        assert not stop.requested(Two())
         assert stop.code == 0
-        assert stop.asked(Two(other=1.0))
+        assert stop.requested(Two(other=1.0))
         assert stop.code == 143
 
 
@@ -140,7 +140,7 @@ def test_outside_the_main_thread_nothing_is_caught():
 
     def work():
         with Stop() as stop:
-            answers.append(stop.asked(Alone()))
+            answers.append(stop.requested(Alone()))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -161,7 +161,7 @@ def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(network, part
     recipe = Recipe(steps=12, batch_size=16, warmup=3, clip=math.inf)
     states = [fresh(network, recipe, dtype=torch.float64) for _ in range(2)]
     metrics = [next(train(state, data, k)) for state, k in zip(states, (1, parts), strict=True)]
-    whole, cut = ([p.grad for p in state.weights] for state in states)
+    whole, cut = ([p.grad for p in state.denoiser.parameters()] for state in states)
     assert sum(g.square().sum() for g in whole) > 1e-4
     for one, other in zip(whole, cut, strict=True):
         assert_close(other, one, rtol=1e-12, atol=1e-12)
@@ -176,7 +176,7 @@ def test_more_parts_than_positions_are_refused():
 def test_masks_are_those_of_the_position_the_layer_and_the_step():
     """p is 0.2 of n numbers: its standard error is sqrt(.16 / n)."""
     state = fresh(mlp_dropout)
-    layers = [part for part in state.network.modules() if isinstance(part, Dropout)]
+    layers = [part for part in state.denoiser.network.modules() if isinstance(part, Dropout)]
     seen, ones = [], torch.ones(16, 1000)
     for step in (0, 1):
         batch = draw(POINTS, RECIPE, TIMES, step)
@@ -271,11 +271,11 @@ def test_a_bad_batch_leaves_running_statistics_alone():
     state = fresh(lambda: Plain(network))
     state.advance(draw(POINTS, RECIPE, TIMES, 0))
     assert_close(state.averaged.network.inner[0].running_mean, network[0].running_mean)
-    before = {name: value.clone() for name, value in state.network.state_dict().items()}
+    before = {name: value.clone() for name, value in state.denoiser.network.state_dict().items()}
     batch = draw(POINTS, RECIPE, TIMES, 1)
     with pytest.raises(FloatingPointError, match=r"x0 of position 0, 1, 2, 3, 4, \.\.\."):
         state.advance(batch._replace(x0=torch.full_like(batch.x0, torch.inf)))
-    assert_same_bits(state.network.state_dict(), before)
+    assert_same_bits(state.denoiser.network.state_dict(), before)
 
 
 def test_a_gradient_that_overflows_is_refused_like_a_loss():

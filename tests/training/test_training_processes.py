@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from training_runs import POINTS, RECIPE, TIMES, fresh, small_mnist
+from training_runs import POINTS, RECIPE, TIMES, Learned, fresh, small_mnist
 from two_processes import CASES, DTYPES, content
 
 from sde_diffusion import training
@@ -30,7 +30,8 @@ def start(*command, processes=2):
     """One program as that many processes, as torchrun starts them."""
     port = str(free_port())
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "PATH": "",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(HERE),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}",
               "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
     return [
         subprocess.Popen(
@@ -81,6 +82,16 @@ def test_two_processes_have_the_gradient_of_one(found, case, dtype, parts):
     assert moved > 1e-3
     assert_close(theirs[f"{case}.{dtype}.{parts}.losses"], torch.tensor(losses).double(),
                  rtol=bound, atol=0)  # fmt: skip
+
+
+def test_parameters_outside_the_network_have_the_gradient_of_one_process(found):
+    """A learned process: DDP, which wraps the network, leaves its gradient to training."""
+    theirs = load_file(found / "found.safetensors")
+    for run, steps in (("learned", 3), ("relearned", 4)):
+        expected, _ = alone(*CASES["mlp"], torch.float64, steps=steps, process=Learned())
+        assert abs(float(expected["grad.process.gain"])) > 1e-3
+        for name, value in expected.items():
+            assert_close(theirs[f"{run}.{name}"], value, rtol=0, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -258,6 +258,7 @@ def as_bad_record(path: Path) -> AbstractContextManager[None]:
 
 
 def record_note(path: Path) -> str:
+    """Return the note that names the .safetensors file of a record."""
     return f" (the record of {path})"
 
 
@@ -286,10 +287,10 @@ def check_record(record: Any) -> None:
 
 
 def check_names(
-    kind: str, found: Iterable[str], wanted: Sequence[str], *, others: bool = False
+    kind: str, found: Iterable[str], wanted: Iterable[str], *, others: bool = False
 ) -> None:
     """Refuse a collection of names that lacks one of `wanted`, or has others unless allowed."""
-    found = list(found)
+    found, wanted = dict.fromkeys(found), dict.fromkeys(wanted)
     unknown = [name for name in found if name not in wanted]
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -379,7 +380,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Refuse tensors whose names, shapes or dtypes are not the wanted ones."""
-    check_names("tensor", found, list(wanted))
+    check_names("tensor", found, wanted)
     for name, like in wanted.items():
         value = found[name]
         if value.shape != like.shape or value.dtype != like.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["Page", "Report", "Table", "listed_numbers", "thinned"]
 
-WIDTH = 92  # of a line of text
+WIDTH = 88  # of a line of text, as on the pages of the documentation
 CELL = 10  # least width of a column
 
 

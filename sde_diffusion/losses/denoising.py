@@ -11,7 +11,7 @@ Errors in different spaces differ by a factor of the level alone. With e the err
 so a published weight is defined only together with its space: `Weight` objects carry both.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -24,7 +24,7 @@ from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import Batch, Checked, Kind, Positive
+from sde_diffusion.validate import Batch, Checked, Cond, Kind, Positive
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
@@ -75,7 +75,7 @@ def denoising_loss(
     t: Tensor,
     eps: Tensor,
     *,
-    cond: Tensor | Mapping[str, Tensor] | None = None,
+    cond: Cond | None = None,
     keep: Tensor | None = None,
     space: Annotated[Parameterization, SPACE] | None = None,
     penalty: Annotated[Penalty, PENALTY] | None = None,
@@ -110,19 +110,10 @@ def denoising_loss(
                 f"keep must be a bool for each condition, ({len(x0)},), given with cond; "
                 f"got {tuple(keep.shape)} of {keep.dtype}"
             )
-        cond = with_null(denoiser, cond, keep)
+        cond = denoiser.with_null(cond, keep)
     space = space or own or denoiser.parameterization
     level = denoiser.process.level(t, x0)
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))
     cost = (penalty or L2())(error)
     return coordinates(cost if weight is None else weight(level) * cost).mean(1)
-
-
-def with_null(denoiser: Denoiser, cond: Tensor | Mapping[str, Tensor], keep: Tensor) -> Tensor:
-    """Replace the conditions of samples that are not kept by the null: 0 for a float vector."""
-    if isinstance(cond, Mapping) or cond.ndim != 2 or not cond.is_floating_point():
-        raise ValueError(
-            "denoiser must have a null to drop conditions that are not (B, width) floats"
-        )
-    return cond.where(keep[:, None], 0)

@@ -5,12 +5,13 @@ Each is a quantile function: it maps quantiles, random or evenly spread (`strati
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
+from sde_diffusion.models.model import LogSNRRange
 from sde_diffusion.processes import Process
 from sde_diffusion.validate import Checked, Count, Kind, Number, Positive, Share
 
@@ -21,6 +22,7 @@ __all__ = [
     "TimeDistribution",
     "UniformTimes",
     "stratified",
+    "support_of",
 ]
 
 
@@ -36,6 +38,15 @@ class TimeDistribution(Protocol):
     def __call__(self, quantile: Tensor) -> Tensor:
         """Return the t below which this share of the law lies, shaped like `quantile` in (0, 1)."""
         ...
+
+
+def support_of(law: Any, process: Process) -> LogSNRRange | None:
+    """The log-SNRs of the times that a law draws; None where it draws all, or states no support."""
+    low, high = getattr(law, "support", (0.0, 1.0))
+    if (low, high) == (0, 1):
+        return None
+    noisiest, cleanest = process.log_snr(torch.tensor([high, low], dtype=torch.float64)).tolist()
+    return LogSNRRange(noisiest, cleanest)
 
 
 @dataclass(frozen=True)

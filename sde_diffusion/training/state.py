@@ -14,7 +14,7 @@ from sde_diffusion import validate
 from sde_diffusion.data.datasets import Data, entries
 from sde_diffusion.files import storage
 from sde_diffusion.losses.denoising import L2, Penalty, denoising_loss
-from sde_diffusion.losses.times import TimeDistribution, UniformTimes
+from sde_diffusion.losses.times import TimeDistribution, UniformTimes, support_of
 from sde_diffusion.losses.weights import Weight
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
@@ -58,7 +58,8 @@ class TrainState:
 
     Args:
         denoiser: trained in place; on the device where training is to happen. Parameters that do
-            not require gradients stay as they are.
+            not require gradients stay as they are. Its `trained` becomes the range of the law of t,
+            unless it has one.
         recipe: the settings of the run.
         times: the law of t; uniform by default.
         weight, penalty: of the loss, see `losses.denoising_loss`.
@@ -96,6 +97,8 @@ class TrainState:
         self.engine = engine or Alone(next(denoiser.parameters()).device)
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         self.bad, self.step, self.skipped, self.facts = bad, 0, 0, dict(facts or {})
+        if denoiser.trained is None:
+            denoiser.trained = support_of(self.times, denoiser.process)
         denoiser.to(self.engine.device)
         gains = self.engine.device.type != "cpu" or recipe.dtype == "float32"
         if gains and not getattr(self.engine, "is_fsdp2", False):  # FSDP shards contiguous weights

@@ -150,7 +150,7 @@ def test_penalties_are_their_formulas():
 # Each published loss in its own words, as a weight on the squared error of eps (VP: alpha^2 = a).
 WEIGHTS = {
     "simple": (sd.losses.Simple(), lambda a, t: 1.0),
-    "likelihood": (sd.losses.Likelihood(), lambda a, t: vp_beta(t) / (1 - a)),
+    "likelihood": (sd.losses.Likelihood(sd.VP()), lambda a, t: vp_beta(t) / (1 - a)),
     "snr": (sd.losses.SNR(), lambda a, t: 1.0),
     "min-snr": (sd.losses.MinSNR(5.0), lambda a, t: min(a / (1 - a), 5.0) * (1 - a) / a),
     "edm": (sd.losses.EDMWeight(0.5), lambda a, t: 1 + (1 - a) / a / 0.25),
@@ -182,7 +182,7 @@ def test_float_levels_and_tensor_levels_weigh_the_same():
     chain = sd.Discrete.linear(10)
     times = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
     batch = chain.level(times, torch.zeros(3, 1, dtype=torch.float64))
-    for weight in (sd.losses.Simple(), sd.losses.Likelihood(), sd.losses.SNR(),
+    for weight in (sd.losses.Simple(), sd.losses.Likelihood(sd.VP()), sd.losses.SNR(),
                    sd.losses.MinSNR(), sd.losses.EDMWeight(),
                    sd.losses.VLB(chain), sd.losses.VLB(chain, "posterior")):  # fmt: skip
         apart = [weight(level) for level in chain.levels(times)]
@@ -243,7 +243,7 @@ def test_weights_at_the_ends_are_finite_or_refused_by_name():
                 weight(level)
     for level in (noise, batch):
         with pytest.raises(ValueError, match=r"^t must be at most .* g\^2 .* got 1"):
-            sd.losses.Likelihood()(level)
+            sd.losses.Likelihood(sd.VP())(level)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_loop_refuses_by_name_what_it_cannot_use():
         ((None, POINTS), "state must be a TrainState"),
         ((fresh(), [1, 2]), "data must be a data set"),
         ((fresh(), POINTS, 0), "parts must be at least 1"),
-        ((fresh(), Points(torch.zeros(0, 2))), "there are no data"),
+        ((fresh(), Points(torch.zeros(0, 2))), "size must be at least 1"),
     ):
         with pytest.raises((TypeError, ValueError), match=named):
             next(train(*arguments))

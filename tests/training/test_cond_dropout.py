@@ -124,7 +124,7 @@ class Received(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.network = torch.nn.Linear(2, 2)
-        self.process, self.parameterization = VP(), V()
+        self.process, self.parameterization, self.trained = VP(), V(), None
 
     def forward(self, x, level, cond=None):
         self.cond = cond

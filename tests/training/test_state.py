@@ -115,8 +115,8 @@ def test_a_process_and_a_null_with_parameters_are_trained_averaged_and_resumed(t
     def start(seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            denoiser = Denoiser(mlp(), Learned(), V())
-            denoiser.null = nn.Parameter(torch.randn(3))
+            null = nn.Parameter(torch.randn(3))
+            denoiser = Denoiser(mlp(), Learned(), V(), null=null)
         return TrainState(denoiser, RECIPE)
 
     stopped, resumed, whole = start(0), start(9), start(0)
@@ -124,7 +124,7 @@ def test_a_process_and_a_null_with_parameters_are_trained_averaged_and_resumed(t
     advance(stopped, 3)
     checkpoint = save(stopped, tmp_path)
     tensors, _ = storage.read(checkpoint / "training.safetensors")
-    for name in ("process.gain", "average.process.gain", "null", "average.null"):
+    for name in ("process.gain", "average.process.gain", "null.cond", "average.null.cond"):
         assert torch.equal(tensors[name], stopped.tensors[name])
     restore(resumed, checkpoint)
     advance(resumed, 2)

@@ -40,7 +40,7 @@ class Sampling:
     """seed of the weights, the batches and the samples"""
     device: command.Device = "auto"
     """where the network runs"""
-    checkpoint: Annotated[Path | None, command.default("train")] = None
+    checkpoint: Annotated[Path | None, command.default("none: train")] = None
     """draw from this .safetensors file; nothing is trained"""
     out: Path = Path("runs/mnist_ddpm")
     """folder of everything written"""

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules
 import torch
 from common import command
 from torch import Tensor
+from tqdm import tqdm
 
 import sde_diffusion as sd
 from sde_diffusion import verify
@@ -39,7 +40,7 @@ class Config:
     """Print the matrix of faults and checks, and write it as faults.md."""
 
     out: Path = Path("runs/faults")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 # ---- the faults ----------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def matrix(
     wrap: Callable[[Any, Any], Any] | None = None, faults: Sequence[Fault] = FAULTS
 ) -> dict[str, dict[str, bool | None]]:
     """Fault -> check -> whether it catches it."""
-    return {fault.name: caught(fault, wrap) for fault in faults}
+    return {fault.name: caught(fault, wrap) for fault in tqdm(faults, "faults")}
 
 
 def markdown(found: dict[str, dict[str, bool | None]] | None = None) -> str:
@@ -258,6 +259,7 @@ def markdown(found: dict[str, dict[str, bool | None]] | None = None) -> str:
 
 def main(config: Config) -> None:
     command.check_out(config.out)
+    print(f"{len(FAULTS)} faults -> {config.out}", flush=True)
     table = markdown()
     print(table)
     out = command.folder(config.out)

@@ -31,7 +31,8 @@ PROCESSES: dict[str, sd.processes.Process] = by_word(sd.processes.CATALOGUE) | {
     "rectified": sd.RectifiedFlow(),
     "ddpm": sd.Discrete.linear(),
 }
-ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME")]
+PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
+ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)

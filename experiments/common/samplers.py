@@ -48,8 +48,7 @@ USUAL = "heun 18, stochastic of order 2 50, others of order 2 and more 20, order
 HELP = (
     "ode: dopri5 on the probability flow; adams: the setting of Adams.auto for --steps; dpm2, "
     "dpm3: DPM-Solver++; sde: Euler-Maruyama of the reverse SDE; multistep: stochastic, by "
-    "velocities; langevin: ancestral with corrections. All names: "
-    + ", ".join(SAMPLERS)
+    "velocities; langevin: ancestral with corrections. All names: " + ", ".join(SAMPLERS)
 )
 Word = Annotated[str, tyro.conf.arg(metavar="NAME", help=HELP)]
 

@@ -216,7 +216,7 @@ def assert_refused(done, message, out, kept=False):
 
 
 REFUSALS = {
-    "--sampler dpm": "invalid choice 'dpm'",
+    "--sampler dpm": "--sampler dpm: unknown; near it: dpm2, dpm3",
     "--sampelr ode": "--sampelr",
     "--steps 0 --sampler adams": "--steps",
     "--steps -3": "--steps must be at least 1",
@@ -266,7 +266,7 @@ TOY_REFUSALS = {
     "--train-steps 0 --data both": "--train-steps",
     "--num-samples -1": "--num-samples",
     "--seed -1 --data both": "--seed",
-    "--process brownian": "invalid choice 'brownian'",
+    "--process brownian": "--process brownian: unknown; known: vp, sub-vp",
     "--weight vlb": "--weight vlb belongs to a chain",
     "--penalty l3": "invalid choice 'l3'",
 }
@@ -278,7 +278,7 @@ AGREEMENT_REFUSALS = {
     "--sizes 10 20000": "--sizes",
     "--rule midpoint": "invalid choice 'midpoint'",
     "--rule table": "--rule table: vp has none",
-    "--process edm": "invalid choice 'edm'",
+    "--process edm": "EDM is not variance-preserving",
     "--process cosine": "take rule='exact'",
     "--sizes 4 8": "take more steps",
     "--data-variance 0": "--data-variance",

@@ -59,9 +59,7 @@ class Sheet:
 
     data_path: Path = Path("data/train")
     """folder of images, or of folders of images named after their classes"""
-    data_class: Annotated[
-        str | None, command.default("cat if the classes are AFHQ's cat, dog and wild, else all")
-    ] = None
+    data_class: Annotated[str | None, command.default("cat on AFHQ, else all")] = None
     """class to learn"""
     save_folder: Path = Path("results")
     """folder of everything written"""

@@ -214,7 +214,7 @@ class Judge:
     shares: Tensor
 
     def row(self, made: Tensor, probabilities: Tensor) -> dict[str, Any]:
-        """Return all figures of samples with these features (N, d) and class probabilities (N, 10)."""
+        """Return the figures of samples with features (N, d) and class probabilities (N, 10)."""
         own = metrics.Statistics.of(self.project(made))
         distance = metrics.frechet_distance(self.statistics, own)
         kid = metrics.kid(self.reference, made)

@@ -40,7 +40,7 @@ class Config:
     out: Path = Path("runs/toy2d")
     """folder of everything written"""
     weight: Literal["none", "simple", "likelihood", "snr", "min-snr", "edm", "vlb"] = "none"
-    """weight of the levels in the loss; none: 1 on the network's output; vlb needs --process ddpm"""
+    """weight of a level in the loss; none: 1 on the network's output; vlb needs --process ddpm"""
     penalty: Literal["l2", "l1", "huber"] = "l2"
     """penalty of an error in the loss"""
     train_steps: int = 6000

@@ -69,7 +69,7 @@ class Judge:
     def of(
         names: Names, network: Callable[[Tensor], Tensor], images: Tensor, components: int | None
     ) -> "Judge":
-        """Return the judge of the real images (N, 3, H, W), in `components` principal components."""
+        """Return the judge of real images (N, 3, H, W); None: in all components."""
         real, held_out = metrics.halves(metrics.extract(images, network, BATCH))
         return Judge(
             names,
@@ -123,8 +123,8 @@ def check(word: Word, images: int, count: int) -> int:
             raise ValueError(f"{NAMES[word].frechet_title} needs {least:,} {what}; got {given:,}")
     if count > usable // 2:
         raise ValueError(
-            f"{count:,} samples are more than the {usable // 2:,} images of half the data, which give "
-            f"the floor: measure fewer"
+            f"{count:,} samples are more than the {usable // 2:,} images of half the data, which "
+            f"give the floor: measure fewer"
         )
     return usable
 

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from common import command, words
-from common.words import by_word
 
 import sde_diffusion as sd
 from sde_diffusion import plots, verify
@@ -30,26 +29,29 @@ from sde_diffusion.files import storage
 MEAN, VARIANCE = 0.7, 0.25  # of the data
 
 
+PROCESSES = words.by_word(sd.processes.CATALOGUE)
+SAMPLERS = words.by_word(sd.samplers.CATALOGUE)
+
+
+def names(title: str, known: Iterable[str]) -> Any:
+    """Return the help of a flag that takes some of these names."""
+    return tyro.conf.arg(
+        metavar="NAME ...", help_behavior_hint="(default: all)", help=f"{title}: {', '.join(known)}"
+    )
+
+
 @dataclass(frozen=True)
 class Config:
     """Print the table of certificates, and write it as Markdown, JSON and a picture."""
 
-    samplers: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
-    ] = ()
-    """samplers to certify, by name"""
-    processes: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
-    ] = ()
-    """processes to certify them on, by name; peers have their own"""
+    samplers: Annotated[tuple[str, ...], names("samplers to certify", SAMPLERS)] = ()
+    processes: Annotated[tuple[str, ...], names("processes, except for peers", PROCESSES)] = ()
     peers: bool = False
     """certify the samplers of diffusers, k-diffusion and azula instead: pip install '.[peers]'"""
     out: Path = Path("runs/certify")
     """folder of everything written"""
 
 
-PROCESSES = by_word(sd.processes.CATALOGUE)
-SAMPLERS = by_word(sd.samplers.CATALOGUE)
 # Those without an exact law: the error of an ODE solver follows its tolerance; mean and variance
 # of a sampler whose order is 0, or whose noise cannot be injected, are estimated.
 BY_TOLERANCE = {"torch-ode", "scipy-ode", "adaptive-ode"}

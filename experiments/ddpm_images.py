@@ -64,8 +64,7 @@ class Sheet:
     save_folder: Path = Path("results")
     """folder of everything written"""
     load_path: Annotated[Path | None, command.default("none")] = None
-    """a run's folder, one of its checkpoints or a .safetensors file: to draw from, with
-    --visualize, or else to start training from"""
+    """a run, checkpoint or .safetensors file: drawn from with --visualize, else trained further"""
     image_size: int = 32
     """side of the square images, in pixels"""
     batch_size: int = 32
@@ -79,14 +78,13 @@ class Sheet:
     unet_dim: int = 16
     """width of the U-Net's first layer; those below have 2, 4 and 8 times as many"""
     save_and_sample_every: int = 1000
-    """steps between sample grids, measurements and, without --checkpoint_every, checkpoints"""
+    """steps between sample grids and measurements"""
     fid: Switch = False
     """measure samples at the same steps, on --features"""
     visualize: Switch = False
     """draw the forward and the backward strip; with --load_path nothing is trained"""
     features: Annotated[quality.Word | None, command.default("efficientnet")] = None
-    """(fid) network of the features; only inception gives FID; efficientnet needs no download, and
-    its figures bear its name"""
+    """(fid) network of the features; only inception gives FID, only efficientnet comes by pip"""
     inception_weights: Annotated[Path | None, command.default("none")] = None
     """(fid) file of Inception's published weights"""
     fid_samples: Annotated[int | None, command.default("256; 2,048 with inception")] = None
@@ -107,6 +105,9 @@ class Sheet:
 @dataclass(frozen=True)
 class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come first
     """Learn the images of a folder and draw new ones; flags may have hyphens for underscores."""
+
+    checkpoint_every: Annotated[int | None, command.default("--save_and_sample_every")] = None
+    """(train) steps between checkpoints"""
 
     @property
     def process(self) -> sd.Discrete:
@@ -403,4 +404,4 @@ def strip(config: Config, states: Mapping[int, Tensor], way: str) -> Any:
 
 
 if __name__ == "__main__":
-    command.run(main, Config)
+    command.run(main, Config, use_underscores=True)

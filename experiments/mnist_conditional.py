@@ -51,8 +51,7 @@ class Sampling:
     device: command.Device = "auto"
     """where the network runs"""
     checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
-    """a .safetensors file to sample from; (train) to start from, which may be an unconditional one:
-    the context's weights are then 0 at first"""
+    """a .safetensors file to sample from; (train) to start from, unconditional ones too"""
     out: Path = Path("runs/mnist_conditional")
     """folder of everything written"""
 

@@ -51,8 +51,7 @@ class Training:
     """Flags of training: they have no effect with --checkpoint."""
 
     network: Annotated[Literal["unet", "plain", "mlp"] | None, command.default("unet")] = None
-    """(train) unet: residual, with attention; plain: the exercise's, 32-64-128-256-256, time as a
-    channel; mlp: fully connected"""
+    """(train) unet: residual, with attention; plain: the exercise's; mlp: fully connected"""
     chain_steps: Annotated[int | None, command.default("1,000")] = None
     """(train) length N of the chain, with linear betas from 1e-4 to 0.02"""
     epochs: Annotated[int | None, command.default("20")] = None

@@ -34,8 +34,7 @@ class Sampling:
     steps: Annotated[int | None, command.default(samplers.USUAL)] = None
     """sampling steps of a fixed-step sampler"""
     frame: Annotated[samplers.FrameWord | None, command.default("straight")] = None
-    """coordinates in which adams and adaptive-ode integrate; gaussian has the mean and covariance
-    of MNIST"""
+    """coordinates of adams and adaptive-ode; gaussian: by mean and covariance of MNIST"""
     rtol: Annotated[float | None, command.default("1e-3; adaptive-sde 1e-2")] = None
     """relative tolerance of a sampler that chooses its own steps"""
     atol: Annotated[float | None, command.default("as --rtol")] = None

@@ -38,14 +38,19 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 
-def run(main: Callable[[Config], None], config: type[Config]) -> None:
+def run(
+    main: Callable[[Config], None], config: type[Config], *, use_underscores: bool = False
+) -> None:
     """Parse the flags and run; an error that the user can correct is one line and exit 2.
 
     Ctrl-C and SIGTERM exit with 130 and 143; a training run saves first, see training.Stop.
+
+    Args:
+        use_underscores: show flags with underscores in --help; both forms are accepted always.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse(config))
+        main(parse(config, use_underscores=use_underscores))
     except REFUSALS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, ConnectionError):
@@ -92,7 +97,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(config: type[Config]) -> Config:
+def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
     """Return the flags; raise the parser's complaint as one ValueError. --help ends in examples."""
     complaint = io.StringIO()
     for argument in sys.argv[1:]:
@@ -101,7 +106,7 @@ def parse(config: type[Config]) -> Config:
     markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, config=markers)
+            return tyro.cli(config, use_underscores=use_underscores, config=markers)
     except SystemExit as end:
         if not end.code:  # --help
             print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))

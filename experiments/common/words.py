@@ -42,4 +42,5 @@ def check(flag: str, given: str, known: Iterable[str]) -> None:
         near = [name for name in known if name.startswith(given)] if given else []
         near = near or get_close_matches(given, known, n=3, cutoff=0.5)
         listed = ", ".join((near or known)[:8])
-        raise ValueError(f"{flag} {given}: unknown; {'near it' if near else 'known'}: {listed}")
+        hint = "near it" if near else "known"
+        raise ValueError(f"{flag} must be a known name; got {given}; {hint}: {listed}")

@@ -77,7 +77,7 @@ REFUSALS = {
     "--learning_rate 0": "--learning_rate",
     "--learning_rate nan": "--learning_rate",
     "--save_and_sample_every 0": "--save_and_sample_every",
-    "--sampler ddpm++": "--sampler ddpm++: unknown",
+    "--sampler ddpm++": "--sampler must be a known name; got ddpm++",
     "--steps 3": "--steps has no effect with --sampler clamped",
     "--sampler ode --steps 3": "--steps has no effect with --sampler ode",
     "--sampler ddim --steps 60": "--steps must be at most 50",

@@ -261,7 +261,7 @@ def assert_refused(done, message, out, kept=False):
 
 
 REFUSALS = {
-    "--sampler dpm": "--sampler dpm: unknown; near it: dpm2, dpm3",
+    "--sampler dpm": "--sampler must be a known name; got dpm; near it: dpm2, dpm3",
     "--sampelr ode": "--sampelr",
     "--steps 0 --sampler adams": "--steps",
     "--steps -3": "--steps must be at least 1",
@@ -311,7 +311,7 @@ TOY_REFUSALS = {
     "--train-steps 0 --data both": "--train-steps",
     "--num-samples -1": "--num-samples",
     "--seed -1 --data both": "--seed",
-    "--process brownian": "--process brownian: unknown; known: vp, sub-vp",
+    "--process brownian": "--process must be a known name; got brownian; known: vp, sub-vp",
     "--weight vlb": "--weight vlb belongs to a chain",
     "--penalty l3": "invalid choice 'l3'",
 }

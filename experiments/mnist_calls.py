@@ -1,4 +1,4 @@
-"""The same digits at 5, 10, 20 and 50 network calls.
+"""Digits from the same noise at 5, 10, 20 and 50 network calls.
 
     python experiments/mnist_calls.py
 

@@ -1,12 +1,12 @@
-"""Grids beside each other: exact W2 on a Gaussian spectrum, and what they are worth on mixtures.
+"""Comparison of grids: exact W2 on a Gaussian spectrum, and RMS errors on mixtures.
 
     python experiments/benchmarks/optimized_grids.py
 
 First table: the exact W2 of each sampler to Gaussian data of MNIST's spectrum, or of a power law,
 on each grid. Second: the RMS of its end against the exact flow on the mixtures of
-problems.py, where the grids are optimized for the covariance of each mixture. Third: by
-what factor the W2 that a mixture's covariance foretells is too small, on the sampler's own grid;
-and by what factor too few are the steps that `verify.steps_for` gives for the RMS there was.
+problems.py, where the grids are optimized for the covariance of each mixture. Third: the
+factor by which the W2 predicted from a mixture's covariance is too small, on the sampler's own
+grid, and the factor by which the steps of `verify.steps_for` are too few for the measured RMS.
 """
 
 import json

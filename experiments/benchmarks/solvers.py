@@ -1,12 +1,12 @@
-"""The benchmark of solvers: error against network calls, ours and with --peers everybody's.
+"""Benchmark of solvers: error against network calls, ours and with --peers those of others.
 
     python experiments/benchmarks/solvers.py
     python experiments/benchmarks/solvers.py --peers --seed 3
 
-Four parts: `ends`, the error of fixed-step samplers against the exact flow; `adaptive`, the same
-for those with steps of their own; `laws`, the distance of stochastic samplers to the data's law;
-`overhead`, what a step costs beside its call. The problems are Gaussian mixtures made at random
-from the seed. Writes benchmark.md, benchmark.json and benchmark.png.
+Four parts: `ends`, the error of fixed-step samplers against the exact flow; `adaptive`, the error
+of samplers that choose their own steps; `laws`, the distance of stochastic samplers to the data's
+law; `overhead`, the cost of a step beside its network call. The problems are Gaussian mixtures made
+at random from the seed. Writes benchmark.md, benchmark.json and benchmark.png.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class Config:
 
 @dataclass
 class Found:
-    """Everything that was measured.
+    """All measurements.
 
     Attributes:
         problems: names.
@@ -98,7 +98,7 @@ def families(config: Config) -> dict[str, dict[str, Any]]:
     stochastic: dict[str, Any] = dict(laws.OURS)
     paths: dict[str, Any] = dict(laws.OURS_ADAPTIVE)
     if config.peers:
-        fixed |= {name: told_steps(family) for name, family in peers.solvers().items()}
+        fixed |= {name: without_problem(family) for name, family in peers.solvers().items()}
         adaptive |= peers.adaptive()
         stochastic |= peers.stochastic()
     found = {"ends": fixed, "adaptive": adaptive, "laws": stochastic, "paths": paths}
@@ -109,31 +109,33 @@ def families(config: Config) -> dict[str, dict[str, Any]]:
     return {part: chosen(known, config.solvers) for part, known in found.items()}
 
 
-def told_steps(family: peers.Family) -> ends.Fixed:
+def without_problem(family: peers.Family) -> ends.Fixed:
     """Return a family that ignores the problem."""
     return lambda steps, problem: family(steps)
 
 
-def measure(config: Config, say: Callable[[str], None] = print) -> Found:
+def measure(config: Config, show: Callable[[str], None] = print) -> Found:
     """Measure all parts in the flags."""
     posed = problems.named(config.problems, config.seed, config.num_samples)
     known = families(config)
     found = Found([problem.name for problem in posed], config.law_samples)
-    say(f"measuring {', '.join(config.parts)} -> {config.out}")
+    show(f"measuring {', '.join(config.parts)} -> {config.out}")
     if "ends" in config.parts:
         for made in ends.by_calls(known["ends"], posed, found.refusals):
             found.ends.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.setting:5g} calls  {made.rms:.1e}")
+            show(f"{made.solver:50s} {made.problem:14s} {made.setting:5g} calls  {made.rms:.1e}")
     if "adaptive" in config.parts:
         for made in ends.by_tolerance(known["adaptive"], posed):
             found.adaptive.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.rms:.1e}")
+            show(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.rms:.1e}")
     if "laws" in config.parts:
         for made in laws.distances(
             known["laws"], known["paths"], posed, found.refusals, config.law_samples, config.seed
         ):
             found.laws.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}")
+            report(
+                f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}"
+            )
     if "overhead" in config.parts:
         loops = overhead.with_peers if config.peers else overhead.ours
         found.overhead += overhead.overheads(

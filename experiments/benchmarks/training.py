@@ -110,7 +110,7 @@ def main(config: Config) -> None:
 
 
 def made(config: Config) -> nn.Module:
-    """The network that all of them train."""
+    """Return the network that all loops train."""
     if config.network == "mlp":
         return sd.networks.MLP(shape=(1, config.size, config.size), width=512, depth=3, fourier=64)
     if config.network == "small":
@@ -121,7 +121,7 @@ def made(config: Config) -> nn.Module:
 def timed(
     loops: dict[str, Iterator[object]], config: Config, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each round, after one that is not counted."""
+    """Return the seconds of each round, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     shuffled = random.Random(0)
     for round_ in tqdm(range(config.rounds + 1), "rounds"):
@@ -143,7 +143,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def contenders(config: Config) -> dict[str, Callable[..., Iterator[object]]]:
-    """Each makes an endless training loop of (network, images, config, device)."""
+    """Return functions that make an endless training loop of (network, images, config, device)."""
     loops: dict[str, Callable[..., Iterator[object]]] = {BY_HAND: by_hand, "sde_diffusion": ours}
     if config.compile:
         loops["sde_diffusion, compiled"] = ours_compiled
@@ -186,7 +186,7 @@ def loop(
     device: torch.device,
     loss_of: Callable[[Tensor], Tensor],
 ) -> Iterator[float]:
-    """What a tutorial writes: AdamW, clipping, an average of the weights, the loss as a number."""
+    """A tutorial's loop: AdamW, clipping, an average of the weights, the loss as a number."""
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     bf16 = torch.autocast(device.type, torch.bfloat16)

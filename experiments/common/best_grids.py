@@ -1,4 +1,4 @@
-r"""Decreasing grids: plain numbers that know no process, and the best times for a spectrum.
+r"""Decreasing grids: plain numbers, and the best times for a spectrum.
 
 A grid of n steps has n + 1 entries, from noise to data; the last one is 0.
 """
@@ -29,7 +29,7 @@ OCTAVE = 4  # variances to an octave
 def optimized(
     sampler: Sampler, steps: int, covariance: Gaussian | Tensor, process: Process | None = None
 ) -> Tensor:
-    r"""The times (n + 1,), float64, of the least W2 on Gaussian data of this spectrum.
+    r"""Return the times (n + 1,), float64, of the least W2 on Gaussian data of this spectrum.
 
     Errors of opposite sign cancel in a sum over the steps, and almost any grid can be bent until
     they do so at a few eigenvalues: with 5 steps of Adams, W2 alone fell a million times, while on
@@ -46,7 +46,7 @@ def optimized(
 
     T_k Chebyshev's polynomials, u = sigma / (alpha + sigma); least squares (Branch et al. 1999, in
     scipy) from the two best of the sampler's own grid and those even in u^(1/p). No network is
-    asked, and no random number drawn.
+    called, and no random number drawn.
 
     It is a grid for Gaussians. Other data have modes that part at some level, which no eigenvalue
     shows: with 50 steps of Adams the log-SNR in even steps is as good for Gaussians as any grid,
@@ -107,7 +107,7 @@ def optimized(
 
 
 def starts(sampler: Sampler, steps: int, process: Process) -> list[Tensor]:
-    """The sampler's own grid and those even in u^(1/p) from the level at which it begins."""
+    """Return the sampler's own grid and those even in u^(1/p) from its first level."""
     own = sampler.grid(process, steps)
     even = [frames.grid(process, steps, p, begin=own[0].item()) for p in POWERS]
     return [own, *even] if len(own) == steps + 1 else even
@@ -120,7 +120,7 @@ def increments(times: Tensor, process: Process) -> Tensor:
 
 
 def of_increments(lengths: Tensor, start: Tensor, process: Process) -> Tensor:
-    """Times whose steps in u are in these proportions, between the ends of another grid."""
+    """Return times with steps in u of these proportions, between the ends of another grid."""
     u = lengths.flip(0).cumsum(0).flip(0)  # summed from the data, where u is small
     (top,) = process.levels(start[:1])
     times = process.time(frames.Straight().log_snr(u / u[0] * top.u))
@@ -129,7 +129,7 @@ def of_increments(lengths: Tensor, start: Tensor, process: Process) -> Tensor:
 
 
 def blurred(variances: Tensor, process: Process) -> tuple[Gaussian, Tensor]:
-    """Data with each variance up to an octave from one of these, and their shares, (d,)."""
+    """Return data with each variance up to an octave from one of these, and shares, (d,)."""
     places = (OCTAVE * variances.log2()).round()[:, None]
     places = (places + torch.arange(-OCTAVE, OCTAVE + 1)).flatten()
     places, counts = places.unique(return_counts=True)

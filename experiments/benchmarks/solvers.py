@@ -133,9 +133,7 @@ def measure(config: Config, show: Callable[[str], None] = print) -> Found:
             known["laws"], known["paths"], posed, found.refusals, config.law_samples, config.seed
         ):
             found.laws.append(made)
-            report(
-                f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}"
-            )
+            show(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}")
     if "overhead" in config.parts:
         loops = overhead.with_peers if config.peers else overhead.ours
         found.overhead += overhead.overheads(

@@ -162,7 +162,7 @@ def test_the_script_writes_a_table_figures_a_picture_and_its_flags(tmp_path):
 REFUSALS = {
     "--samplers dpm": "--samplers must be a known name; got dpm; near it: dpm-solver",
     "--processes brownian": "--processes must be a known name; got brownian; known: vp",
-    "--samplers heun --processes edm brownian": "--processes brownian",
+    "--samplers heun --processes edm brownian": "--processes must be a known name",
     "--sampelrs heun": "--sampelrs",
     "--peers --processes vp": "--processes: with --peers each sampler has its own",
     "--peers maybe": "maybe",

@@ -1,4 +1,4 @@
-"""How far DDPM chains are from the SDE that they tend to, and at what rate they come nearer.
+"""Distances between DDPM chains and the SDE that is their limit, with rates in N.
 
     python experiments/agreement.py --process vp --rule euler
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from common import command
+from common import command, words
 
 import sde_diffusion as sd
 from sde_diffusion import plots, validate
@@ -22,25 +22,22 @@ from sde_diffusion.files import storage
 class Config:
     """Print the table; write agreement.txt, agreement.json and agreement.png."""
 
-    process: Literal["vp", "ou", "cosine"] = "vp"
-    """the SDE: VP(0.1, 20), OU(1), Cosine(0.008)"""
+    process: command.ProcessWord = "vp"
     rule: Literal["euler", "exact", "table"] = "euler"
-    """euler: beta(i/N)/N; exact: the SDE's own marginals; table: the published chain of the name"""
+    """euler: beta(i/N)/N; exact: the SDE's marginals; table: the published chain of ou or cosine"""
     sizes: tuple[int, ...] = (256, 512, 1024, 2048)
     """lengths N of the chains"""
     variance: Literal["beta", "posterior"] = "beta"
-    """of the ancestral sampler whose law is compared with the reverse SDE's"""
+    """variance of the ancestral sampler, whose law is compared with the reverse SDE's"""
     data_mean: float = 1.0
+    """mean of the data"""
     data_variance: float = 0.25
+    """variance of the data"""
     out: Path = Path("runs/agreement")
     """folder of everything written"""
 
 
-PROCESSES: dict[str, sd.processes.Process] = {
-    "vp": sd.VP(),
-    "ou": sd.OU(1.0),
-    "cosine": sd.Cosine(),
-}
+PROCESSES = command.PROCESSES | {"ou": sd.OU(1.0)}  # the rate of Discrete.constant
 TABLES = {"ou": sd.Discrete.constant, "cosine": sd.Discrete.cosine}
 
 
@@ -51,6 +48,7 @@ def main(config: Config) -> None:
         validate.integer("--sizes", size, at_least=2, at_most=10_000)
     validate.number("--data-mean", config.data_mean)
     validate.number("--data-variance", config.data_variance, 0, strict=True)
+    words.check("--process", config.process, PROCESSES)
     command.check_out(config.out)
     process = PROCESSES[config.process]
     if config.rule == "table":
@@ -80,7 +78,7 @@ def main(config: Config) -> None:
 
 
 def picture(report: sd.verify.Agreement) -> object:
-    """Each distance that is not rounding against N, in logarithms."""
+    """Draw each distance above rounding against N, in logarithms."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 4), layout="constrained")

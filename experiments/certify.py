@@ -1,4 +1,4 @@
-"""The certificates of the samplers: their exact laws, orders and limits, and how far they hold.
+"""Certificates of the samplers: their exact laws, orders and limits, and which of them hold.
 
     python experiments/certify.py
     python experiments/certify.py --peers
@@ -12,45 +12,52 @@ import importlib.util
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from common import command
-from common.words import by_word
+import tyro
+from common import command, words
 
 import sde_diffusion as sd
 from sde_diffusion import plots, verify
 from sde_diffusion.files import storage
 
-MEAN, VARIANCE = 0.7, 0.25  # of the data that every certificate is about
+MEAN, VARIANCE = 0.7, 0.25  # of the data
+
+
+PROCESSES = words.by_word(sd.processes.CATALOGUE)
+SAMPLERS = words.by_word(sd.samplers.CATALOGUE)
+
+
+def names(title: str, known: Iterable[str]) -> Any:
+    """Return the help of a flag that takes some of these names."""
+    return tyro.conf.arg(
+        metavar="NAME ...", help_behavior_hint="(default: all)", help=f"{title}: {', '.join(known)}"
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """Print the table of certificates, and write it as Markdown, JSON and a picture."""
 
-    samplers: tuple[str, ...] = ()
-    """which of them, by name; all if none is given"""
-    processes: tuple[str, ...] = ()
-    """on which processes, by name; all if none is given (peers bring their own)"""
+    samplers: Annotated[tuple[str, ...], names("samplers to certify", SAMPLERS)] = ()
+    processes: Annotated[tuple[str, ...], names("processes, except for peers", PROCESSES)] = ()
     peers: bool = False
     """certify the samplers of diffusers, k-diffusion and azula instead: pip install '.[peers]'"""
     out: Path = Path("runs/certify")
     """folder of everything written"""
 
 
-PROCESSES = by_word(sd.processes.CATALOGUE)
-SAMPLERS = by_word(sd.samplers.CATALOGUE)
 # Those without an exact law: the error of an ODE solver follows its tolerance; mean and variance
 # of a sampler whose order is 0, or whose noise cannot be injected, are estimated.
 BY_TOLERANCE = {"torch-ode", "scipy-ode", "adaptive-ode"}
 BY_BIAS = {"langevin-heun", "torch-sde-srk", "adaptive-torch-sde", "adaptive-sde"}
 
-# What is known beforehand, and why.
+# Known exceptions, and why.
 SIZES = {  # the errors of VE's two halves cancel in part up to some 500 steps
     (name, "ve"): (512, 1024, 2048, 4096)
     for name in ("euler-maruyama", "torch-sde", "torch-sde-milstein")
@@ -65,13 +72,13 @@ class Row:
     """One line of the table.
 
     Attributes:
-        by: what it is checked by.
+        by: the kind of check.
         figures: short texts by column.
-        holds: whether every check does.
-        verdict: what does not.
-        known: why, where that is known.
+        holds: True if every check does.
+        verdict: checks that do not hold.
+        known: the reason, if it is known.
         report: the certificate.
-        seconds: what it took.
+        seconds: time of the checks.
     """
 
     sampler: str
@@ -86,18 +93,18 @@ class Row:
 
 
 def gaussian(process: sd.processes.Process) -> sd.exact.Gaussian:
-    """The data, N(0.7, 0.25) on the line."""
+    """Return the data, N(0.7, 0.25) on the line."""
     return sd.exact.Gaussian(process, torch.tensor([MEAN], dtype=torch.float64), VARIANCE)
 
 
 def mixture(process: sd.processes.Process) -> sd.exact.GaussianMixture:
-    """Three modes in the plane, each coordinate of standard deviation about 1."""
+    """Return three modes in the plane, each coordinate of standard deviation about 1."""
     means = torch.tensor([[-1.2, 0.8], [0.4, -1.2], [1.3, 0.6]], dtype=torch.float64)
     return sd.exact.GaussianMixture(process, [0.4, 0.35, 0.25], means, [0.05, 0.05, 0.05])
 
 
 def ours(name: str, where: str) -> Row:
-    """The certificate of one of our samplers on one process."""
+    """Certify one of our samplers on one process."""
     start, sampler, process = time.perf_counter(), SAMPLERS[name], PROCESSES[where]
     data = gaussian(process)
     if name in BY_TOLERANCE:
@@ -123,7 +130,7 @@ def ours(name: str, where: str) -> Row:
 
 
 def affine(made: verify.Certificate) -> dict[str, str]:
-    """The figures of a certificate by the probe."""
+    """Return the figures of a certificate by the probe."""
     figures = {"declared": f"{made.order.declared:g}", "order": f"{made.order.fitted:.2f}"}
     if made.local_order is not None:
         figures["local order"] = f"{min(made.local_order.fitted.values()):.2f}"
@@ -146,7 +153,7 @@ def finished(
 
 
 def peers() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
-    """Samplers of other libraries, as functions of the number of steps; nothing is clipped."""
+    """Return samplers of other libraries, as functions of the number of steps; none clips."""
     families: dict[str, Callable[[int], sd.samplers.Sampler]] = {}
     for library, found in (
         ("diffusers", diffusers_schedulers),
@@ -214,7 +221,7 @@ def azula_samplers() -> dict[str, Callable[[int], sd.samplers.Sampler]]:
 
 
 def theirs(name: str, family: Callable[[int], sd.samplers.Sampler]) -> Row:
-    """The certificate of a peer, or the reason for which it has none."""
+    """Certify a peer, or return the reason why it cannot be certified."""
     start = time.perf_counter()
     means = torch.tensor([MEAN, -0.4], dtype=torch.float64)
     # In two coordinates: an error of one may change its sign on the way, and look like none.
@@ -227,14 +234,14 @@ def theirs(name: str, family: Callable[[int], sd.samplers.Sampler]) -> Row:
     return finished(name, made.process, "exact law", affine(made), made, str(made), start)
 
 
-# ---- what is written -----------------------------------------------------------------------------
+# ---- the files -----------------------------------------------------------------------------
 
 COLUMNS = ("declared", "order", "local order", "limit", "W2", "mixture", "error / tolerance",
            "bias / standard error")  # fmt: skip
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table."""
+    """Return the table."""
     used = [column for column in COLUMNS if any(column in row.figures for row in rows)]
     lines = ["| " + " | ".join(["sampler", "process", "checked by", *used, "holds"]) + " |"]
     lines.append("| " + " | ".join(["---"] * (len(used) + 4)) + " |")
@@ -257,7 +264,7 @@ COLOURS = {True: "#9ecae1", False: "#fdae6b", "refused": "#d9d9d9"}
 
 
 def picture(rows: list[Row], by_process: bool) -> Any:
-    """A line per sampler: its figure on each process, or for peers its figures side by side."""
+    """Draw a line per sampler: its figure on each process; for peers its figures side by side."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -275,7 +282,7 @@ def picture(rows: list[Row], by_process: bool) -> Any:
             if by_process and column != row.process:
                 continue
             axis.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
-            text = said(row) if by_process else row.figures.get(column, "")
+            text = short(row) if by_process else row.figures.get(column, "")
             text = text or ("refused" if row.by == "refused" and x == 0 else "")
             axis.text(x, y, text, ha="center", va="center", fontsize=8)
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(names) - 0.5, -0.5))
@@ -288,8 +295,8 @@ def picture(rows: list[Row], by_process: bool) -> Any:
     return figure
 
 
-def said(row: Row) -> str:
-    """A certificate in a few letters: its order, or what else it was held to."""
+def short(row: Row) -> str:
+    """Return a certificate in a few letters: its order, or its other figure."""
     if "order" in row.figures:
         return row.figures["order"]
     if "error / tolerance" in row.figures:
@@ -298,15 +305,14 @@ def said(row: Row) -> str:
 
 
 def chosen(names: tuple[str, ...], known: dict[str, Any], flag: str) -> list[str]:
-    """The names asked for, all if none is."""
+    """Return the given names, or all if none is given."""
     for name in names:
-        if name not in known:
-            raise ValueError(f"{flag} {name}: there are: {', '.join(known)}")
+        words.check(flag, name, known)
     return list(dict.fromkeys(names)) or list(known)
 
 
 def rows_of(config: Config) -> Iterator[Row]:
-    """The certificates asked for, one by one."""
+    """Iterate over the certificates of the flags."""
     if config.peers:
         families = peers()
         for name in chosen(config.samplers, families, "--samplers"):

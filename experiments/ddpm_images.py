@@ -1,10 +1,10 @@
 """A DDPM of the images in a folder: homework 2 of CMU 10-423, "Generative models of images".
 
     python experiments/ddpm_images.py --data_path ./data/train --save_folder ./results
-    python experiments/ddpm_images.py ... --load_path ./results --visualize
+    python experiments/ddpm_images.py --data_path ./data/train --load_path ./results --visualize
 
 Cosine schedule, L1 loss on the noise, samples by the clamped ancestral chain: the sheet's equations
-16 to 19 and Algorithms 1 and 2. Several processes as in run.py.
+16 to 19 and Algorithms 1 and 2. Several processes as in common/run.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from sde_diffusion.files import storage
 
 
 def switched(words: list[str]) -> bool:
-    """What the words after a switch say; none is True."""
+    """Return the value of a switch from the words after it; none is True."""
     if words not in ([], ["True"], ["False"]):
         raise ValueError(f"takes True, False or nothing; got {' '.join(words)}")
     return words != ["False"]
@@ -43,25 +43,28 @@ Switch: TypeAlias = Annotated[
     ),
 ]
 
-PERCENT = (0, 25, 50, 75, 99)  # of the chain, where the strips look
+PERCENT = (0, 25, 50, 75, 99)  # of the chain: the images of the strips
 AFHQ = ("cat", "dog", "wild")
 AT_ONCE = 64  # images drawn together
 NAME = "ddpm_images"
+CLAMPED = "clamped"
+SAMPLER_HELP = (
+    f"{CLAMPED}: the sheet's Algorithm 2, all T steps with x0 held to [-1, 1]. {samplers.HELP}"
+)
 
 
 @dataclass(frozen=True)
-class Config(run.Flags):
-    """Learn the images of a folder and draw new ones; flags may have hyphens for underscores."""
+class Sheet:
+    """The sheet's flags, and those of sampling."""
 
     data_path: Path = Path("data/train")
     """folder of images, or of folders of images named after their classes"""
-    data_class: str | None = None
-    """the class to learn [cat where the classes are AFHQ's cat, dog and wild, else all]"""
+    data_class: Annotated[str | None, command.default("cat on AFHQ, else all")] = None
+    """class to learn"""
     save_folder: Path = Path("results")
     """folder of everything written"""
-    load_path: Path | None = None
-    """a run's folder, one of its checkpoints or a .safetensors file: to draw from, with
-    --visualize, or else to start training from"""
+    load_path: Annotated[Path | None, command.default("none")] = None
+    """a run, checkpoint or .safetensors file: drawn from with --visualize, else trained further"""
     image_size: int = 32
     """side of the square images, in pixels"""
     batch_size: int = 32
@@ -71,34 +74,40 @@ class Config(run.Flags):
     train_steps: int = 10_000
     """optimizer steps"""
     learning_rate: float = 1e-3
+    """learning rate, constant"""
     unet_dim: int = 16
     """width of the U-Net's first layer; those below have 2, 4 and 8 times as many"""
     save_and_sample_every: int = 1000
-    """steps between sample grids, measurements and, unless --checkpoint_every says otherwise,
-    checkpoints"""
+    """steps between sample grids and measurements"""
     fid: Switch = False
     """measure samples at the same steps, on --features"""
     visualize: Switch = False
     """draw the forward and the backward strip; with --load_path nothing is trained"""
-    features: quality.Word | None = None
-    """(fid) FID is on inception alone; efficientnet needs no download, and is named after what it
-    is [efficientnet]"""
-    inception_weights: Path | None = None
+    features: Annotated[quality.Word | None, command.default("efficientnet")] = None
+    """(fid) network of the features; only inception gives FID, only efficientnet comes by pip"""
+    inception_weights: Annotated[Path | None, command.default("none")] = None
     """(fid) file of Inception's published weights"""
-    fid_samples: int | None = None
-    """(fid) images drawn for a measurement [256; 2,048 with inception]"""
-    sampler: Literal["clamped"] | samplers.Word = "clamped"
-    """clamped: the sheet's Algorithm 2, all T steps with x0 held to [-1, 1]; the others as in
-    mnist_vp.py"""
-    sample_steps: int | None = None
-    """steps of a fixed-step sampler other than clamped, at most T [as in mnist_vp.py, or T]"""
+    fid_samples: Annotated[int | None, command.default("256; 2,048 with inception")] = None
+    """(fid) number of samples measured"""
+    sampler: Annotated[str, tyro.conf.arg(metavar="NAME", help=SAMPLER_HELP)] = CLAMPED
+    steps: Annotated[int | None, command.default("as in mnist_vp.py, or T")] = None
+    """sampling steps of a fixed-step sampler other than clamped, at most T"""
     num_samples: int = 64
     """images in a sample grid"""
     seed: int = 0
-    """of training; sample k depends on (seed, k) alone"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["float32", "bf16"] | None = None
-    """the network's arithmetic in training [float32]"""
+    """seed of training; sample k depends on (seed, k) alone"""
+    device: command.Device = "auto"
+    """where the network runs"""
+    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    """the network's arithmetic in training"""
+
+
+@dataclass(frozen=True)
+class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come first
+    """Learn the images of a folder and draw new ones; flags may have hyphens for underscores."""
+
+    checkpoint_every: Annotated[int | None, command.default("--save_and_sample_every")] = None
+    """(train) steps between checkpoints"""
 
     @property
     def process(self) -> sd.Discrete:
@@ -146,7 +155,7 @@ def check(config: Config) -> None:
     least = {"image_size": 4, "time_steps": 2, "unet_dim": 8, "fid_samples": 2, "seed": 0}
     most = {"image_size": 1024, "time_steps": 10_000, "unet_dim": 1024, "seed": 2**31 - 1}
     for name in ("image_size", "batch_size", "time_steps", "train_steps", "unet_dim",
-                 "save_and_sample_every", "fid_samples", "sample_steps", "num_samples",
+                 "save_and_sample_every", "fid_samples", "steps", "num_samples",
                  "seed"):  # fmt: skip
         value = getattr(config, name)
         if value is not None:
@@ -169,26 +178,27 @@ def check(config: Config) -> None:
 
 
 def check_sampler(config: Config) -> None:
-    """Refuse steps that the sampler has no use for, or that the chain has not."""
-    if config.sampler == "clamped" or config.sampler in samplers.TOLERANCES:
-        if config.sample_steps is not None:
-            raise ValueError(f"--sample_steps has no effect with --sampler {config.sampler}")
+    """Refuse an unknown sampler, and steps that it or the chain does not have."""
+    if config.sampler == CLAMPED:
+        if config.steps is not None:
+            raise ValueError(f"--steps has no effect with --sampler {CLAMPED}")
         return
-    validate.integer("--sample_steps", steps(config), at_most=config.time_steps)
-    chosen(config).grid(config.process, steps(config))
+    samplers.check(config.sampler, steps=config.steps)
+    if steps(config) is not None:
+        validate.integer("--steps", steps(config), at_most=config.time_steps)
+        chosen(config).grid(config.process, steps(config))
 
 
 def steps(config: Config) -> int | None:
-    """Those of a fixed-step sampler."""
-    usual = samplers.STEPS.get(config.sampler)
-    if config.sample_steps or usual is None:
-        return config.sample_steps
+    """Return the steps of a fixed-step sampler."""
+    usual = samplers.usual_steps(config.sampler)
+    if config.steps or usual is None:
+        return config.steps
     return min(usual, config.time_steps)
 
 
 def chosen(config: Config) -> sd.samplers.Sampler:
-    """The sampler of --sampler; the clamped chain is DDPM's own."""
-    assert config.sampler != "clamped"
+    """Return the sampler of --sampler other than the clamped chain, which is DDPM's own."""
     return samplers.sampler(config.sampler, steps(config))
 
 
@@ -203,7 +213,7 @@ def loaded_images(config: Config) -> data.Images:
 
 
 def new(config: Config) -> sd.Denoiser:
-    """An untrained denoiser that predicts the noise."""
+    """Return an untrained denoiser that predicts the noise."""
     network = sd.networks.UNet(
         in_channels=3,
         channels=[config.unet_dim * k for k in (1, 2, 4, 8)],
@@ -216,13 +226,13 @@ def new(config: Config) -> sd.Denoiser:
 
 
 def load(config: Config, device: torch.device) -> sd.Denoiser:
-    """The denoiser of --load_path, which must be one of these flags."""
+    """Return the denoiser of --load_path, which must fit the other flags."""
     path = weights_in(config.load_path or Path())
     denoiser, name = sd.Denoiser.load(path), f"--load_path {config.load_path}"
     if denoiser.process != config.process:
         length = getattr(denoiser.process, "num_steps", None)
-        told = f"--time_steps {length}" if length else f"{denoiser.process}"
-        raise ValueError(f"{name}: its process is that of {told:.80}, not of --time_steps "
+        found = f"--time_steps {length}" if length else f"{denoiser.process}"
+        raise ValueError(f"{name}: its process is that of {found:.80}, not of --time_steps "
                          f"{config.time_steps}")  # fmt: skip
     width = getattr(denoiser.network, "config", {}).get("channels", [config.unet_dim])[0]
     if width != config.unet_dim:
@@ -236,7 +246,7 @@ def load(config: Config, device: torch.device) -> sd.Denoiser:
 
 
 def weights_in(path: Path) -> Path:
-    """The .safetensors file that a path leads to: itself, or that of a checkpoint or of a run."""
+    """Return the .safetensors file of a path: itself, or that of a checkpoint or of a run."""
     if path.suffix in (".pt", ".pth", ".ckpt"):
         raise ValueError(
             f"--load_path {path}: a file of torch.save, which may hold code; import it first: "
@@ -299,9 +309,9 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
         if judge:
             row = judge.row(step, images[:count])
             quality.add(out, judge, row)
-            tqdm.write(judge.told(row))
+            tqdm.write(judge.line(row))
 
-    if state.step:  # a kill may have come between the checkpoint and what is said of it
+    if state.step:  # an earlier run may have ended between a checkpoint and its report
         report(state.step)
     every = config.checkpoint_every or config.save_and_sample_every
     going = run.steps(replace(config, checkpoint_every=every), state, images, out, **record)
@@ -316,17 +326,20 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
 
 
 def drawn(config: Config, denoiser: sd.Denoiser, count: int) -> Tensor:
-    """Samples 0 .. count - 1 of the model, by --sampler."""
+    """Return samples 0 .. count - 1 of the model, by --sampler."""
     size, device = config.image_size, next(denoiser.network.parameters()).device
     ddpm, parts = sd.DDPM(denoiser), list[Tensor]()
-    for chunk in metrics.chunks(count, AT_ONCE):
-        seeds, shape = seeds_of(config, chunk), (len(chunk), 3, size, size)
-        if config.sampler == "clamped":
-            made = ddpm.sample(shape, variance="posterior", clamp=1.0, seeds=seeds, device=device)
-        else:
-            x = denoiser.process.prior(shape, seeds=seeds, device=device)
-            made = sd.sample(denoiser, chosen(config), x, steps=steps(config), seeds=seeds)
-        parts.append(made)
+    with command.network_calls(denoiser.network, f"drawing {count}"):
+        for chunk in metrics.chunks(count, AT_ONCE):
+            seeds, shape = seeds_of(config, chunk), (len(chunk), 3, size, size)
+            if config.sampler == CLAMPED:
+                made = ddpm.sample(
+                    shape, variance="posterior", clamp=1.0, seeds=seeds, device=device
+                )
+            else:
+                x = sd.prior(denoiser, shape, seeds=seeds, device=device)
+                made = sd.sample(denoiser, chosen(config), x, steps=steps(config), seeds=seeds)
+            parts.append(made)
     return torch.cat(parts)
 
 
@@ -338,7 +351,7 @@ def seeds_of(config: Config, numbers: Sequence[int]) -> list[int]:
 
 
 def visualize(config: Config, denoiser: sd.Denoiser, images: data.Images) -> None:
-    """forward.png of the first batch of the training set; backward.png from where that ends."""
+    """Write forward.png of the first training batch; backward.png from the end of that."""
     device = next(denoiser.network.parameters()).device
     x0 = training.draw(images, config.recipe, config.times, 0).x0[:16].to(device)
     forward = forward_strip(config, denoiser, x0)
@@ -346,18 +359,18 @@ def visualize(config: Config, denoiser: sd.Denoiser, images: data.Images) -> Non
     out = command.folder(config.save_folder)
     storage.replace(out / "forward.png", plots.png(strip(config, forward, "forward")))
     storage.replace(out / "backward.png", plots.png(strip(config, backward, "backward")))
-    if not training.checkpoints(out):  # whose config.json tells of training
+    if not training.checkpoints(out):  # whose config.json is that of training
         command.write_config(out, config)
     print(f"-> {out / 'forward.png'}, {out / 'backward.png'}")
 
 
 def marks(config: Config) -> dict[int, int]:
-    """The index i of the chain at each of PERCENT, rounded down; 0 is data."""
+    """Return the index i of the chain at each of PERCENT, rounded down; 0 is data."""
     return {percent: percent * config.time_steps // 100 for percent in PERCENT}
 
 
 def forward_strip(config: Config, denoiser: sd.Denoiser, x0: Tensor) -> dict[int, Tensor]:
-    """q_sample(x0, i) at each of PERCENT, all with the same noise."""
+    """Return q_sample(x0, i) at each of PERCENT, all with the same noise."""
     ddpm = sd.DDPM(denoiser)
     seeds = seeds_of(config, range(len(x0)))
     eps = ddpm.process.prior(x0.shape, seeds=seeds, device=x0.device)
@@ -365,9 +378,9 @@ def forward_strip(config: Config, denoiser: sd.Denoiser, x0: Tensor) -> dict[int
 
 
 def backward_strip(config: Config, denoiser: sd.Denoiser, x: Tensor) -> dict[int, Tensor]:
-    """From x = x_i with i at 99 % down to 0, by --sampler: the states at each of PERCENT."""
+    """Sample from x = x_i, i at 99 %, down to 0; return the states at each of PERCENT."""
     start, seeds = marks(config)[PERCENT[-1]], seeds_of(config, range(len(x)))
-    if config.sampler == "clamped":
+    if config.sampler == CLAMPED:
         chain = sd.DDPM(denoiser).p_chain(x, start, variance="posterior", clamp=1.0, seeds=seeds)
     else:
         times = torch.arange(start, -1, -1, dtype=torch.float64) / config.time_steps
@@ -378,7 +391,7 @@ def backward_strip(config: Config, denoiser: sd.Denoiser, x: Tensor) -> dict[int
 
 
 def strip(config: Config, states: Mapping[int, Tensor], way: str) -> Any:
-    """One panel of images for each state, in their order."""
+    """Draw one panel of images for each state, in their order."""
     from matplotlib.figure import Figure
 
     height = 0.8 + 0.75 * -(-len(next(iter(states.values()))) // 4)
@@ -391,4 +404,4 @@ def strip(config: Config, states: Mapping[int, Tensor], way: str) -> Any:
 
 
 if __name__ == "__main__":
-    command.run(main, Config)
+    command.run(main, Config, use_underscores=True)

@@ -3,9 +3,9 @@
     python experiments/evaluate.py --samplers adams ddim --steps 5 10 20 50
     torchrun --nproc_per_node 2 experiments/evaluate.py ...    the same figures in half the time
 
-Real digits are MNIST's training digits, in two halves by --seed: the first is what samples are
-compared with, the second gives the floor, what as many perfect samples would get. Each process
-computes on one thread, since the last bits of a sum depend on how many share it.
+Real digits are MNIST's training digits, in two halves by --seed: samples are compared with the
+first; the second gives the floor, the figures of as many perfect samples. Each process computes on
+one thread, since the last bits of a sum depend on the number of threads.
 """
 
 import json
@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import mnist_vp
 import torch
+import tyro
 from common import command
 from common import samplers as words
 from torch import Tensor
+from tqdm import tqdm
 
 import sde_diffusion as sd
 from sde_diffusion import data, metrics, plots, training, validate
@@ -39,42 +41,47 @@ TITLES = {
 class Config:
     """Draw digits with every sampler, and measure them."""
 
-    checkpoint: Path | None = None
-    """a .safetensors file of 28x28 digits [the packaged weights]"""
-    samplers: tuple[words.Word, ...] = ("ancestral", "ddim", "dpm2", "adams")
-    """what to compare"""
+    samplers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help=words.HELP)] = (
+        "ancestral", "ddim", "dpm2", "adams",
+    )  # fmt: skip
     steps: tuple[int, ...] = (5, 10, 20, 50)
-    """steps of the fixed-step samplers"""
-    tolerances: tuple[float, ...] | None = None
-    """relative and absolute tolerances of ode, adaptive-ode, adaptive-sde [0.1 0.01 0.001]"""
-    frame: words.FrameWord | None = None
-    """in which adams and adaptive-ode integrate [straight]"""
+    """numbers of sampling steps of the fixed-step samplers"""
+    tolerances: Annotated[
+        tuple[float, ...] | None,
+        tyro.conf.arg(metavar="FLOAT ...", help_behavior_hint="(default: 0.1 0.01 0.001)"),
+    ] = None
+    """relative and absolute tolerances of the samplers that choose their own steps"""
+    frame: Annotated[words.FrameWord | None, command.default("straight")] = None
+    """coordinates in which adams and adaptive-ode integrate"""
     num_samples: int = 10_000
-    """digits drawn with each"""
-    num_real: int | None = None
-    """real digits used, the first ones [all]"""
+    """digits drawn with each sampler and setting"""
+    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    """a .safetensors file of 28x28 digits"""
+    num_real: Annotated[int | None, command.default("all")] = None
+    """number of real digits used, the first ones"""
     features: Literal["mnist", "inception", "efficientnet"] = "mnist"
     """the network whose features are compared"""
-    inception_weights: Path | None = None
+    inception_weights: Annotated[Path | None, command.default("none")] = None
     """file of Inception's published weights"""
     download: bool = False
-    """fetch Inception's weights"""
+    """download Inception's weights"""
     seed: int = 0
     """sample k depends on (seed, k) alone"""
     batch_size: int = 128
-    """samples drawn at once: whole batches are dealt to processes"""
+    """samples drawn at once; each batch belongs to one process"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    data_root: Path | None = None
-    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    """where the networks run"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """folder that holds MNIST/raw"""
     out: Path = Path("runs/evaluate")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sampler at one setting: what a row of the table is about."""
+    """One sampler at one setting: a row of the table."""
 
-    word: words.Word
+    word: str
     sampler: sd.samplers.Sampler
     steps: int | None
     tolerance: float | None
@@ -89,7 +96,7 @@ def check(config: Config) -> None:
     for name in ("num_samples", "batch_size", "num_real"):
         value = getattr(config, name)
         if value is not None:
-            validate.integer("--" + name.replace("_", "-"), value, 2, 10**7)
+            validate.integer(command.flag(name), value, 2, 10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("samplers", "steps", "tolerances"):
         values = getattr(config, name)
@@ -99,13 +106,15 @@ def check(config: Config) -> None:
         validate.integer("--steps", steps, at_most=10**5)
     for tolerance in config.tolerances or ():
         validate.number("--tolerances", tolerance, 0, 1, strict=True)
-    chosen = set(config.samplers)
-    if config.tolerances and not chosen & set(words.TOLERANCES):
-        raise ValueError("--tolerances has no effect without a sampler with steps of its own")
-    if config.frame and not chosen & set(words.FRAMED):
-        raise ValueError(f"--frame has no effect without {' or '.join(words.FRAMED)}")
-    asked = config.inception_weights is not None or config.download
-    if asked != (config.features == "inception") or (config.inception_weights and config.download):
+    for word in config.samplers:
+        words.check(word, "--samplers")
+    used = set[str]().union(*map(words.settings, config.samplers))
+    if config.tolerances and "rtol" not in used:
+        raise ValueError("--tolerances has no effect without a sampler that chooses its own steps")
+    if config.frame and "frame" not in used:
+        raise ValueError("--frame has no effect without a sampler that has one, such as adams")
+    given = config.inception_weights is not None or config.download
+    if given != (config.features == "inception") or (config.inception_weights and config.download):
         raise ValueError("--features inception takes --inception-weights PATH or --download")
 
 
@@ -113,7 +122,7 @@ def runs(config: Config) -> list[Run]:
     """Every sampler at each of its settings."""
     made: list[Run] = []
     for word in config.samplers:
-        if word in words.TOLERANCES:
+        if "steps" not in words.settings(word):
             for tol in config.tolerances or (0.1, 0.01, 0.001):
                 chosen = words.sampler(word, None, config.frame, tol, tol)
                 made.append(Run(word, chosen, None, tol))
@@ -125,7 +134,7 @@ def runs(config: Config) -> list[Run]:
 
 
 class Share:
-    """This process's part of the work; whole batches are dealt, and all get all results."""
+    """This process's part of the work, in whole batches; every process gets all results."""
 
     def __init__(self, config: Config) -> None:
         device = command.device(config.device)
@@ -145,7 +154,11 @@ class Share:
 
 
 def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tuple[Tensor, float]:
-    """The samples of a run, and how often the network was asked about each."""
+    """Return the samples of a run, and the network calls of each."""
+    bar = tqdm(
+        desc=f"{run.word}, {run.setting}", total=config.num_samples, unit=" samples", leave=False,
+        disable=not share.accelerator.is_main_process,
+    )  # fmt: skip
 
     def make(chunk: range) -> Tensor:
         seeds = [config.seed * 2**32 + k for k in chunk]
@@ -155,23 +168,25 @@ def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tupl
             nonlocal calls
             calls += len(inputs[0])
 
-        x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=share.device)
+        x = sd.prior(denoiser, (len(seeds), 1, 28, 28), seeds=seeds, device=share.device)
         hook = denoiser.network.register_forward_hook(count)
         try:
             made = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds) if seeds else x
-        except sd.SolverError:  # the row says so; raised here, the other processes would wait
+        except sd.SolverError:  # it is in the row; raised here, the other processes would wait
             made = torch.full_like(x, math.nan)
         finally:
             hook.remove()
+        bar.update(len(seeds) * share.accelerator.num_processes)
         each = calls / max(1, len(seeds))
         return torch.cat([made.flatten(1), made.new_full((len(seeds), 1), each)], dim=1)
 
-    found = share.each(config.num_samples, make)
+    with bar:
+        found = share.each(config.num_samples, make)
     return found[:, :-1].reshape(-1, 1, 28, 28), float(found[:, -1].double().mean())
 
 
 def spread(share: Share, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What the network makes of images, each batch on one process."""
+    """Return the network's outputs for images, each batch on one process."""
 
     def make(chunk: range) -> Tensor:
         if not chunk:  # a process without a batch: no rows, but of the right width
@@ -184,7 +199,7 @@ def spread(share: Share, network: Callable[[Tensor], Tensor], images: Tensor) ->
 
 @dataclass(frozen=True)
 class Judge:
-    """The real digits in the features that samples are compared in.
+    """The real digits, in the features in which samples are compared.
 
     Args:
         reference: the features (N, d) of one half.
@@ -199,7 +214,7 @@ class Judge:
     shares: Tensor
 
     def row(self, made: Tensor, probabilities: Tensor) -> dict[str, Any]:
-        """Every figure of samples with these features (N, d) and class probabilities (N, 10)."""
+        """Return the figures of samples with features (N, d) and class probabilities (N, 10)."""
         own = metrics.Statistics.of(self.project(made))
         distance = metrics.frechet_distance(self.statistics, own)
         kid = metrics.kid(self.reference, made)
@@ -225,7 +240,7 @@ Network = features.MnistFeatures | features.EfficientNetFeatures | features.Ince
 
 
 def network(config: Config) -> Network:
-    """The network of --features."""
+    """Return the network of --features."""
     if config.features == "mnist":
         return features.MnistFeatures()
     if config.features == "efficientnet":
@@ -275,7 +290,10 @@ def main(config: Config) -> None:
         held_out[: config.num_samples], spread(share, classifier.probabilities, perfect)
     )
     if main_process:
-        print(f"{TITLES[config.features]}, against {len(reference):,} real digits", flush=True)
+        print(
+            f"{TITLES[config.features]}, against {len(reference):,} real digits -> {config.out}",
+            flush=True,
+        )
         print(table_header())
         print(table_line("real digits", "floor", floor), flush=True)
     rows: list[dict[str, Any]] = []
@@ -342,7 +360,7 @@ def write(
 
 
 def picture(config: Config, floor: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
-    """Four figures against calls, a line for each sampler, and the floor."""
+    """Draw four figures against calls, a line for each sampler, and the floor."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")

@@ -3,14 +3,15 @@
     python experiments/import_weights.py --weights FILE.pt --like CHECKPOINT.safetensors \\
         --key ema --rename model.= --out OUT.safetensors
 
-CHECKPOINT says which network, process, parameterization and condition; its own weights are not
-kept. Every tensor of the network must be in the file, and no other. Runs no code from either file.
+CHECKPOINT defines the network, process, parameterization and noise input; its own weights are not
+kept. The file must hold every tensor of the network, and no other. No code of either file runs.
 """
 
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from common import command
 from torch import Tensor
@@ -29,12 +30,12 @@ class Config:
     """a .safetensors checkpoint of this package with the same network"""
     out: Path
     """the .safetensors file to write, and its .json; neither may exist"""
-    key: str | None = None
-    """where the tensors are in the file, such as model, ema or state_dict [at the top]"""
+    key: Annotated[str | None, command.default("the top level")] = None
+    """where the tensors are in the file, such as model, ema or state_dict"""
     rename: tuple[str, ...] = ()
     """OLD=NEW: names that begin with OLD begin with NEW instead; in this order"""
-    sha256: str | None = None
-    """what the SHA-256 of --weights must be; needed for files of torch before 1.6"""
+    sha256: Annotated[str | None, command.default("not checked")] = None
+    """expected SHA-256 of --weights; needed for files of torch before 1.6"""
 
 
 def main(config: Config) -> None:
@@ -62,7 +63,7 @@ def main(config: Config) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Refuse an --out that is not to be written, before anything is read."""
+    """Refuse an --out that cannot be written, before anything is read."""
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: its name must end in .safetensors")
     for path in (out, out.with_suffix(".json")):
@@ -71,7 +72,7 @@ def check_out(out: Path) -> None:
 
 
 def pair(text: str) -> tuple[str, str]:
-    """OLD and NEW of OLD=NEW."""
+    """Split OLD=NEW."""
     old, sign, new = text.partition("=")
     if not sign or not old:
         raise ValueError(f"--rename {text}: not OLD=NEW")
@@ -79,7 +80,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def converted(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the network's dtype where both are floating-point; says so."""
+    """Convert floating-point tensors to the network's dtype, and print each conversion."""
     made: dict[str, Tensor] = {}
     changes: set[str] = set()
     for name, value in tensors.items():

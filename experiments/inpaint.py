@@ -11,7 +11,7 @@ digits of MNIST, those of --data-root or, where there is no MNIST, a few that co
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from common import command
@@ -35,22 +35,23 @@ class Config:
     """Complete halves of digits."""
 
     num_images: int = 6
-    """test digits; the top of the first half of them is visible, the bottom of the others"""
+    """number of test digits; the top of the first half is visible, the bottom of the others"""
     completions: int = 5
-    """of each"""
+    """completions of each digit"""
     route: Literal["network", "mean"] = "network"
-    """gradient with respect to x_t, through the network, or to the mean of x_(t-1), without"""
-    scale: float | None = None
-    """s of the rule [network 300, mean 2]"""
+    """network: gradient with respect to x_t, through the network; mean: to the mean of x_(t-1)"""
+    scale: Annotated[float | None, command.default("300; 2 with --route mean")] = None
+    """step size s of the rule"""
     clip: bool = False
     """hold x0_hat to [-1, 1]"""
     steps: int = 250
-    """of the ancestral chain"""
+    """sampling steps of the ancestral chain"""
     seed: int = 0
     """completion k of image i depends on (seed, i, k) alone"""
-    data_root: Path | None = None
-    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """folder that holds MNIST/raw"""
+    device: command.Device = "auto"
+    """where the network runs"""
     out: Path = Path("runs/inpaint")
     """folder of everything written"""
 
@@ -61,23 +62,25 @@ def main(config: Config) -> None:
     device = command.device(config.device)
     images, where = digits(config)
     print(f"{len(images)} test digits {where}")
+    print(f"{config.completions} completions of each on {device} -> {config.out}", flush=True)
     y, mask = images.to(device), halves(images).to(device)
     model = sd.pretrained("mnist_vp").to(device)
     start = time.perf_counter()
-    made = inpainting.complete_image(
-        model,
-        y.repeat_interleave(config.completions, dim=0),
-        mask.repeat_interleave(config.completions, dim=0),
-        SCALES[config.route] if config.scale is None else config.scale,
-        route=ROUTES[config.route],
-        clip=config.clip,
-        steps=config.steps,
-        seeds=[
-            config.seed * 2**32 + i * MOST + k
-            for i in range(len(y))
-            for k in range(config.completions)
-        ],
-    )
+    with command.network_calls(model.network, "inpaint", config.steps):
+        made = inpainting.complete_image(
+            model,
+            y.repeat_interleave(config.completions, dim=0),
+            mask.repeat_interleave(config.completions, dim=0),
+            SCALES[config.route] if config.scale is None else config.scale,
+            route=ROUTES[config.route],
+            clip=config.clip,
+            steps=config.steps,
+            seeds=[
+                config.seed * 2**32 + i * MOST + k
+                for i in range(len(y))
+                for k in range(config.completions)
+            ],
+        )
     seconds = time.perf_counter() - start
     out = command.folder(config.out)
     each = made.reshape(len(y), config.completions, *y.shape[1:])
@@ -90,14 +93,14 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse values out of range."""
     for name in ("num_images", "completions", "steps"):
-        validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=MOST)
+        validate.integer(command.flag(name), getattr(config, name), at_most=MOST)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     if config.scale is not None:
         validate.number("--scale", config.scale)
 
 
 def digits(config: Config) -> tuple[Tensor, str]:
-    """Test digits in [-1, 1], and where they are from."""
+    """Return test digits in [-1, 1], and where they are from."""
     try:
         images = data.mnist(config.data_root, train=False)
         where = f"of {data.data_root(config.data_root)}"
@@ -112,7 +115,7 @@ def digits(config: Config) -> tuple[Tensor, str]:
 
 
 def halves(images: Tensor) -> Tensor:
-    """1 on the top of the first half of the images and on the bottom of the others."""
+    """Return a mask, 1 on the top of the first half of the images and the bottom of the others."""
     mask = torch.zeros_like(images)
     middle, first = images.shape[2] // 2, (len(images) + 1) // 2
     mask[:first, :, :middle] = 1
@@ -121,7 +124,7 @@ def halves(images: Tensor) -> Tensor:
 
 
 def picture(y: Tensor, mask: Tensor, made: Tensor) -> object:
-    """Rows of the images, of what is visible of them, and of the completions (N, K, C, H, W)."""
+    """Draw rows of the images, of their visible parts, and of the completions (N, K, C, H, W)."""
     from matplotlib.figure import Figure
 
     visible = torch.where(mask == 1, y, 0.0)  # gray

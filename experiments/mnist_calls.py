@@ -1,8 +1,8 @@
-"""The same digits at 5, 10, 20 and 50 network calls: what a few calls leave out.
+"""Digits from the same noise at 5, 10, 20 and 50 network calls.
 
     python experiments/mnist_calls.py
 
-Every picture of a column of digits begins with the same noise and follows the same flow. Writes
+Every digit starts from the same noise and follows the same flow in each block. Writes
 mnist_calls.png and mnist_calls.json: RMS and median distance, per pixel, to the flow at 200 calls.
 """
 
@@ -29,17 +29,19 @@ class Config:
     """Draw the digits and write the picture."""
 
     calls: tuple[int, ...] = (5, 10, 20, 50)
-    """network calls, a block each"""
+    """numbers of network calls, a block each; each solver makes one call a step"""
     num_samples: int = 16
-    """digits"""
+    """number of digits"""
     seed: int = 0
     """digit k depends on (seed, k) alone"""
+    device: command.Device = "auto"
+    """where the network runs"""
     out: Path = Path("runs/mnist_calls")
     """folder of everything written"""
 
 
 def samplers(calls: int) -> dict[str, sd.samplers.Sampler]:
-    """Solvers of the flow that make so many calls in as many steps."""
+    """Return solvers of the flow that make this number of calls, one a step."""
     return {
         "DDIM": sd.Ancestral(eta=0.0),
         "DPM-Solver++(2M)": sd.DPMSolver(2),
@@ -49,13 +51,13 @@ def samplers(calls: int) -> dict[str, sd.samplers.Sampler]:
 
 
 def distances(made: Tensor, reference: Tensor) -> dict[str, float]:
-    """Over the digits, the root mean square and the median of their distance to the flow."""
+    """Return the root mean square and the median of the digits' distances to the flow."""
     each = (made - reference).flatten(1).square().mean(1)
     return {"rms": float(each.mean().sqrt()), "median": float(each.sqrt().median())}
 
 
 def picture(drawn: dict[str, dict[int, Tensor]]) -> Any:
-    """A row of blocks per solver, a block per number of calls."""
+    """Draw a row of blocks per solver, a block per number of calls."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.25 * len(drawn)), layout="constrained")
@@ -79,10 +81,12 @@ def main(config: Config) -> None:
     validate.integer("--num-samples", config.num_samples, at_most=1000)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     command.check_out(config.out)
-    denoiser = sd.pretrained("mnist_vp")
+    device = command.device(config.device)
+    denoiser = sd.pretrained("mnist_vp").to(device)
+    print(f"{config.num_samples} digits on {device} -> {config.out}", flush=True)
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]
-    x = denoiser.process.prior((config.num_samples, 1, 28, 28), seeds=seeds)
-    reference = sd.sample(denoiser, sd.Adams.auto(REFERENCE), x, steps=REFERENCE)
+    x = sd.prior(denoiser, (config.num_samples, 1, 28, 28), seeds=seeds, device=device)
+    reference = sd.sample(denoiser, sd.Adams.auto(REFERENCE), x, steps=REFERENCE, progress=True)
     drawn: dict[str, dict[int, Tensor]] = {}
     figures: dict[str, dict[int, dict[str, float]]] = {}
     for calls in config.calls:
@@ -95,7 +99,7 @@ def main(config: Config) -> None:
     out = command.folder(config.out)
     storage.replace(out / "mnist_calls.png", plots.png(picture(drawn)))
     storage.replace(out / "mnist_calls.json", (json.dumps(figures, indent=1) + "\n").encode())
-    command.write_config(out, config)
+    command.write_config(out, config, device=str(device))
     print(f"-> {out / 'mnist_calls.png'}")
 
 

@@ -1,4 +1,4 @@
-"""Digits of the class that is asked for, by classifier-free guidance.
+"""Digits of a given class, by classifier-free guidance.
 
     python experiments/mnist_conditional.py --scale 0 1 2 4 --out runs/mnist_conditional
     python experiments/mnist_conditional.py --classes 3 8 --num-samples 10
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import safetensors.torch
 import torch
@@ -30,46 +30,55 @@ CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Config(run.Flags):
-    """Draw digits by class, or train and then draw. --resume to --tracker and those marked (train)
-    need --train."""
+class Sampling:
+    """Flags of sampling."""
 
     scale: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
-    """w: a row of the grid for each"""
+    """guidance scales w: a block of the grid for each"""
     classes: tuple[int, ...] = tuple(range(CLASSES))
-    """digits wanted: a column for each"""
+    """digits to draw: a column for each"""
     num_samples: int = 4
-    """of each class at each scale"""
+    """number of digits of each class at each scale"""
     low: float = 0.0
     """guidance acts where sigma / alpha is above this ..."""
     high: float = float("inf")
     """... and below this"""
     sampler: samplers.Word = "adams"
-    """see mnist_vp.py"""
-    steps: int | None = None
-    """steps of a fixed-step sampler [as in mnist_vp.py]"""
+    steps: Annotated[int | None, command.default(samplers.USUAL)] = None
+    """sampling steps of a fixed-step sampler"""
     seed: int = 0
     """sample k of each class depends on (seed, k) alone, at any scale"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    checkpoint: Path | None = None
-    """a .safetensors file to sample from [the packaged weights]; (train) to start from, which may
-    be an unconditional one: the context's weights are then 0 at first"""
+    device: command.Device = "auto"
+    """where the network runs"""
+    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    """a .safetensors file to sample from; (train) to start from, unconditional ones too"""
     out: Path = Path("runs/mnist_conditional")
     """folder of everything written"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Flags of training: they need --train."""
+
     train: bool = False
     """train first, then draw"""
-    train_steps: int | None = None
-    """(train) optimizer steps [20,000]"""
-    batch_size: int | None = None
-    """(train) images per step [128]"""
-    learning_rate: float | None = None
-    """(train) its largest value [2e-3]"""
-    cond_dropout: float | None = None
-    """(train) probability that a step does not see a digit's class [0.2]"""
-    dtype: Literal["float32", "bf16"] | None = None
-    """(train) the network's arithmetic [float32]"""
-    data_root: Path | None = None
-    """(train) folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    train_steps: Annotated[int | None, command.default("20,000")] = None
+    """(train) optimizer steps"""
+    batch_size: Annotated[int | None, command.default("128")] = None
+    """(train) images per step"""
+    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    """(train) its largest value"""
+    cond_dropout: Annotated[float | None, command.default("0.2")] = None
+    """(train) probability that a step drops a digit's class"""
+    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    """(train) the network's arithmetic"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """(train) folder that holds MNIST/raw"""
+
+
+@dataclass(frozen=True)
+class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+    """Draw digits by class, or train and then draw. Flags marked (train) need --train."""
 
 
 def main(config: Config) -> None:
@@ -93,7 +102,7 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("num_samples", "steps", "train_steps", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
+            validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("scale", "classes"):
         if not getattr(config, name):
@@ -108,20 +117,18 @@ def check(config: Config) -> None:
         )
     for name, top in (("learning_rate", 1.0), ("cond_dropout", 1.0)):
         if getattr(config, name) is not None:
-            flag = "--" + name.replace("_", "-")
+            flag = command.flag(name)
             validate.number(flag, getattr(config, name), 0, top, strict=name == "learning_rate")
-    if config.steps is not None and config.sampler in samplers.TOLERANCES:
-        raise ValueError(f"--steps has no effect with --sampler {config.sampler}")
-    training_only = ("train_steps", "batch_size", "learning_rate", "cond_dropout", "dtype",
-                     "data_root", *(field.name for field in fields(run.Flags)))  # fmt: skip
-    for name in training_only if not config.train else ():
+    samplers.check(config.sampler, steps=config.steps)
+    needs_train = [field.name for field in (*fields(Training), *fields(run.Flags))]
+    for name in needs_train if not config.train else ():
         given = getattr(config, name)
         if given is not None and given is not False:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without --train")
+            raise ValueError(f"{command.flag(name)} has no effect without --train")
 
 
 def load(path: Path | None) -> sd.Denoiser:
-    """The packaged conditional denoiser, or that of a file, of 28x28 digits too."""
+    """Return the packaged conditional denoiser, or that of a file, which must take 28x28 digits."""
     if path is None:
         return sd.pretrained("mnist_conditional")
     denoiser = sd.Denoiser.load(path)
@@ -134,19 +141,23 @@ def load(path: Path | None) -> sd.Denoiser:
 
 
 def draw(config: Config, denoiser: sd.Denoiser) -> None:
-    """grid.png, samples.safetensors, config.json."""
+    """Sample, and write grid.png, samples.safetensors and config.json."""
     device = next(denoiser.parameters()).device
     chosen = samplers.sampler(config.sampler, config.steps)
-    steps = config.steps or samplers.STEPS.get(config.sampler)
+    steps = config.steps or samplers.usual_steps(config.sampler)
     labels = torch.tensor(config.classes).repeat(config.num_samples)
     cond = F.one_hot(labels, CLASSES).float().to(device)
-    # The same start for every class and scale: columns and rows differ by what was asked for alone.
+    count = len(config.scale) * len(labels)
+    print(f"{count} digits by {chosen} on {device} -> {config.out}", flush=True)
+    # The same start for every class and scale: columns and rows differ by class and scale alone.
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples) for _ in config.classes]
-    x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=device)
+    x = sd.prior(denoiser, (len(seeds), 1, 28, 28), seeds=seeds, device=device)
     start, rows = time.perf_counter(), {}
     for w in config.scale:
-        model = guidance.ClassifierFree(denoiser, cond, scale=w, interval=(config.low, config.high))
-        rows[w] = sd.sample(model, chosen, x, steps=steps, seeds=seeds).cpu()
+        model = guidance.ClassifierFree(denoiser, scale=w, interval=(config.low, config.high))
+        rows[w] = sd.sample(
+            model, chosen, x, steps=steps, cond=cond, seeds=seeds, progress=True
+        ).cpu()
     seconds = time.perf_counter() - start
     out = command.folder(config.out)
     made = torch.stack(list(rows.values()))
@@ -158,8 +169,8 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     )
     storage.replace(out / "grid.png", plots.png(picture(config, rows)))
     command.write_config(out, config, device=str(device), seconds=round(seconds, 3))
-    print(f"{config.sampler}: {made.shape[0] * made.shape[1]} digits, {seconds:.1f} s")
-    print(f"{chosen} -> {out / 'grid.png'}")
+    print(f"{config.sampler}: {count} digits, {seconds:.1f} s")
+    print(f"-> {out / 'grid.png'}")
 
 
 def picture(config: Config, rows: dict[float, Tensor]) -> object:
@@ -224,7 +235,7 @@ def fresh() -> sd.Denoiser:
 
 
 def widened(denoiser: sd.Denoiser) -> sd.Denoiser:
-    """A U-Net that takes a class: itself, or one that says the same of any class at first."""
+    """Return a U-Net that takes a class; a new context has no effect at first."""
     network = denoiser.network
     settings = getattr(network, "config", {})
     if not isinstance(network, sd.networks.UNet) or settings["cond"] not in (0, CLASSES):

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from common import command, run
@@ -31,33 +31,44 @@ SIDE_BY_SIDE: dict[str, tuple[sd.samplers.Sampler, int | None]] = {
 
 
 @dataclass(frozen=True)
-class Config(run.Flags):
-    """Train and draw, or draw with --checkpoint."""
+class Sampling:
+    """Flags of sampling."""
 
-    network: Literal["unet", "plain", "mlp"] | None = None
-    """unet: residual, with attention; plain: the exercise's, 32-64-128-256-256, time as a channel;
-    mlp: fully connected [unet]"""
-    num_steps: int | None = None
-    """N of the chain, with linear betas from 1e-4 to 0.02 [1,000]"""
-    epochs: int | None = None
-    """passes over the digits [20]"""
-    batch_size: int | None = None
-    """[128]"""
-    learning_rate: float | None = None
-    """its largest value; half a cosine to 0 [2e-3]"""
-    dtype: Literal["float32", "bf16"] | None = None
-    """the network's arithmetic [float32]"""
-    data_root: Path | None = None
-    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
-    checkpoint: Path | None = None
-    """draw from this .safetensors file; nothing is trained"""
     variance: Literal["beta", "posterior"] = "beta"
-    """of the reverse steps of the 16 samples"""
+    """variance of the reverse steps of the 16 samples"""
     seed: int = 0
-    """of the weights, the batches and the samples"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """seed of the weights, the batches and the samples"""
+    device: command.Device = "auto"
+    """where the network runs"""
+    checkpoint: Annotated[Path | None, command.default("none: train")] = None
+    """draw from this .safetensors file; nothing is trained"""
     out: Path = Path("runs/mnist_ddpm")
     """folder of everything written"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Flags of training: they have no effect with --checkpoint."""
+
+    network: Annotated[Literal["unet", "plain", "mlp"] | None, command.default("unet")] = None
+    """(train) unet: residual, with attention; plain: the exercise's; mlp: fully connected"""
+    chain_steps: Annotated[int | None, command.default("1,000")] = None
+    """(train) length N of the chain, with linear betas from 1e-4 to 0.02"""
+    epochs: Annotated[int | None, command.default("20")] = None
+    """(train) passes over the digits"""
+    batch_size: Annotated[int | None, command.default("128")] = None
+    """(train) images per step"""
+    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    """(train) its largest value; half a cosine to 0"""
+    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    """(train) the network's arithmetic"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """(train) folder that holds MNIST/raw"""
+
+
+@dataclass(frozen=True)
+class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+    """Train and draw; with --checkpoint, draw without training, and without flags of (train)."""
 
 
 def main(config: Config) -> None:
@@ -78,21 +89,20 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> None:
     run.check(config)
-    for name in ("num_steps", "epochs", "batch_size"):
+    for name in ("chain_steps", "epochs", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**6)
+            validate.integer(command.flag(name), getattr(config, name), at_most=10**6)
     if config.learning_rate is not None:
         validate.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
-    training_only = ("network", "num_steps", "epochs", "batch_size", "learning_rate", "data_root",
-                     "dtype", *(field.name for field in fields(run.Flags)))  # fmt: skip
+    training_only = [field.name for field in (*fields(Training), *fields(run.Flags))]
     for name in training_only if config.checkpoint else ():
         if getattr(config, name) not in (None, False):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --checkpoint")
+            raise ValueError(f"{command.flag(name)} has no effect with --checkpoint")
 
 
 def load(path: Path) -> sd.Denoiser:
-    """A denoiser of 28x28 digits on a chain."""
+    """Return the denoiser of a file, which must take 28x28 digits on a chain."""
     denoiser = sd.Denoiser.load(path)
     x = torch.zeros(1, 1, 28, 28)
     try:
@@ -110,10 +120,10 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         "plain": sd.networks.PlainUNet(),
         "mlp": sd.networks.MLP(shape=(1, 28, 28), width=1024, depth=4, fourier=64),
     }
-    # A fully connected network learns in vain to hand 784 noisy numbers through. Read as a part of
-    # eps beside the known part of x, its output meets the same loss: .13 for .61 after 1,200 steps.
+    # A fully connected network does not learn to pass 784 noisy numbers through. Preconditioning
+    # leaves it the unknown part of eps, for the same loss: 0.13, not 0.61, after 1,200 steps.
     reading = sd.models.Preconditioned(sigma_data=0.5) if config.network == "mlp" else sd.Eps()
-    chain = sd.Discrete.linear(config.num_steps or 1000)
+    chain = sd.Discrete.linear(config.chain_steps or 1000)
     denoiser = sd.Denoiser(networks[config.network or "unet"], chain, reading)
     digits = data.mnist(config.data_root)
     batch_size = config.batch_size or 128
@@ -146,19 +156,23 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
 
 
 def draw(config: Config, denoiser: sd.Denoiser) -> None:
-    """samples.png by the discrete face, side_by_side.png by every formulation."""
+    """Write samples.png by DDPM, and side_by_side.png by every formulation."""
     out, device = command.folder(config.out), next(denoiser.parameters()).device
     ddpm = sd.DDPM(denoiser)
     seeds = [config.seed * 2**32 + k for k in range(16)]
+    print(f"16 digits by Algorithm 2, 8 by each of {', '.join(SIDE_BY_SIDE)} -> {out}", flush=True)
     start = time.perf_counter()
-    x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
+    with command.network_calls(denoiser.network, "Algorithm 2", ddpm.num_steps):
+        x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
     print(f"16 digits in {ddpm.num_steps} steps, {time.perf_counter() - start:.1f} s")
     storage.replace(out / "samples.png", plots.png(plots.tiles(x)))
     rows: dict[str, Tensor] = {}
     noise = ddpm.process.prior((8, 1, 28, 28), seeds=seeds[:8], device=device)
     for name, (sampler, steps) in SIDE_BY_SIDE.items():
         start, steps = time.perf_counter(), None if steps is None else min(steps, ddpm.num_steps)
-        rows[name] = sd.sample(denoiser, sampler, noise, steps=steps, seeds=seeds[:8])
+        rows[name] = sd.sample(
+            denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True
+        )
         print(f"{name}: {time.perf_counter() - start:.1f} s")
     storage.replace(out / "side_by_side.png", plots.png(picture(rows)))
     print(f"-> {out / 'samples.png'}, {out / 'side_by_side.png'}")

@@ -1,4 +1,4 @@
-"""The digit classifier whose features MNIST samples are compared in, and MNIST's statistics there.
+"""The digit classifier whose features compare MNIST samples, and the statistics of MNIST in them.
 
     python experiments/mnist_features.py --data-root DIR
 
@@ -10,6 +10,7 @@ the package and is read by `features.MnistFeatures()`. About five minutes on one
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from common import command
@@ -34,17 +35,19 @@ class Config:
     batch_size: int = 128
     """digits per step"""
     learning_rate: float = 4e-3
-    """its largest value"""
+    """largest learning rate"""
     seed: int = 0
-    """of the first weights and the order of the digits"""
-    data_root: Path | None = None
-    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    """seed of the first weights and the order of the digits"""
+    device: command.Device = "auto"
+    """where the classifier is trained"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """folder that holds MNIST/raw"""
     out: Path = Path("runs/mnist_features")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 def shifted(x: Tensor, by: Tensor) -> Tensor:
-    """Digits (B, 1, 28, 28) moved by `by` (B, 2) pixels, black coming in."""
+    """Move digits (B, 1, 28, 28) by `by` (B, 2) pixels; new pixels are black."""
     index = torch.arange(28) + SHIFT
     rows, columns = (index + by[:, k, None] for k in range(2))
     padded = nn.functional.pad(x, [SHIFT] * 4, value=-1.0)[:, 0]
@@ -53,16 +56,17 @@ def shifted(x: Tensor, by: Tensor) -> Tensor:
 
 
 def rate(config: Config, step: int, steps: int) -> float:
-    """A line up over a tenth of the steps, then half a cosine down to 0."""
+    """Return a line up over a tenth of the steps, then half a cosine down to 0."""
     warm, done = steps / 10, step + 1
     if done < warm:
         return config.learning_rate * done / warm
     return config.learning_rate * (1 + math.cos(math.pi * (done - warm) / (steps - warm))) / 2
 
 
-def train(config: Config, digits: data.Images) -> features.DigitClassifier:
+def train(config: Config, digits: data.Images, device: torch.device) -> features.DigitClassifier:
+    """Return the classifier, on the CPU."""
     torch.manual_seed(config.seed)  # the network's first weights
-    network = features.DigitClassifier()
+    network = features.DigitClassifier().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     steps = config.epochs * -(-len(digits) // config.batch_size)
     for step in tqdm(range(steps)):
@@ -71,17 +75,18 @@ def train(config: Config, digits: data.Images) -> features.DigitClassifier:
         numbers = stream(config.seed, Purpose.BATCH, step)
         by = torch.from_numpy(numbers.integers(-SHIFT, SHIFT + 1, (len(index), 2)))
         x = data.dequantize(digits.pixels[index], torch.tensor(0.5))
-        loss = nn.functional.cross_entropy(network.logits(shifted(x, by)), digits.labels[index])
+        labels = digits.labels[index].to(device)
+        loss = nn.functional.cross_entropy(network.logits(shifted(x, by).to(device)), labels)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = rate(config, step, steps)
         optimizer.step()
-    return network.eval().requires_grad_(False)
+    return network.cpu().eval().requires_grad_(False)
 
 
 def images(digits: data.Images) -> Tensor:
-    """All digits in [-1, 1], each pixel in the middle of its interval."""
+    """Return all digits in [-1, 1], each pixel in the middle of its interval."""
     return data.dequantize(digits.pixels, torch.tensor(0.5))
 
 
@@ -98,8 +103,10 @@ def main(config: Config) -> None:
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     validate.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
     command.check_out(config.out)
+    device = command.device(config.device)
     sets = {part: data.mnist(config.data_root, train=part == "train") for part in ("train", "test")}
-    network = train(config, sets["train"])
+    print(f"{config.epochs} epochs on {device} -> {config.out}", flush=True)
+    network = train(config, sets["train"], device)
     standardize(network, images(sets["train"]))
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     facts: dict[str, dict[str, object]] = {}

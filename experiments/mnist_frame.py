@@ -3,11 +3,12 @@
     python experiments/mnist_frame.py --data-root DIR
 
 Writes mnist.safetensors with its JSON; a copy comes with the package and is read by
-`frames.Gaussian.pretrained("mnist")`.
+`frames.GaussianFrame.pretrained("mnist")`.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from common import command
 
@@ -20,18 +21,21 @@ class Config:
     """Compute and write the frame."""
 
     rank: int = 128
-    """eigenvectors kept; the variance of the other directions is the mean of theirs"""
-    data_root: Path | None = None
-    """folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    """number of eigenvectors kept; the other directions share the mean of their variances"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where eigenvectors are computed, in float64"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """folder that holds MNIST/raw"""
     out: Path = Path("runs/mnist_frame")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 def main(config: Config) -> None:
     validate.integer("--rank", config.rank, 1, 784)
     command.check_out(config.out)
+    device = command.device(config.device)
     digits = data.mnist(config.data_root)
-    mean, covariance = data.moments(digits)
+    mean, covariance = (moment.to(device) for moment in data.moments(digits))
     frame = frames.GaussianFrame.of(mean, covariance, rank=config.rank, floor=data.DEQUANTIZATION)
     explained = float(frame.variances.sum() / covariance.trace())
     out = command.folder(config.out)

@@ -1,7 +1,10 @@
 """Digits from the VP process.
 
-Samples 64 digits with the packaged weights:      python experiments/mnist_vp.py --sampler ode
-Trains on MNIST, then samples:                    python experiments/mnist_vp.py --train
+    python experiments/mnist_vp.py --sampler ode
+    python experiments/mnist_vp.py --sampler adams --steps 20 --num-samples 16
+    python experiments/mnist_vp.py --train --data-root DATA
+
+Samples 64 digits with the packaged weights, or trains on MNIST and then samples.
 """
 
 import time
@@ -10,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
@@ -23,55 +26,63 @@ from sde_diffusion.files import storage
 
 
 @dataclass(frozen=True)
-class Config(run.Flags):
-    """Draw digits, or train and then draw. --resume to --tracker and those marked (train) need
-    --train."""
+class Sampling:
+    """Flags of sampling."""
 
     sampler: samplers.Word = "ode"
-    """ode: dopri5 on the probability flow; sde: Euler-Maruyama of the reverse SDE; dpm2, dpm3:
-    DPM-Solver++; multistep: stochastic, by velocities; langevin: ancestral with corrections"""
-    steps: int | None = None
-    """steps of a fixed-step sampler [heun 18; adams, dpm2, dpm3 20; churn, sde-dpm2, multistep 50;
-    langevin 125; the others 250]"""
-    frame: samplers.FrameWord | None = None
-    """in which adams and adaptive-ode integrate: gaussian knows mean and covariance of MNIST
-    [straight]"""
-    rtol: float | None = None
-    """relative tolerance of ode, adaptive-ode [1e-3] and adaptive-sde [1e-2]"""
-    atol: float | None = None
-    """absolute tolerance of the same"""
+    steps: Annotated[int | None, command.default(samplers.USUAL)] = None
+    """sampling steps of a fixed-step sampler"""
+    frame: Annotated[samplers.FrameWord | None, command.default("straight")] = None
+    """coordinates of adams and adaptive-ode; gaussian: by mean and covariance of MNIST"""
+    rtol: Annotated[float | None, command.default("1e-3; adaptive-sde 1e-2")] = None
+    """relative tolerance of a sampler that chooses its own steps"""
+    atol: Annotated[float | None, command.default("as --rtol")] = None
+    """absolute tolerance of a sampler that chooses its own steps"""
     num_samples: int = 64
+    """number of digits"""
     seed: int = 0
     """sample k depends on (seed, k) alone"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["float32", "bf16"] | None = None
-    """the network's arithmetic [float32]; states and weights stay float32"""
+    device: command.Device = "auto"
+    """where the network runs"""
+    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    """the network's arithmetic; states and weights stay float32"""
     batch_size: int = 128
     """samples drawn at once; (train) images per step"""
-    out: Path = Path("runs/mnist_vp")
-    """folder of everything written"""
-    checkpoint: Path | None = None
-    """a .safetensors file to sample from [the packaged weights]; (train) to start from"""
+    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    """a .safetensors file to sample from; (train) to start from"""
     gif: bool = False
     """write trajectory.gif too"""
+    out: Path = Path("runs/mnist_vp")
+    """folder of everything written"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Flags of training: they need --train."""
+
     train: bool = False
     """train first, then sample"""
-    epochs: int | None = None
+    epochs: Annotated[int | None, command.default("see --train-steps")] = None
     """(train) passes over the 60,000 digits"""
-    train_steps: int | None = None
-    """(train) optimizer steps [20,000]"""
-    learning_rate: float | None = None
-    """(train) its largest value [2e-3]"""
-    log_snr_mean: float | None = None
-    """(train) mean of the log-SNR of the levels trained on [0]"""
-    log_snr_std: float | None = None
-    """(train) its standard deviation [2.8]"""
-    network: Literal["unet", "mlp"] | None = None
-    """(train) what to train [unet]"""
-    data_root: Path | None = None
-    """(train) folder that holds MNIST/raw [$SDE_DIFFUSION_DATA, or data]"""
+    train_steps: Annotated[int | None, command.default("20,000")] = None
+    """(train) optimizer steps"""
+    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    """(train) its largest value"""
+    log_snr_mean: Annotated[float | None, command.default("0")] = None
+    """(train) mean of the log-SNR of the training levels"""
+    log_snr_std: Annotated[float | None, command.default("2.8")] = None
+    """(train) standard deviation of the log-SNR of the training levels"""
+    network: Annotated[Literal["unet", "mlp"] | None, command.default("unet")] = None
+    """(train) network"""
+    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """(train) folder that holds MNIST/raw"""
     download: bool = False
-    """(train) fetch MNIST into the data root if it is not there"""
+    """(train) download MNIST into the data root if it is not there"""
+
+
+@dataclass(frozen=True)
+class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+    """Draw digits, or train and then draw. Flags marked (train) need --train."""
 
 
 def main(config: Config) -> None:
@@ -95,37 +106,29 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("steps", "train_steps", "epochs", "num_samples", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer(flag(name), getattr(config, name), at_most=10**7)
+            validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("rtol", "atol", "learning_rate"):
         if getattr(config, name) is not None:
-            validate.number(flag(name), getattr(config, name), 0, 1, strict=True)
+            validate.number(command.flag(name), getattr(config, name), 0, 1, strict=True)
     validate.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
     if config.log_snr_std is not None:
         validate.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
-    unused = ("steps",) if config.sampler in samplers.TOLERANCES else ("rtol", "atol")
-    for name in unused if config.sampler in samplers.FRAMED else (*unused, "frame"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{flag(name)} has no effect with --sampler {config.sampler}")
+    given = {name: getattr(config, name) for name in ("steps", "frame", "rtol", "atol")}
+    samplers.check(config.sampler, **given)
     if config.checkpoint and config.network:
         raise ValueError("--network has no effect with --checkpoint, which has its own")
-    needs_train = ("epochs", "train_steps", "learning_rate", "log_snr_mean", "log_snr_std",
-                   "network", "data_root", "download",
-                   *(field.name for field in fields(run.Flags)))  # fmt: skip
+    needs_train = [field.name for field in (*fields(Training), *fields(run.Flags))]
     for name in needs_train if not config.train else ():
         value = getattr(config, name)
         if value is not None and value is not False:  # 0.0 is a value given
-            raise ValueError(f"{flag(name)} has no effect without --train")
+            raise ValueError(f"{command.flag(name)} has no effect without --train")
     if config.epochs and config.train_steps:
         raise ValueError("give --epochs or --train-steps, not both")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def load(config: Config, device: torch.device) -> sd.Denoiser:
-    """The packaged denoiser, or the one of --checkpoint, which must be of 28x28 digits too."""
+    """Return the packaged denoiser, or the one of --checkpoint, which must take 28x28 digits."""
     if not config.checkpoint:
         return sd.pretrained("mnist_vp").to(device)
     denoiser = sd.Denoiser.load(config.checkpoint)
@@ -145,25 +148,22 @@ def sampler(config: Config) -> sd.samplers.Sampler:
 
 def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
     """Sample in chunks and write samples.png, samples.safetensors, config.json."""
-    chosen, steps = sampler(config), config.steps or samplers.STEPS.get(config.sampler)
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    hook = denoiser.network.register_forward_hook(count)
+    chosen, steps = sampler(config), config.steps or samplers.usual_steps(config.sampler)
+    print(f"{config.num_samples} digits by {chosen} on {device} -> {config.out}", flush=True)
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]
     chunks = [seeds[k : k + config.batch_size] for k in range(0, len(seeds), config.batch_size)]
     bf16 = torch.autocast(device.type, torch.bfloat16)
     start, drawn, film = time.perf_counter(), [], []
-    with bf16 if config.dtype == "bf16" else nullcontext():
+    with (
+        bf16 if config.dtype == "bf16" else nullcontext(),
+        command.network_calls(denoiser.network, config.sampler) as bar,
+    ):
         for chunk in chunks:
-            states = list(path(config, denoiser, chosen, chunk, steps, device))
+            states = list(path(config, denoiser, chosen, chunk, steps, device, bar))
             drawn.append(states[-1].cpu())
             film = film or [plots.tiles(x[:64]) for x in states if config.gif]
+        calls = bar.n
     seconds = time.perf_counter() - start
-    hook.remove()
     x, out = torch.cat(drawn), command.folder(config.out)
     storage.replace(out / "samples.safetensors", safetensors.torch.save({"samples": x}))
     storage.replace(out / "samples.png", plots.png(plots.tiles(x[:256])))
@@ -173,7 +173,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
     command.write_config(out, config, device=str(device), **facts)
     batches = "" if len(chunks) == 1 else f" in {len(chunks)} batches"
     print(f"{config.sampler}: {len(x)} digits, {calls} network calls{batches}, {seconds:.1f} s")
-    print(f"{chosen} -> {out / 'samples.png'}")
+    print(f"-> {out / 'samples.png'}")
 
 
 def path(
@@ -183,11 +183,12 @@ def path(
     seeds: list[int],
     steps: int | None,
     device: torch.device,
+    bar: Any,
 ) -> Iterator[Tensor]:
-    """The states worth keeping: the last one, or with --gif about 30 on the way to it."""
-    x = denoiser.process.prior((len(seeds), 1, 28, 28), seeds=seeds, device=device)
+    """Return the last state, and with --gif about 30 on the way to it."""
+    x = sd.prior(denoiser, (len(seeds), 1, 28, 28), seeds=seeds, device=device)
     times = None
-    if config.gif and config.sampler == "ode":  # one step would be one frame: cut the path
+    if config.gif and steps is None:  # one step would be one frame: cut the path
         times = sd.grids.Power()(denoiser.process, 30)
     states = sd.trajectory(denoiser, chosen, x, steps=steps, times=times, seeds=seeds)
     every = max(1, (steps or 30) // 30)
@@ -196,6 +197,8 @@ def path(
         if config.gif and k % every == 0:
             yield kept
         kept = state.x
+        if steps:
+            bar.set_postfix_str(f"step {k + 1} of {steps}", refresh=False)
     yield kept
 
 

@@ -1,4 +1,4 @@
-"""Train a fully connected network on points in the plane, and sample it in every way.
+"""Train a fully connected network on points in the plane, and sample it in three ways.
 
 For TwoGaussians and Chequerboard: the data, 4,000 samples by ancestral sampling, the reverse SDE
 and the probability-flow ODE from the same starts, and some of the ODE's paths.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common import command
+from common import command, words
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,25 +26,30 @@ from sde_diffusion.grids import frames
 
 @dataclass(frozen=True)
 class Config:
-    """Draw toy2d.png."""
+    """Train on points in the plane, sample, and draw toy2d.png."""
 
     data: Literal["both", "two-gaussians", "chequerboard"] = "both"
-    process: Literal["vp", "sub-vp", "ve", "ou", "cosine", "edm", "rectified", "ddpm"] = "vp"
-    """how data become noise; ddpm: the chain of 1,000 steps, linear betas"""
+    """the points"""
+    process: command.ProcessWord = "vp"
+    num_samples: int = 4000
+    """points drawn by each sampler"""
+    seed: int = 0
+    """seed of the data, the weights and the samples"""
+    device: command.Device = "auto"
+    """where the network runs"""
+    out: Path = Path("runs/toy2d")
+    """folder of everything written"""
     weight: Literal["none", "simple", "likelihood", "snr", "min-snr", "edm", "vlb"] = "none"
-    """of the levels in the loss; none: 1 on what the network puts out; vlb needs --process ddpm"""
+    """weight of a level in the loss; none: 1 on the network's output; vlb needs --process ddpm"""
     penalty: Literal["l2", "l1", "huber"] = "l2"
-    """of an error in the loss"""
+    """penalty of an error in the loss"""
     train_steps: int = 6000
     """optimizer steps for each data set"""
     batch_size: int = 512
-    num_samples: int = 4000
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    out: Path = Path("runs/toy2d")
-    """folder of everything written"""
+    """points per step"""
 
 
+CHAIN = sd.Discrete.linear()
 TOYS: dict[str, toy.Toy] = {
     "two-gaussians": toy.TwoGaussians(),
     "chequerboard": toy.Chequerboard(),
@@ -52,11 +57,10 @@ TOYS: dict[str, toy.Toy] = {
 WEIGHTS: dict[str, sd.losses.Weight | None] = {
     "none": None,
     "simple": sd.losses.Simple(),
-    "likelihood": sd.losses.Likelihood(),
     "snr": sd.losses.SNR(),
     "min-snr": sd.losses.MinSNR(),
     "edm": sd.losses.EDMWeight(sigma_data=1.0),
-    "vlb": sd.losses.VLB(sd.Discrete.linear()),
+    "vlb": sd.losses.VLB(CHAIN),
 }
 PENALTIES: dict[str, sd.losses.Penalty] = {
     "l2": sd.losses.L2(),
@@ -74,11 +78,13 @@ STEPS = {"ancestral": 250, "reverse SDE": 250, "probability flow ODE": None}
 def main(config: Config) -> None:
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
     for name in ("train_steps", "batch_size", "num_samples"):
-        validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**7)
-    if config.weight == "vlb" and config.process != "ddpm":
+        validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
+    words.check("--process", config.process, command.PROCESSES)
+    if config.weight == "vlb" and command.PROCESSES[config.process] != CHAIN:
         raise ValueError("--weight vlb belongs to a chain: give --process ddpm")
     command.check_out(config.out)
     device = command.device(config.device)
+    print(f"training and sampling on {device} -> {config.out}", flush=True)
     chosen = TOYS if config.data == "both" else {config.data: TOYS[config.data]}
     columns, losses = {}, {}
     for name, distribution in chosen.items():
@@ -93,12 +99,12 @@ def main(config: Config) -> None:
 def train(
     config: Config, name: str, distribution: toy.Toy, device: torch.device
 ) -> tuple[sd.Denoiser, float]:
-    """A denoiser of 50,000 points, and its mean loss over the last tenth of the run."""
+    """Return a denoiser of 50,000 points, and its mean loss over the last tenth of the run."""
     points = data.Points(distribution.sample(50_000, config.seed))
     torch.manual_seed(config.seed)  # the network's first weights
     network = sd.networks.MLP(shape=(2,), width=128, depth=4, fourier=16)
     process = command.PROCESSES[config.process]
-    if process.prior_std > 1:  # the network must not see levels of 50 or 80, nor be told them by t
+    if process.prior_std > 1:  # keep levels of 50 or 80 out of the network, and t as their measure
         denoiser = sd.Denoiser(
             network, process, sd.models.Preconditioned(sigma_data=1.0), sd.models.CNoise()
         )
@@ -114,11 +120,15 @@ def train(
         seed=config.seed,
     )
     times: sd.losses.TimeDistribution = sd.losses.NormalLogSNR(process, mean=0.0, std=3.0)
-    if config.process == "ddpm":
-        times = sd.losses.DiscreteTimes(sd.Discrete.linear().num_steps)
-    elif config.weight == "likelihood":  # g^2 is not promised above t_max
+    if process == CHAIN:
+        times = sd.losses.DiscreteTimes(CHAIN.num_steps)
+    elif config.weight == "likelihood":  # g^2 is not defined above t_max
         times = sd.losses.UniformTimes(t_min=1e-3, t_max=process.t_max)
-    weight, penalty = WEIGHTS[config.weight], PENALTIES[config.penalty]
+    penalty = PENALTIES[config.penalty]
+    if config.weight == "likelihood":
+        weight = sd.losses.Likelihood(process)
+    else:
+        weight = WEIGHTS[config.weight]
     state = training.TrainState(denoiser, recipe, times, weight, penalty)
     steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]
@@ -128,17 +138,19 @@ def train(
 def draw(
     config: Config, denoiser: sd.Denoiser, distribution: toy.Toy, device: torch.device
 ) -> dict[str, Tensor]:
-    """Title of each column to points (N, 2); the flow's paths are (steps, N, 2).
+    """Return title -> points (N, 2) of each column; the flow's paths are (steps, N, 2).
 
     Paths are drawn as x / (alpha + sigma): where noise reaches 80, x would leave the picture.
     """
     n = config.num_samples
     seeds = [config.seed * 2**32 + k for k in range(n)]
-    x = denoiser.process.prior((n, 2), seeds=seeds, device=device)
+    x = sd.prior(denoiser, (n, 2), seeds=seeds, device=device)
     columns = {"data": distribution.sample(n, config.seed + 1)}
     for name, sampler in SAMPLERS.items():
         start = time.perf_counter()
-        columns[name] = sd.sample(denoiser, sampler, x, steps=STEPS[name], seeds=seeds)
+        columns[name] = sd.sample(
+            denoiser, sampler, x, steps=STEPS[name], seeds=seeds, progress=True
+        )
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
     times = sd.grids.Power()(denoiser.process, 40)

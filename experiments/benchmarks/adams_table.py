@@ -1,9 +1,9 @@
-"""The table behind `Adams.auto`: which k, p and start serve how many calls, derived on mixtures.
+"""The table of `Adams.auto`: the best k, p and start for each number of calls, on mixtures.
 
     python experiments/benchmarks/adams_table.py
 
 Every setting is run on random mixtures (those of solvers.py at seeds of its own, and the
-same with modes a third as wide) and held against the exact flow. The score is the geometric mean
+same with modes a third as wide) and compared with the exact flow. The score is the geometric mean
 over the problems of the RMS error; among settings within 3 % of the best the one with the least
 median error is taken. Writes adams_table.md and adams_table.json, and prints the two tables as
 samplers/adams.py has them.
@@ -38,13 +38,13 @@ class Config:
     """Print the tables of Adams.auto, and write them with their figures."""
 
     calls: tuple[int, ...] = CALLS
-    """numbers of calls to find the best setting for"""
+    """numbers of calls, each with its best setting"""
     seeds: tuple[int, ...] = (100, 101)
-    """of the problems, eighteen to a seed"""
-    samples: int = 256
-    """per problem"""
+    """seeds of the problems, eighteen for each"""
+    num_samples: int = 256
+    """samples of each problem"""
     out: Path = Path("runs/adams_table")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Setting:
 
 
 def candidates(calls: int, gaussian: bool) -> Iterator[tuple[int, float, float | None]]:
-    """(k, p, start) worth a trial: the order grows with the calls.
+    """Iterate over (k, p, start) worth a trial: the order grows with the calls.
 
     In a Gaussian frame at most three slopes up to 20 calls. Mixtures would take four, but a trained
-    network's answers are rougher: on MNIST (packaged weights, 16 digits, 20 calls, p = 1.6) three
+    network's outputs are rougher: on MNIST (packaged weights, 16 digits, 20 calls, p = 1.6) three
     end at a median of 0.005 from the flow, four at 0.024.
     """
     least = 1 if calls < 5 else 2 if calls < 15 else 3
@@ -77,7 +77,7 @@ def candidates(calls: int, gaussian: bool) -> Iterator[tuple[int, float, float |
 
 
 def sharper(problem: Problem) -> Problem:
-    """The same with modes a third as wide."""
+    """Return the problem with modes a third as wide."""
     data = problem.data
     spread = data.variances.expand(-1, data.means.shape[1])
     if data.axes is not None:
@@ -97,7 +97,7 @@ def tried(
     setting: tuple[int, float, float | None],
     over: list[tuple[Problem, Frame]],
 ) -> Setting:
-    """One setting on all problems."""
+    """Measure one setting on all problems."""
     k, p, start = setting
     rms, medians = [], []
     for problem, frame in over:
@@ -113,7 +113,7 @@ def geometric(values: list[float]) -> float:
 
 
 def best(settings: list[Setting]) -> Setting:
-    """The least RMS; of those within 3 % of it, the least median."""
+    """Return the setting of least median error among those within 3 % of the least RMS."""
     least = min(setting.rms for setting in settings)
     near = [setting for setting in settings if setting.rms <= 1.03 * least]
     return min(near, key=lambda setting: setting.median)
@@ -131,8 +131,9 @@ def markdown(settings: list[Setting]) -> str:
 
 def main(config: Config) -> None:
     command.check_out(config.out)
+    print(f"settings for {config.calls} calls -> {config.out}", flush=True)
     found: list[Setting] = []
-    given = [p for seed in config.seeds for p in problems(seed, samples=config.samples)]
+    given = [p for seed in config.seeds for p in problems(seed, samples=config.num_samples)]
     made = [*given, *map(sharper, given)]
     straight: list[tuple[Problem, Frame]] = [(problem, frames.Straight()) for problem in made]
     gaussian = [(problem, frame_of(problem)) for problem in made]

@@ -1,4 +1,4 @@
-"""The benchmark of ends: the error of deterministic samplers against the exact flow, and calls.
+"""Benchmark of ends: errors of deterministic samplers against the exact flow, by network calls.
 
 Network calls are counted, never steps: a sampler that makes more calls than steps gets as many
 steps as the calls allow.
@@ -48,13 +48,13 @@ OURS_ADAPTIVE: dict[str, Adaptive] = {
 
 @dataclass(frozen=True)
 class End:
-    """What one sampler made of one problem.
+    """Result of one sampler on one problem.
 
     Attributes:
         solver, problem: their names.
         setting: the column, in calls, or the tolerance.
         calls: network evaluations per sample, on average.
-        slowest: batches that the network saw: the calls of the slowest sample.
+        slowest: number of network batches: the calls of the slowest sample.
         rms, median, worst: of the errors, each the root mean square over a sample's coordinates.
     """
 
@@ -70,7 +70,7 @@ class End:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A sampler that does not run, and why: many peers need several steps."""
+    """A sampler that does not run, and the reason: many peers need several steps."""
 
     solver: str
     problem: str
@@ -80,7 +80,7 @@ class Refusal:
 
 @dataclass
 class Counted:
-    """A model that counts the batches and the samples it is asked about."""
+    """Model that counts its batches and samples."""
 
     model: Model
     calls: int = 0
@@ -100,7 +100,7 @@ class Counted:
 
 
 def shouted(t: float, s: float, like: Tensor) -> Tensor:
-    """Noise that nobody may add: some draw it and multiply it by 0, the others end far away."""
+    """Return noise that a sampler must not add: it may multiply it by 0, or it ends far away."""
     return torch.full_like(like, 1e6)
 
 
@@ -114,7 +114,7 @@ def end(
     """Run it, from where it begins to the data.
 
     Args:
-        steps: of a sampler that is told; adapters, which know their process, know theirs.
+        steps: number of steps; adapters, which know their process, have their own.
     """
     process = getattr(sampler, "process", None)
     steps = steps if process is None else None
@@ -132,7 +132,7 @@ def end(
 
 
 def steps_for(calls: int, count: Callable[[int], int | None]) -> int | None:
-    """The largest number of steps of at most so many calls; None if there is none.
+    """Return the largest number of steps within this number of calls; None if there is none.
 
     Args:
         calls: at most.
@@ -155,7 +155,7 @@ def by_calls(
     refusals: list[Refusal],
     columns: Iterable[int] = COLUMNS,
 ) -> Iterator[End]:
-    """Every sampler on every problem at every number of calls.
+    """Measure every sampler on every problem at every number of calls.
 
     Args:
         refusals: what cannot run is added here.
@@ -188,10 +188,10 @@ def by_calls(
 def tried(
     name: str, setting: float, problem: Problem, family: Fixed, steps: int, refusals: list[Refusal]
 ) -> End | None:
-    """`end`, or None and one refusal more."""
+    """Return `end`, or None, and add a refusal."""
     try:
         return end(name, setting, problem, family(steps, problem), steps)
-    except Exception as error:  # the peer's own code: whatever it is, it is told
+    except Exception as error:  # the peer's own code: any error is recorded
         reason = f"{steps} steps: {type(error).__name__}: {' '.join(str(error).split()):.200}"
         refusals.append(Refusal(name, problem.name, setting, reason))
         return None
@@ -202,7 +202,7 @@ def by_tolerance(
     problems: Sequence[Problem],
     tolerances: Iterable[float] = TOLERANCES,
 ) -> Iterator[End]:
-    """Every adaptive sampler on every problem at every tolerance."""
+    """Measure every adaptive sampler on every problem at every tolerance."""
     for name, family in families.items():
         for tolerance in tolerances:
             for problem in problems:
@@ -214,7 +214,7 @@ def by_tolerance(
 
 @dataclass(frozen=True)
 class Mean:
-    """Over all problems: geometric means of errors, the mean of calls, the most calls of any."""
+    """Figures over all problems: geometric means of errors, mean and maximum of calls."""
 
     solver: str
     setting: float
@@ -225,7 +225,7 @@ class Mean:
 
 
 def means(ends: Iterable[End], problems: int) -> list[Mean]:
-    """One per solver and setting, where every one of so many problems was solved."""
+    """Return one mean per solver and setting that solved all problems."""
     groups: dict[tuple[str, float], list[End]] = {}
     for made in ends:
         groups.setdefault((made.solver, made.setting), []).append(made)
@@ -240,13 +240,13 @@ def means(ends: Iterable[End], problems: int) -> list[Mean]:
 
 
 def geometric(values: Iterable[float]) -> float:
-    """The geometric mean; 0 if one of them is 0."""
+    """Return the geometric mean; 0 if a value is 0."""
     logs = [math.log(value) if value else -math.inf for value in values]
     return math.exp(sum(logs) / len(logs))
 
 
 def front(points: Iterable[Mean]) -> list[Mean]:
-    """Those that no other beats in calls and error at once, by calls (the Pareto front)."""
+    """Return the Pareto front in calls and error, by calls."""
     left: list[Mean] = []
     for point in sorted(points, key=lambda p: (p.calls, p.rms)):
         if not left or point.rms < left[-1].rms:

@@ -1,4 +1,4 @@
-"""The faults that diffusion samplers have had, planted, and which check catches which.
+"""Known faults of diffusion samplers, planted, and the checks that catch them.
 
     python experiments/benchmarks/faults.py
 
@@ -18,12 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules
 import torch
 from common import command
 from torch import Tensor
+from tqdm import tqdm
 
 import sde_diffusion as sd
 from sde_diffusion import verify
 from sde_diffusion.files import storage
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level
+from sde_diffusion.samplers.euler_maruyama import rates_at
 from sde_diffusion.verify.gaussians import gaussian_w2
 from sde_diffusion.verify.ladders import ladder
 from sde_diffusion.verify.limits import extrapolated
@@ -39,7 +41,7 @@ class Config:
     """Print the matrix of faults and checks, and write it as faults.md."""
 
     out: Path = Path("runs/faults")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 # ---- the faults ----------------------------------------------------------------------------------
@@ -50,7 +52,8 @@ class DoubledDiffusion(sd.EulerMaruyama):
     """g² doubled."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
-        return super().step(model, x, t._replace(diffusion2=2 * t.diffusion2), s, noise, memory)
+        f, g2 = rates_at(model.process, t)
+        return super().step(model, x, t._replace(rates=(f, 2 * g2)), s, noise, memory)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class LastNoise(sd.Ancestral):
 
 @dataclass(frozen=True)
 class NoiseOneLevelOff(sd.Ancestral):
-    """The noise that belongs to the step before."""
+    """Noise of the step before."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
         own = math.sqrt(t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2)
@@ -78,7 +81,7 @@ class NoiseOneLevelOff(sd.Ancestral):
 
 @dataclass(frozen=True)
 class StrideOffByOne(sd.Ancestral):
-    """A step of a sub-chain that stops 1/1000 short of the level it is taken for."""
+    """A step of a sub-chain that stops 1/1000 before its level."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
         if 0 < s.t < t.t - 0.001:
@@ -88,7 +91,7 @@ class StrideOffByOne(sd.Ancestral):
 
 @dataclass(frozen=True)
 class DriftNotCorrected(sd.Ancestral):
-    """Noise is added, and the drift is that of the flow, which needs none."""
+    """Noise added to the drift of the flow, which needs none."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
         kernel2 = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
@@ -119,7 +122,7 @@ class RatioInverted(OnKarras):
 
 @dataclass(frozen=True)
 class TimeRounded(OnKarras):
-    """The network is asked at a whole step of 1000, about an x that is between two."""
+    """Time rounded to a whole step of 1000 for the network, where x lies between two."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
         class Rounded:
@@ -142,13 +145,13 @@ class ClippedX0(sd.Ancestral):
     """x0 clipped to [-1, 1], and eps not computed anew."""
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
-        said = model(x, t)
+        found = model(x, t)
 
         class Clipped:
             process = model.process
 
             def __call__(self, x: Tensor, level: Level) -> Prediction:
-                return truth(said.x0.clamp(-1, 1), said.eps, level)
+                return truth(found.x0.clamp(-1, 1), found.eps, level)
 
             def rows(self, index: Tensor) -> Any:
                 return self
@@ -184,7 +187,7 @@ FAULTS = (
 
 
 def caught(fault: Fault, wrap: Callable[[Any, Any], Any] | None = None) -> dict[str, bool | None]:
-    """Check -> whether it catches the fault; None where the probe's refusal leaves nothing to say.
+    """Return check -> True if it catches the fault; None if the probe refuses the sampler before.
 
     Args:
         wrap: (sampler, steps or times) -> the sampler to check in place of both, such as an
@@ -217,7 +220,7 @@ def caught(fault: Fault, wrap: Callable[[Any, Any], Any] | None = None) -> dict[
 
 
 def through_function(sampler: Any, steps_or_times: int | Tensor) -> verify.Function:
-    """A sampler as somebody else's f(eps_fn, x), with torch.randn_like for its noise."""
+    """Return a sampler as a foreign function f(eps_fn, x), with torch.randn_like for its noise."""
     given = steps_or_times
     process = FAULTS[0].process
     times = sampler.grid(process, given) if isinstance(given, int) else given
@@ -243,12 +246,12 @@ def through_function(sampler: Any, steps_or_times: int | Tensor) -> verify.Funct
 def matrix(
     wrap: Callable[[Any, Any], Any] | None = None, faults: Sequence[Fault] = FAULTS
 ) -> dict[str, dict[str, bool | None]]:
-    """Fault -> check -> whether it catches it."""
-    return {fault.name: caught(fault, wrap) for fault in faults}
+    """Return fault -> check -> True if it catches the fault."""
+    return {fault.name: caught(fault, wrap) for fault in tqdm(faults, "faults")}
 
 
 def markdown(found: dict[str, dict[str, bool | None]] | None = None) -> str:
-    """The matrix as a table."""
+    """Return the matrix as a table."""
     words = {True: "**caught**", False: "-", None: ""}
     lines = ["| fault | " + " | ".join(CHECKS) + " |", "| --- |" + " --- |" * len(CHECKS)]
     for name, row in (found or matrix()).items():
@@ -258,6 +261,7 @@ def markdown(found: dict[str, dict[str, bool | None]] | None = None) -> str:
 
 def main(config: Config) -> None:
     command.check_out(config.out)
+    print(f"{len(FAULTS)} faults -> {config.out}", flush=True)
     table = markdown()
     print(table)
     out = command.folder(config.out)

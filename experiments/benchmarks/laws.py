@@ -1,6 +1,6 @@
-"""The benchmark of laws: how far the samples of a stochastic sampler are from the data's law.
+"""Benchmark of laws: distances between the samples of a stochastic sampler and the data's law.
 
-Two distances that know the law itself, the sliced W2 of `verify.distribution` and an MMD, each
+Two distances computed from the exact law, the sliced W2 of `verify.distribution` and an MMD, each
 beside its floor: the same distance of as many exact samples.
 """
 
@@ -38,7 +38,7 @@ OURS_ADAPTIVE: dict[str, Adaptive] = {
 
 @dataclass(frozen=True)
 class Distance:
-    """What one sampler's samples show.
+    """Distances of one sampler's samples.
 
     Attributes:
         solver, problem: their names.
@@ -57,7 +57,7 @@ class Distance:
 
     @property
     def ratio(self) -> float:
-        """The largest distance in units of its floor: 1 is not told from exact samples."""
+        """Largest distance in units of its floor; exact samples have about 1."""
         return max(self.distances[name] / self.floors[name][0] for name in self.distances)
 
 
@@ -89,7 +89,7 @@ class Characteristic:
         return Characteristic(w, weights @ phases.exp())
 
     def mmd(self, x: Tensor) -> float:
-        """The distance of the points (n, d), as a law, to the mixture."""
+        """Return the distance of the points (n, d), as a law, to the mixture."""
         found = torch.zeros_like(self.known)
         for part in x.split(2048):
             phase = part @ self.frequencies.T
@@ -127,7 +127,7 @@ def distances(
     seed: int = 0,
     columns: Iterable[int] = COLUMNS,
 ) -> Iterator[Distance]:
-    """Every sampler on every problem at every number of calls, or at every tolerance.
+    """Measure every sampler on every problem at every number of calls or tolerance.
 
     Args:
         refusals: what cannot run is added here.
@@ -154,13 +154,13 @@ def filled(
     name: str, problem: Problem, family: Family, column: int, samples: int, seed: int,
     refusals: list[Refusal],
 ) -> tuple[Tensor, float] | None:  # fmt: skip
-    """Samples of at most so many calls and their calls, or None and one refusal more."""
+    """Return samples within this number of calls and their calls, or None, and add a refusal."""
     reasons = [f"1 step makes more than {column} calls"]
 
     def count(steps: int) -> int | None:
         try:
             return math.ceil(drawn(problem, family(steps), steps, 2, seed)[1])
-        except Exception as error:  # the peer's own code: whatever it is, it is told
+        except Exception as error:  # the peer's own code: any error is recorded
             reasons.append(f"{steps} steps: {type(error).__name__}: {error!s:.200}")
             return None
 
@@ -178,17 +178,17 @@ def filled(
 def drawn(
     problem: Problem, sampler: sd.samplers.Sampler, steps: int | None, samples: int, seed: int
 ) -> tuple[Tensor, float]:
-    """Samples, and the network evaluations that each took on average.
+    """Return samples, and the mean number of network evaluations of each.
 
     Args:
-        steps: of a sampler that is told; adapters, which know their process, know theirs.
+        steps: number of steps; adapters, which know their process, have their own.
     """
     process = getattr(sampler, "process", None)
-    told = steps if process is None else None
+    given = steps if process is None else None
     model = Counted(problem.data if process is None else problem.data.on(process))
     source = torch.Generator().manual_seed(seed)
-    x = start(model, sampler, told, problem, samples, source)
-    made = sd.sample(model, sampler, x, steps=told, generator=source)
+    x = start(model, sampler, given, problem, samples, source)
+    made = sd.sample(model, sampler, x, steps=given, generator=source)
     return made, model.samples / samples
 
 
@@ -203,6 +203,6 @@ def start(
 
 
 def spread(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation."""
     made = torch.tensor(list(values), dtype=torch.float64)
     return float(made.mean()), float(made.std())

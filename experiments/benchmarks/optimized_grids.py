@@ -1,12 +1,12 @@
-"""Grids beside each other: exact W2 on a Gaussian spectrum, and what they are worth on mixtures.
+"""Comparison of grids: exact W2 on a Gaussian spectrum, and RMS errors on mixtures.
 
     python experiments/benchmarks/optimized_grids.py
 
 First table: the exact W2 of each sampler to Gaussian data of MNIST's spectrum, or of a power law,
 on each grid. Second: the RMS of its end against the exact flow on the mixtures of
-problems.py, where the grids are optimized for the covariance of each mixture. Third: by
-what factor the W2 that a mixture's covariance foretells is too small, on the sampler's own grid;
-and by what factor too few are the steps that `verify.steps_for` gives for the RMS there was.
+problems.py, where the grids are optimized for the covariance of each mixture. Third: the
+factor by which the W2 predicted from a mixture's covariance is too small, on the sampler's own
+grid, and the factor by which the steps of `verify.steps_for` are too few for the measured RMS.
 """
 
 import json
@@ -23,9 +23,10 @@ import torch
 from benchmarks.problems import Problem, problems
 from common import best_grids, command
 from torch import Tensor
+from tqdm import tqdm
 
 import sde_diffusion as sd
-from sde_diffusion import grids, plots, validate, verify
+from sde_diffusion import plots, validate, verify
 from sde_diffusion.files import storage
 from sde_diffusion.grids import frames
 from sde_diffusion.verify import spectra
@@ -40,7 +41,7 @@ SAMPLERS: dict[str, Callable[[int], sd.samplers.Sampler]] = {
 STOCHASTIC = ("Ancestral",)  # no RMS: its end belongs to its noise
 GRIDS: dict[str, Callable[[sd.samplers.Sampler, int], Tensor]] = {
     "own": lambda sampler, steps: sampler.grid(VP, steps),
-    "uniform": lambda sampler, steps: grids.uniform(steps),
+    "uniform": lambda sampler, steps: sd.grids.Uniform()(VP, steps),
     "log-SNR": lambda sampler, steps: even_log_snr(sd.grids.Karras()(VP, steps)),
     "Karras": lambda sampler, steps: sd.grids.Karras()(VP, steps),
     "u^(1/1.25)": lambda sampler, steps: sd.grids.Power(1.25)(VP, steps),
@@ -55,16 +56,17 @@ class Config:
     spectrum: Literal["mnist", "power"] = "mnist"
     """eigenvalues of the dequantized digits' covariance, or 10 / i^1.5 for i = 1 .. 784"""
     steps: tuple[int, ...] = (5, 10, 20, 50)
+    """numbers of sampling steps"""
     seeds: tuple[int, ...] = (0,)
-    """of the mixtures"""
+    """seeds of the mixtures"""
     dimensions: tuple[int, ...] = (2, 8, 64)
-    """of the mixtures"""
-    samples: int = 256
-    """of each mixture"""
+    """dimensions of the mixtures"""
+    num_samples: int = 256
+    """samples of each mixture"""
     cases_only: bool = False
     """leave out the first two tables"""
     out: Path = Path("runs/optimized_grids")
-    """folder of what is written"""
+    """folder of everything written"""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a mixture, and what Gaussians foretold.
+    """Results on a mixture, relative to predictions from Gaussians.
 
     Attributes:
-        error: RMS by the W2 per coordinate that the covariance foretells.
+        error: RMS by the W2 per coordinate that the covariance predicts.
         error_narrowest: RMS by that of the worst Gaussian, with `narrowest` of the least mode.
         short: steps by those of `verify.steps_for` for the RMS.
         short_narrowest: the same with `narrowest`.
@@ -105,7 +107,7 @@ def spectrum(name: str) -> Tensor:
 
 
 def even_log_snr(times: Tensor) -> Tensor:
-    """The grid evenly spaced in the log-SNR between the first and the last level above 0.
+    """Return the grid evenly spaced in the log-SNR between the first and the last level above 0.
 
     The first below pure noise, that is: sigma / alpha = 80 and 0.002 in the levels of Karras et al.
     """
@@ -124,7 +126,7 @@ def times_of(name: str, sampler: sd.samplers.Sampler, steps: int, covariance: Te
 
 
 def gaussian(steps: int, name: str, eigenvalues: Tensor) -> Row:
-    """Exact W2 per coordinate on each grid, of a run from the prior."""
+    """Return the exact W2 per coordinate on each grid, of a run from the prior."""
     sampler, data = SAMPLERS[name](steps), spectra.centred(eigenvalues, VP)
     figures: dict[str, float] = {}
     for grid in NAMES:
@@ -134,7 +136,7 @@ def gaussian(steps: int, name: str, eigenvalues: Tensor) -> Row:
 
 
 def mixtures(steps: int, name: str, over: list[Problem]) -> Row:
-    """The geometric mean over the mixtures of the RMS on each grid."""
+    """Return the geometric mean over the mixtures of the RMS on each grid."""
     sampler = SAMPLERS[name](steps)
     figures: dict[str, float] = {}
     for grid in NAMES:
@@ -147,16 +149,16 @@ def mixtures(steps: int, name: str, over: list[Problem]) -> Row:
 
 
 def case(steps: int, name: str, problem: Problem) -> Case:
-    """How much more there is than foretold, on the sampler's own grid."""
+    """Compare errors and steps with predictions from Gaussians, on the sampler's own grid."""
     family, covariance = SAMPLERS[name], problem.moments[1]
     sampler, d = family(steps), len(covariance)
     made = rms(problem, sampler, sampler.grid(VP, steps))
     row: list[float] = []
     for least in (None, float(problem.data.variances.min()) ** 0.5):
-        foretold = verify.steps_for(
+        predicted = verify.steps_for(
             made * d**0.5, covariance, family, VP, narrowest=least, most=256
         )
-        row += [made / at(steps, family, covariance, least), steps / foretold.steps]
+        row += [made / at(steps, family, covariance, least), steps / predicted.steps]
     return Case(name, steps, problem.name, row[0], row[2], row[1], row[3])
 
 
@@ -166,7 +168,7 @@ def at(
     covariance: Tensor,
     least: float | None,
 ) -> float:
-    """The W2 per coordinate at so many steps."""
+    """Return the W2 per coordinate at this number of steps."""
     data = spectra.centred(covariance, VP)
     own = spectra.along(family(steps), data, steps).errors
     if least is None:
@@ -196,7 +198,7 @@ def table(title: str, rows: list[Row]) -> str:
 
 def case_table(found: list[Case]) -> str:
     columns = ("error", "error_narrowest", "short", "short_narrowest")
-    lines = ["## RMS on mixtures by what Gaussians foretell: median, 90 %, maximum", ""]
+    lines = ["## RMS on mixtures by predictions from Gaussians: median, 90 %, maximum", ""]
     lines.append(
         "| sampler | steps | RMS / W2 | with narrowest | steps / steps_for | with narrowest |"
     )
@@ -217,7 +219,7 @@ def quantiles(values: list[float]) -> list[str]:
 
 
 def picture(rows: list[Row]) -> Any:
-    """The first table in logarithms."""
+    """Draw the first table in logarithms."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(SAMPLERS), 3.4), layout="constrained")
@@ -240,16 +242,20 @@ def main(config: Config) -> None:
     for count in config.steps:
         validate.integer("--steps", count, 2)
     command.check_out(config.out)
+    print(f"grids of {config.steps} steps -> {config.out}", flush=True)
     over = [p for seed in config.seeds for p in problems(
-        seed, dimensions=config.dimensions, samples=config.samples)]  # fmt: skip
+        seed, dimensions=config.dimensions, samples=config.num_samples)]  # fmt: skip
     flows = [name for name in SAMPLERS if name not in STOCHASTIC]
     exact: list[Row] = []
     on_mixtures: list[Row] = []
     if not config.cases_only:
         eigenvalues = spectrum(config.spectrum)
-        exact = [gaussian(n, name, eigenvalues) for name in SAMPLERS for n in config.steps]
-        on_mixtures = [mixtures(n, name, over) for name in flows for n in config.steps]
-    found = [case(n, name, each) for name in flows for n in config.steps for each in over]
+        each_one = [(name, n) for name in SAMPLERS for n in config.steps]
+        exact = [gaussian(n, name, eigenvalues) for name, n in tqdm(each_one, "Gaussian")]
+        each_flow = [(name, n) for name in flows for n in config.steps]
+        on_mixtures = [mixtures(n, name, over) for name, n in tqdm(each_flow, "mixtures")]
+    cases = [(n, name, each) for name in flows for n in config.steps for each in over]
+    found = [case(*each) for each in tqdm(cases, "cases")]
     parts = [case_table(found)]
     if exact:
         title = f"Exact W2 per coordinate, Gaussian data, spectrum {config.spectrum}"

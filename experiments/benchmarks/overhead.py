@@ -1,8 +1,8 @@
-"""The benchmark of overhead: what a step costs beside its network call, in one run on one machine.
+"""Benchmark of overhead: the cost of a step beside its network call, in one run on one machine.
 
 The unit is a bare loop of the same network and one fused in-place update, x += h network(x, c).
-Everything is repeated in turns, so that what slows the machine slows all; medians are told, of the
-processor's time, which leaves out that of other programs.
+All loops are repeated in turns, so that a slow machine slows all of them; reported are medians of
+the processor's time, which leaves out other programs.
 """
 
 import importlib
@@ -38,7 +38,7 @@ OURS: dict[str, sd.samplers.Sampler] = {
 
 @dataclass(frozen=True)
 class Overhead:
-    """What one sampler costs.
+    """Cost of one sampler.
 
     Attributes:
         solver: its name.
@@ -57,7 +57,7 @@ class Overhead:
 
 
 class OneOperation(nn.Module):
-    """A network of one multiplication, which counts its calls."""
+    """Network of one multiplication that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def overheads(
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
     rounds: int = 41,
 ) -> list[Overhead]:
-    """All of them at each shape.
+    """Measure all of them at each shape.
 
     Args:
         families: (network, shape) -> name -> its run.
@@ -104,7 +104,7 @@ def overheads(
 
 
 def in_turns(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, so many times, one after the other in every round."""
+    """Return the seconds of each in every round; in a round they run one after the other."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
         for name, loop in loops.items():
@@ -115,7 +115,7 @@ def in_turns(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
 
 
 def bare(network: nn.Module, shape: tuple[int, ...]) -> Loop:
-    """The unit: nothing but the network and x += h network(x, c)."""
+    """Return the unit: only the network and x += h network(x, c)."""
     start, c = normal(shape), torch.ones(shape[0])
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ def normal(shape: tuple[int, ...]) -> Tensor:
 
 
 def ours(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Loop]:
-    """Our samplers on VP, the network's output read as eps."""
+    """Return our samplers on VP; the network's output is eps."""
     model, x = sd.Denoiser(network, sd.VP(), sd.Eps()), normal(shape)
     source = torch.Generator()
 
@@ -144,7 +144,7 @@ def ours(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Loop]:
 
 
 def with_peers(network: nn.Module, shape: tuple[int, ...]) -> dict[str, Loop]:
-    """Ours and, by their own loops, those of the libraries that are installed."""
+    """Return ours and, by their own loops, those of the installed libraries."""
     loops, x = ours(network, shape), normal(shape)
     if importlib.util.find_spec("diffusers"):
         diffusers: Any = importlib.import_module("diffusers")
@@ -193,16 +193,16 @@ def azula_loop(sampler: Any, x: Tensor) -> Loop:
 def unet(
     samplers: dict[str, sd.samplers.Sampler], images: int = 8, steps: int = 10, rounds: int = 5
 ) -> list[Overhead]:
-    """With the packaged network, of 1.1 million parameters: a run over its calls alone."""
+    """Measure runs with the packaged network, 1.1 million parameters, over its calls alone."""
     model = sd.pretrained("mnist_vp")
     shape = (images, 1, 28, 28)
     x, c = normal(shape), torch.full((images,), 0.5)
     source = torch.Generator()
     forwards = Forwards(model.network, x, c, steps)
-    asked = sd.Denoiser(forwards, model.process, model.parameterization, model.noise_input)
+    counted = sd.Denoiser(forwards, model.process, model.parameterization, model.noise_input)
 
     def loop(sampler: sd.samplers.Sampler) -> Loop:
-        return lambda: sd.sample(asked, sampler, x, steps=steps, generator=source.manual_seed(0))
+        return lambda: sd.sample(counted, sampler, x, steps=steps, generator=source.manual_seed(0))
 
     loops = {name: loop(sampler) for name, sampler in samplers.items()}
     calls: dict[str, int] = {}
@@ -225,7 +225,7 @@ def unet(
 
 
 class Forwards(nn.Module):
-    """A network that counts its calls, and so many calls of it alone."""
+    """Network that counts its calls, and repeats them alone."""
 
     def __init__(self, network: nn.Module, x: Tensor, c: Tensor, steps: int) -> None:
         super().__init__()
@@ -242,5 +242,5 @@ class Forwards(nn.Module):
 
 
 def quiet() -> None:
-    """Other libraries warn about their own dependencies."""
+    """Silence warnings of other libraries about their dependencies."""
     warnings.filterwarnings("ignore", module="(clip|k_diffusion|diffusers|jsonschema).*")

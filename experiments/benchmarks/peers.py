@@ -1,4 +1,4 @@
-"""The samplers of diffusers, k-diffusion and azula, each with every spacing it is offered.
+"""Samplers of diffusers, k-diffusion and azula, each with every spacing that it has.
 
     solvers()      # name -> its family: number of steps -> sampler, all deterministic
     adaptive()     # those that choose their steps
@@ -18,7 +18,7 @@ from benchmarks import rules
 from torch import Tensor
 
 import sde_diffusion as sd
-from sde_diffusion import grids, verify
+from sde_diffusion import verify
 
 Family = Callable[[int], sd.samplers.Sampler]
 
@@ -27,12 +27,12 @@ SIGMA_MAX = 80.0  # of k-diffusion's functions, as in Karras et al. 2022
 
 
 def solvers() -> dict[str, Family]:
-    """The deterministic ones of every library that is installed, and dpm-solver's rules."""
+    """Return the deterministic samplers of the installed libraries, and dpm-solver's rules."""
     return installed(diffusers_solvers, k_diffusion_solvers, azula_solvers) | rules.solvers()
 
 
 def adaptive() -> dict[str, Callable[[float, Any], sd.samplers.Sampler]]:
-    """k-diffusion's dpm_adaptive of orders 2 and 3, from 80 to 0.002, by tolerance."""
+    """Return k-diffusion's dpm_adaptive of orders 2 and 3, from 80 to 0.002, by tolerance."""
     if importlib.util.find_spec("k_diffusion") is None:
         return {}
     function = importlib.import_module("k_diffusion.sampling").sample_dpm_adaptive
@@ -45,12 +45,12 @@ def adaptive() -> dict[str, Callable[[float, Any], sd.samplers.Sampler]]:
 
 
 def stochastic() -> dict[str, Family]:
-    """Those that draw noise; not DPMSolverSDE of diffusers, whose Brownian tree is its own."""
+    """Return the stochastic samplers; not DPMSolverSDE of diffusers, which has a Brownian tree."""
     return installed(diffusers_stochastic, k_diffusion_stochastic, azula_stochastic)
 
 
 def installed(*found: Callable[[], dict[str, Family]]) -> dict[str, Family]:
-    """All that these find, each in its library, if that is there."""
+    """Return the samplers of the installed libraries."""
     families: dict[str, Family] = {}
     for find in found:
         library = find.__name__.rsplit("_", 1)[0]
@@ -145,8 +145,8 @@ def diffusers_stochastic() -> dict[str, Family]:
 
 
 def u_uniform(steps: int) -> Tensor:
-    """sigma / alpha at levels evenly spaced in u = sigma / (alpha + sigma)."""
-    u = grids.uniform(steps, SIGMA_MAX / (1 + SIGMA_MAX))
+    """Return sigma / alpha at levels evenly spaced in u = sigma / (alpha + sigma)."""
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64) * SIGMA_MAX / (1 + SIGMA_MAX)
     return u / (1 - u)
 
 
@@ -213,7 +213,7 @@ def k_diffusion_stochastic() -> dict[str, Family]:
 def on_a_path(
     function: Callable[..., Tensor], model: Any, x: Tensor, sigmas: Tensor, disable: bool = True
 ) -> Tensor:
-    """A function of k-diffusion with a Brownian path in sigma that is drawn by torch."""
+    """Return a function of k-diffusion with a Brownian path in sigma drawn by torch."""
     return function(model, x, sigmas, disable=disable, noise_sampler=Path(x))
 
 

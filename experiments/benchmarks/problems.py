@@ -1,4 +1,4 @@
-"""The problems of the benchmark: random Gaussian mixtures, and the exact flow from a given noise.
+"""Problems of the benchmark: random Gaussian mixtures, and the exact flow from a given noise.
 
     problems(seed=0)                       # 9: three kinds in d = 2, 8, 64
     problems(seed=0, kinds=("narrow",))    # one kind in d = 2, 8, 64
@@ -27,7 +27,7 @@ STRAIGHT = sd.RectifiedFlow()  # on which time is u
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Data whose exact flow is known, and starts.
+    """Data with a known exact flow, and starts.
 
     Attributes:
         name: its kind and dimension.
@@ -62,7 +62,7 @@ class Problem:
 
     @property
     def end(self) -> Tensor:
-        """Where the exact flow takes it, (n, d)."""
+        """End of the exact flow, (n, d)."""
         return path(self, 0.0)
 
     def at(self, level: Level[float]) -> Tensor:
@@ -70,7 +70,7 @@ class Problem:
         return frames.leave(path(self, level.u), level)
 
     def errors(self, made: Tensor) -> Tensor:
-        """Of each sample the root mean square over its coordinates, (n,), against the end."""
+        """Return the root mean square error of each sample, (n,), against the end of the flow."""
         return (made - self.end).square().mean(1).sqrt()
 
 
@@ -88,7 +88,7 @@ def problems(
     dimensions: tuple[int, ...] = DIMENSIONS,
     samples: int = 512,
 ) -> list[Problem]:
-    """One problem of each kind in each dimension.
+    """Return one problem of each kind in each dimension.
 
     Args:
         seed: of the mixtures and of the noise.
@@ -114,7 +114,7 @@ def problems(
 
 
 def named(names: tuple[str, ...], seed: int = 0, samples: int = 512) -> list[Problem]:
-    """The problems of these names, as `problems` makes them; all if none is given."""
+    """Return the problems of these names; all if none is given."""
     known = {problem.name: problem for problem in problems(seed, samples=samples)}
     for name in names:
         if name not in known:

@@ -1,12 +1,12 @@
-"""The benchmark of solvers: error against network calls, ours and with --peers everybody's.
+"""Benchmark of solvers: error against network calls, ours and with --peers those of others.
 
     python experiments/benchmarks/solvers.py
     python experiments/benchmarks/solvers.py --peers --seed 3
 
-Four parts: `ends`, the error of fixed-step samplers against the exact flow; `adaptive`, the same
-for those with steps of their own; `laws`, the distance of stochastic samplers to the data's law;
-`overhead`, what a step costs beside its call. The problems are Gaussian mixtures made at random
-from the seed. Writes benchmark.md, benchmark.json and benchmark.png.
+Four parts: `ends`, the error of fixed-step samplers against the exact flow; `adaptive`, the error
+of samplers that choose their own steps; `laws`, the distance of stochastic samplers to the data's
+law; `overhead`, the cost of a step beside its network call. The problems are Gaussian mixtures made
+at random from the seed. Writes benchmark.md, benchmark.json and benchmark.png.
 """
 
 import contextlib
@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
 import torch
+import tyro
 from benchmarks import ends, laws, overhead, peers, problems
 from benchmarks.ends import End, Refusal
 from benchmarks.laws import Distance
@@ -39,28 +40,32 @@ class Config:
     """Measure the solvers, and write the tables as Markdown and JSON and a picture."""
 
     parts: tuple[Literal["ends", "adaptive", "laws", "overhead"], ...] = PARTS
-    """what is measured"""
+    """what to measure"""
     peers: bool = False
-    """diffusers, k-diffusion and azula as well: pip install '.[peers]'"""
-    problems: tuple[str, ...] = ()
-    """which, by name such as narrow-2; all nine if none is given"""
-    solvers: tuple[str, ...] = ()
-    """only those whose name begins so, such as adams or azula; all if none is given"""
-    seed: int = 0
-    """of the mixtures, the starts and the noise"""
-    samples: int = 512
-    """per problem, for the errors of ends"""
-    draws: int = 20_000
-    """per problem, for the distances of laws"""
+    """also measure diffusers, k-diffusion and azula: pip install '.[peers]'"""
+    problems: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all nine)")
+    ] = ()
+    """problems, by name such as narrow-2"""
+    solvers: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
+    ] = ()
+    """only solvers whose names begin so, such as adams or azula"""
+    num_samples: int = 512
+    """samples of each problem, for the errors of ends"""
+    law_samples: int = 20_000
+    """samples of each problem, for the distances of laws"""
     rounds: int = 41
     """repetitions of the timings"""
+    seed: int = 0
+    """seed of the mixtures, the starts and the noise"""
     out: Path = Path("runs/benchmark")
     """folder of everything written"""
 
 
 @dataclass
 class Found:
-    """Everything that was measured.
+    """All measurements.
 
     Attributes:
         problems: names.
@@ -68,7 +73,7 @@ class Found:
         laws: one per solver, setting and problem.
         overhead: one per solver and shape.
         unet: likewise, with a real network, as a multiple of its forward passes.
-        refusals: who does not run at what, and why.
+        refusals: solvers that do not run on a problem, and why.
     """
 
     problems: list[str]
@@ -82,18 +87,18 @@ class Found:
 
 
 def chosen(known: dict[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:
-    """Those whose name begins with one of these; all if there are none."""
+    """Return the entries whose names begin with one of these; all if there are none."""
     return {name: made for name, made in known.items() if name.startswith(beginnings or "")}
 
 
 def families(config: Config) -> dict[str, dict[str, Any]]:
-    """Part -> name -> family, of the solvers asked for."""
+    """Return part -> name -> family, of the solvers in the flags."""
     fixed: dict[str, Any] = dict(ends.OURS)
     adaptive: dict[str, Any] = dict(ends.OURS_ADAPTIVE)
     stochastic: dict[str, Any] = dict(laws.OURS)
     paths: dict[str, Any] = dict(laws.OURS_ADAPTIVE)
     if config.peers:
-        fixed |= {name: told_steps(family) for name, family in peers.solvers().items()}
+        fixed |= {name: without_problem(family) for name, family in peers.solvers().items()}
         adaptive |= peers.adaptive()
         stochastic |= peers.stochastic()
     found = {"ends": fixed, "adaptive": adaptive, "laws": stochastic, "paths": paths}
@@ -104,30 +109,31 @@ def families(config: Config) -> dict[str, dict[str, Any]]:
     return {part: chosen(known, config.solvers) for part, known in found.items()}
 
 
-def told_steps(family: peers.Family) -> ends.Fixed:
-    """A family that needs not know the problem."""
+def without_problem(family: peers.Family) -> ends.Fixed:
+    """Return a family that ignores the problem."""
     return lambda steps, problem: family(steps)
 
 
-def measure(config: Config, say: Callable[[str], None] = print) -> Found:
-    """All parts asked for."""
-    posed = problems.named(config.problems, config.seed, config.samples)
+def measure(config: Config, show: Callable[[str], None] = print) -> Found:
+    """Measure all parts in the flags."""
+    posed = problems.named(config.problems, config.seed, config.num_samples)
     known = families(config)
-    found = Found([problem.name for problem in posed], config.draws)
+    found = Found([problem.name for problem in posed], config.law_samples)
+    show(f"measuring {', '.join(config.parts)} -> {config.out}")
     if "ends" in config.parts:
         for made in ends.by_calls(known["ends"], posed, found.refusals):
             found.ends.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.setting:5g} calls  {made.rms:.1e}")
+            show(f"{made.solver:50s} {made.problem:14s} {made.setting:5g} calls  {made.rms:.1e}")
     if "adaptive" in config.parts:
         for made in ends.by_tolerance(known["adaptive"], posed):
             found.adaptive.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.rms:.1e}")
+            show(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.rms:.1e}")
     if "laws" in config.parts:
         for made in laws.distances(
-            known["laws"], known["paths"], posed, found.refusals, config.draws, config.seed
+            known["laws"], known["paths"], posed, found.refusals, config.law_samples, config.seed
         ):
             found.laws.append(made)
-            say(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}")
+            show(f"{made.solver:50s} {made.problem:14s} {made.calls:5.0f} calls  {made.ratio:.2f}")
     if "overhead" in config.parts:
         loops = overhead.with_peers if config.peers else overhead.ours
         found.overhead += overhead.overheads(
@@ -139,7 +145,7 @@ def measure(config: Config, say: Callable[[str], None] = print) -> Found:
 
 
 def versions() -> dict[str, str]:
-    """Of the other libraries, where they are installed."""
+    """Return the versions of the other libraries that are installed."""
     found: dict[str, str] = {}
     for library in ("diffusers", "k-diffusion", "azula", "torchdiffeq"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -149,8 +155,8 @@ def versions() -> dict[str, str]:
 
 def main(config: Config) -> None:
     validate.integer("--seed", config.seed, 0)
-    validate.integer("--samples", config.samples, 2)
-    validate.integer("--draws", config.draws, 2)
+    validate.integer("--num-samples", config.num_samples, 2)
+    validate.integer("--law-samples", config.law_samples, 2)
     validate.integer("--rounds", config.rounds)
     command.check_out(config.out)
     found = measure(config, lambda line: print(line, flush=True))

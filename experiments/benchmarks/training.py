@@ -4,8 +4,8 @@
     python experiments/benchmarks/training.py --network mlp --batch-size 256
 
 All train the same network from the same weights on the same images. They take turns, a few steps
-each, in a new order every round; what is reported is the median over the rounds of each one's speed
-over that of the loop by hand in the same round. Needs the extra `peers` for the other libraries.
+each, in a new order every round; reported is the median over the rounds of each one's speed over
+that of the loop by hand in the same round. Needs the extra `peers` for the other libraries.
 """
 
 import copy
@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
@@ -31,6 +31,7 @@ import torch
 from common import command
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import sde_diffusion as sd
 from sde_diffusion import data, training, validate
@@ -48,27 +49,33 @@ class Config:
     network: Literal["unet", "small", "mlp"] = "unet"
     """unet: that of the packaged weights; small: a third of it; mlp: fully connected"""
     batch_size: int = 32
+    """images per step"""
     size: int = 28
     """side of the images"""
     rounds: int = 15
-    steps: int = 4
-    """steps of each in a round"""
-    threads: int | None = None
-    """of torch; its own choice by default"""
+    """number of rounds"""
+    train_steps: int = 4
+    """optimizer steps of each loop in a round"""
+    threads: Annotated[int | None, command.default("torch's")] = None
+    """number of torch's threads"""
     dtype: Literal["float32", "bf16"] = "float32"
+    """the network's arithmetic"""
     compile: bool = False
     """add this package with a compiled network, after warming it up"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: command.Device = "auto"
+    """where the network runs"""
     out: Path = Path("runs/training")
+    """folder of everything written"""
 
 
 def main(config: Config) -> None:
-    for name in ("batch_size", "size", "rounds", "steps"):
-        validate.integer("--" + name.replace("_", "-"), getattr(config, name), at_most=10**5)
+    for name in ("batch_size", "size", "rounds", "train_steps"):
+        validate.integer(command.flag(name), getattr(config, name), at_most=10**5)
     if config.threads is not None:
         torch.set_num_threads(validate.integer("--threads", config.threads, at_most=1024))
     command.check_out(config.out)
     device = command.device(config.device)
+    print(f"{config.rounds} rounds on {device} -> {config.out}", flush=True)
     torch.manual_seed(0)  # weights and images
     network = made(config).to(device)
     pixels = torch.randint(0, 256, (4096, 1, config.size, config.size), dtype=torch.uint8)
@@ -77,7 +84,8 @@ def main(config: Config) -> None:
              for name, make in contenders(config).items()}  # fmt: skip
     seconds = timed(loops, config, device)
     images_per_second = {
-        name: config.batch_size * config.steps / median(times) for name, times in seconds.items()
+        name: config.batch_size * config.train_steps / median(times)
+        for name, times in seconds.items()
     }
     ratios = {
         name: [a / b for a, b in zip(seconds[BY_HAND], times, strict=True)]
@@ -102,7 +110,7 @@ def main(config: Config) -> None:
 
 
 def made(config: Config) -> nn.Module:
-    """The network that all of them train."""
+    """Return the network that all loops train."""
     if config.network == "mlp":
         return sd.networks.MLP(shape=(1, config.size, config.size), width=512, depth=3, fourier=64)
     if config.network == "small":
@@ -113,15 +121,15 @@ def made(config: Config) -> nn.Module:
 def timed(
     loops: dict[str, Iterator[object]], config: Config, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each round, after one that is not counted."""
+    """Return the seconds of each round, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     shuffled = random.Random(0)
-    for round_ in range(config.rounds + 1):
+    for round_ in tqdm(range(config.rounds + 1), "rounds"):
         names = list(loops)
         shuffled.shuffle(names)
         for name in names:
             start = time.perf_counter()
-            for _ in islice(loops[name], config.steps):
+            for _ in islice(loops[name], config.train_steps):
                 pass
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -135,7 +143,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def contenders(config: Config) -> dict[str, Callable[..., Iterator[object]]]:
-    """Each makes an endless training loop of (network, images, config, device)."""
+    """Return functions that make an endless training loop of (network, images, config, device)."""
     loops: dict[str, Callable[..., Iterator[object]]] = {BY_HAND: by_hand, "sde_diffusion": ours}
     if config.compile:
         loops["sde_diffusion, compiled"] = ours_compiled
@@ -178,7 +186,7 @@ def loop(
     device: torch.device,
     loss_of: Callable[[Tensor], Tensor],
 ) -> Iterator[float]:
-    """What a tutorial writes: AdamW, clipping, an average of the weights, the loss as a number."""
+    """A tutorial's loop: AdamW, clipping, an average of the weights, the loss as a number."""
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     bf16 = torch.autocast(device.type, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the benchmark writes: its tables in Markdown, and its picture."""
+"""Tables in Markdown and a picture of the benchmark."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from benchmarks import ends, laws
 from benchmarks.overhead import Overhead
 
 LIBRARIES = ("diffusers", "k-diffusion", "azula", "dpm-solver")
-TOP = 5  # peers told per column
+TOP = 5  # peers listed per column
 GOAL = 1e-4  # the error at which adaptive solvers are compared
 
 
@@ -16,7 +16,7 @@ def theirs(solver: str) -> bool:
 
 
 def markdown(found: Any) -> str:
-    """All tables of what was measured."""
+    """Return all tables."""
     parts: list[str] = []
     if found.ends:
         parts.append(table_of_ends(ends.means(found.ends, len(found.problems))))
@@ -28,7 +28,7 @@ def markdown(found: Any) -> str:
         parts.append(table_of_overheads(found.overhead, found.unet))
     if found.refusals:
         whom = len({(refusal.solver, refusal.setting) for refusal in found.refusals})
-        parts.append(f"{whom} pairs of sampler and calls do not run; benchmark.json says why.\n")
+        parts.append(f"{whom} pairs of sampler and calls do not run; reasons: benchmark.json.\n")
     names = ", ".join(found.problems)
     return "\n".join([f"Problems: {names}.\n", *parts])
 
@@ -43,7 +43,7 @@ def cell(mean: ends.Mean | None) -> str:
 
 
 def table_of_ends(means: list[ends.Mean]) -> str:
-    """Ours by column, the best peer of each, and how far apart they are."""
+    """Return ours by column, the best peer of each, and their ratio."""
     at = {(mean.solver, mean.setting): mean for mean in means}
     columns = sorted({mean.setting for mean in means})
     names = list(dict.fromkeys(mean.solver for mean in means))
@@ -55,16 +55,16 @@ def table_of_ends(means: list[ends.Mean]) -> str:
     ]
     if len(own) < len(names):
         text.append("The best peers of each column, by RMS and then by median:\n")
-        told: list[list[str]] = []
+        best: list[list[str]] = []
         for c in columns:
             there = [mean for mean in means if mean.setting == c and theirs(mean.solver)]
             ours = [mean for mean in means if mean.setting == c and not theirs(mean.solver)]
             for by, key in (("RMS", by_rms), ("median", by_median)):
                 for place, mean in enumerate(sorted(there, key=key)[:TOP]):
                     share = "" if place or not ours else ratio(min(map(key, ours)), key(mean))
-                    told.append([f"{c:g}", by, mean.solver, cell(mean), share])
+                    best.append([f"{c:g}", by, mean.solver, cell(mean), share])
         header = ["calls", "by", "peer", "RMS (median)", "our best / this"]
-        text.append(table(header, told))
+        text.append(table(header, best))
         pairs = sum(theirs(name) for name in names)
         text.append(f"{pairs} peers: samplers, each with every spacing.\n")
     text.append(
@@ -89,7 +89,7 @@ def ratio(own: float, other: float) -> str:
 
 
 def table_of_fronts(means: list[ends.Mean]) -> str:
-    """The Pareto front of each adaptive solver, and what an error of 1e-4 takes."""
+    """Return the Pareto front of each adaptive solver, and the calls for an error of 1e-4."""
     rows: list[list[str]] = []
     reached: list[list[str]] = []
     for name in dict.fromkeys(mean.solver for mean in means):
@@ -110,7 +110,7 @@ def table_of_fronts(means: list[ends.Mean]) -> str:
 
 
 def table_of_laws(found: list[laws.Distance], draws: int) -> str:
-    """Distances in units of their floors, geometric means over the problems."""
+    """Return distances in units of their floors, geometric means over the problems."""
     columns = sorted({made.setting for made in found if made.setting >= 1})
     measures = list(found[0].distances)
     groups: dict[tuple[str, float], list[laws.Distance]] = {}
@@ -141,14 +141,14 @@ def table_of_laws(found: list[laws.Distance], draws: int) -> str:
         f"## Laws: {' / '.join(measures)} over its floor, by network calls\n",
         table(["solver", *(f"{column:g}" for column in columns)], rows),
         table(["solver", "tolerance", "mean calls", "the same"], adaptive) if adaptive else "",
-        f"The floor is the mean distance of {draws} exact samples; 1 is not told from them. "
+        f"The floor is the mean distance of {draws} exact samples; about 1 is as good as exact. "
         f"{laws.FLOORS} batches of exact samples spread by {100 * noisy:.0f} %. "
         "Starts are drawn from the exact law of each sampler's first level.\n",
     ])  # fmt: skip
 
 
 def table_of_overheads(found: list[Overhead], unet: list[Overhead]) -> str:
-    """Time per call over that of a bare loop."""
+    """Return the time per call over that of a bare loop."""
     shapes = list(dict.fromkeys(made.shape for made in found))
     at = {(made.solver, made.shape): f"{made.ratio:.1f}" for made in found}
     whole = {made.solver: f"{made.ratio:.3f}" for made in unet}
@@ -179,7 +179,7 @@ def table_of_overheads(found: list[Overhead], unet: list[Overhead]) -> str:
 
 
 def picture(found: Any) -> Any:
-    """A panel for each part that was measured."""
+    """Draw a panel for each measured part."""
     from matplotlib.figure import Figure
 
     panels = [

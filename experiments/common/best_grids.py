@@ -1,22 +1,18 @@
-r"""Decreasing grids: plain numbers that know no process, and the best times for a spectrum.
-
-A grid of n steps has n + 1 entries, from noise to data; the last one is 0.
-"""
+"""The best times for a spectrum."""
 
 import numpy as np
 import torch
 from numpy.polynomial.chebyshev import chebvander
-from sde_diffusion.processes.spacings import karras, power, uniform
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.grids import frames
+from sde_diffusion.grids import Power, frames
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.verify import spectra
 
-__all__ = ["karras", "optimized", "power", "uniform"]
+__all__ = ["optimized"]
 
 SHAPES = 6  # numbers that shape a grid: more fit the errors of one spectrum, on no other data
 POWERS = (1.0, 1.25, 1.5, 2.0)
@@ -29,7 +25,7 @@ OCTAVE = 4  # variances to an octave
 def optimized(
     sampler: Sampler, steps: int, covariance: Gaussian | Tensor, process: Process | None = None
 ) -> Tensor:
-    r"""The times (n + 1,), float64, of the least W2 on Gaussian data of this spectrum.
+    r"""Return the times (n + 1,), float64, of the least W2 on Gaussian data of this spectrum.
 
     Errors of opposite sign cancel in a sum over the steps, and almost any grid can be bent until
     they do so at a few eigenvalues: with 5 steps of Adams, W2 alone fell a million times, while on
@@ -46,7 +42,7 @@ def optimized(
 
     T_k Chebyshev's polynomials, u = sigma / (alpha + sigma); least squares (Branch et al. 1999, in
     scipy) from the two best of the sampler's own grid and those even in u^(1/p). No network is
-    asked, and no random number drawn.
+    called, and no random number drawn.
 
     It is a grid for Gaussians. Other data have modes that part at some level, which no eigenvalue
     shows: with 50 steps of Adams the log-SNR in even steps is as good for Gaussians as any grid,
@@ -75,7 +71,7 @@ def optimized(
     validate.integer("steps", steps)
     data = spectra.on_process(covariance, sampler, process)
     process = data.process
-    if process.first_time > 0:
+    if process.chain_steps is not None:
         raise ValueError(
             "a chain's grids stand on its own times; use equivalence.continuous(process)"
         )
@@ -107,9 +103,9 @@ def optimized(
 
 
 def starts(sampler: Sampler, steps: int, process: Process) -> list[Tensor]:
-    """The sampler's own grid and those even in u^(1/p) from the level at which it begins."""
+    """Return the sampler's own grid and those even in u^(1/p) from its first level."""
     own = sampler.grid(process, steps)
-    even = [frames.grid(process, steps, p, begin=own[0].item()) for p in POWERS]
+    even = [Power(p)(process, steps, own[0].item()) for p in POWERS]
     return [own, *even] if len(own) == steps + 1 else even
 
 
@@ -120,7 +116,7 @@ def increments(times: Tensor, process: Process) -> Tensor:
 
 
 def of_increments(lengths: Tensor, start: Tensor, process: Process) -> Tensor:
-    """Times whose steps in u are in these proportions, between the ends of another grid."""
+    """Return times with steps in u of these proportions, between the ends of another grid."""
     u = lengths.flip(0).cumsum(0).flip(0)  # summed from the data, where u is small
     (top,) = process.levels(start[:1])
     times = process.time(frames.Straight().log_snr(u / u[0] * top.u))
@@ -129,7 +125,7 @@ def of_increments(lengths: Tensor, start: Tensor, process: Process) -> Tensor:
 
 
 def blurred(variances: Tensor, process: Process) -> tuple[Gaussian, Tensor]:
-    """Data with each variance up to an octave from one of these, and their shares, (d,)."""
+    """Return data with each variance up to an octave from one of these, and shares, (d,)."""
     places = (OCTAVE * variances.log2()).round()[:, None]
     places = (places + torch.arange(-OCTAVE, OCTAVE + 1)).flatten()
     places, counts = places.unique(return_counts=True)

@@ -1,4 +1,4 @@
-"""What the scripts share: flags in, one line and exit 2 for bad ones, whole files out."""
+"""Shared by the scripts: flags in, one line and exit 2 for bad ones, whole files out."""
 
 import contextlib
 import io
@@ -10,42 +10,47 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import ModuleType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import torch
 import tyro
+from common.words import by_word
+from tqdm import tqdm
 
 import sde_diffusion as sd
 from sde_diffusion.files import storage
 
 Config = TypeVar("Config")
 
-# The words of the scripts for processes, all at their published parameters.
-PROCESSES: dict[str, sd.processes.Process] = {
-    "vp": sd.VP(),
-    "sub-vp": sd.SubVP(),
-    "ve": sd.VE(),
-    "ou": sd.OU(),
-    "cosine": sd.Cosine(),
-    "edm": sd.EDM(),
+# The package's catalogue, and short names.
+PROCESSES: dict[str, sd.processes.Process] = by_word(sd.processes.CATALOGUE) | {
     "rectified": sd.RectifiedFlow(),
     "ddpm": sd.Discrete.linear(),
 }
+PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
+ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 
-def run(main: Callable[[Config], None], config: type[Config]) -> None:
-    """Parse the flags and run; what the user can mend ends in one line on stderr and exit 2.
+def run(
+    main: Callable[[Config], None], config: type[Config], *, use_underscores: bool = False
+) -> None:
+    """Parse the flags and run; an error that the user can correct is one line and exit 2.
 
     Ctrl-C and SIGTERM exit with 130 and 143; a training run saves first, see training.Stop.
+
+    Args:
+        use_underscores: show flags with underscores in --help; both forms are accepted always.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse(config))
+        main(parse(config, use_underscores=use_underscores))
     except REFUSALS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, ConnectionError):
@@ -63,7 +68,7 @@ def run(main: Callable[[Config], None], config: type[Config]) -> None:
 
 
 def is_loss_of_a_process(error: RuntimeError) -> bool:
-    """Whether this is how a collective call says that another process of the run is gone."""
+    """Return True if a collective call failed because another process of the run is gone."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, torch.distributed.DistError) or any(
@@ -74,40 +79,80 @@ def is_loss_of_a_process(error: RuntimeError) -> bool:
 def leave(code: int) -> NoReturn:
     """Exit at once, without Python's own shutdown.
 
-    When another process of a run is gone, threads of torch.distributed may still be in a call to
-    it, and one that asks for the interpreter while it shuts down ends in SIGABRT.
+    When another process of a run is gone, threads of torch.distributed may still wait for it; one
+    that returns to the interpreter during its shutdown ends in SIGABRT.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def parse(config: type[Config]) -> Config:
-    """The flags, or the parser's complaint as one ValueError."""
+def default(text: str) -> Any:
+    """Return what --help shows in place of a default of None."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
+    """Return the flags; raise the parser's complaint as one ValueError. --help ends in examples."""
     complaint = io.StringIO()
     for argument in sys.argv[1:]:
         if not argument or (argument.startswith("--") and argument.endswith("=")):
             raise ValueError(f"an argument is empty: {argument or repr(argument)}")
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config)
+            return tyro.cli(config, use_underscores=use_underscores, config=markers)
     except SystemExit as end:
         if not end.code:  # --help
+            print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
             raise
         lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", complaint.getvalue()).splitlines()
-        told = " ".join(" ".join(lines[1:]).split())  # the first line is only the frame's title
-        raise ValueError(
-            re.split(r"Argument helptext|Got errors|For full helptext", told)[0]
-        ) from None
+        message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
+        message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
+        near = re.search(r"Perhaps you meant: (--\S+)", message)
+        if near:
+            message = f"{message[: near.start()]}{near[0]}"
+        raise ValueError(message.replace(", 'None'", "").replace("'None', ", "")) from None
+
+
+def examples(script: ModuleType) -> list[str]:
+    """Return the command lines in a script's docstring."""
+    lines = (script.__doc__ or "").replace("\\\n", " ").splitlines()
+    return [f"  {' '.join(line.split())}" for line in lines if line.startswith("    python ")]
+
+
+@contextlib.contextmanager
+def network_calls(network: torch.nn.Module, name: str, total: int | None = None) -> Iterator[Any]:
+    """Show a bar on stderr that counts the calls of a network, in `n`.
+
+    Args:
+        name: shown before the bar.
+        total: number of calls, if it is known.
+    """
+    with tqdm(desc=name, total=total, unit=" calls", leave=False) as bar:
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        hook = network.register_forward_hook(count)
+        try:
+            yield bar
+        finally:
+            hook.remove()
 
 
 def device(name: str) -> torch.device:
-    """auto, cpu, cuda or mps; a device that is asked for must be there."""
+    """Return the device of auto, cpu, cuda or mps; a device that is named must be there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind, usable in there.items() if usable), "cpu"))
     if not there.get(name, True):
-        raise ValueError(f"--device {name}: this machine has none that torch can use")
+        raise ValueError(f"--device {name}: torch finds none on this machine")
     return torch.device(name)
 
 
@@ -121,14 +166,14 @@ def check_out(path: Path, flag: str = "--out") -> None:
 
 
 def folder(path: Path) -> Path:
-    """The folder `path`, made if need be; call it when there is something to write."""
+    """Make the folder `path` if needed; call it when there is something to write."""
     check_out(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_config(out: Path, config: Any, **facts: Any) -> None:
-    """config.json: the flags, and what is needed to explain a figure later."""
+    """Write config.json: the flags, and what explains a figure later."""
     record = {
         "flags": asdict(config),
         "command": command(),
@@ -146,15 +191,15 @@ def write_config(out: Path, config: Any, **facts: Any) -> None:
 
 
 def command() -> str:
-    """The command line as it was given."""
+    """Return the command line."""
     return shlex.join(["python", *sys.argv])
 
 
 def commit() -> str:
-    """The commit of the checkout, or `unknown`."""
-    ask = ["git", "rev-parse", "HEAD"]
+    """Return the commit of the checkout, or `unknown`."""
+    line = ["git", "rev-parse", "HEAD"]
     try:
-        asked = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(line, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:  # no git on this machine
         return "unknown"
-    return asked.stdout.strip() or "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,8 +1,7 @@
-"""How good samples are while training goes on: a row for each measurement, a curve, a floor.
+"""Quality of samples during training: a row for each measurement, a curve, a floor.
 
-Samples are compared with one half of the real images. The floor is the same figure between as many
-images of the other half and the first: what perfect samples would get. It is FID on Inception's
-features and on no others.
+Samples are compared with one half of the real images. The floor is the same figure for as many
+images of the other half: the figure of perfect samples. It is FID on Inception's features only.
 """
 
 import csv
@@ -23,13 +22,13 @@ from sde_diffusion.metrics import features
 Word = Literal["efficientnet", "inception"]
 
 COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
-BATCH = 16  # images asked about at once: a CPU takes three times as long over each of 128
-MOST = 2000  # real images looked at with EfficientNet
+BATCH = 16  # images at once: with 128, a CPU needs three times as long for each
+MOST = 2000  # real images used with EfficientNet
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the figures on the features of a network are called."""
+    """Names of the figures on the features of a network."""
 
     file: str
     frechet: str
@@ -52,7 +51,7 @@ NAMES: dict[Word, Names] = {
 
 @dataclass(frozen=True)
 class Judge:
-    """The real images in the features that samples are compared in.
+    """The real images, in the features in which samples are compared.
 
     Args:
         network: from images (B, 3, H, W) in [-1, 1] to features (B, d).
@@ -70,7 +69,7 @@ class Judge:
     def of(
         names: Names, network: Callable[[Tensor], Tensor], images: Tensor, components: int | None
     ) -> "Judge":
-        """That of the real images (N, 3, H, W), in `components` principal components or in all."""
+        """Return the judge of real images (N, 3, H, W); None: in all components."""
         real, held_out = metrics.halves(metrics.extract(images, network, BATCH))
         return Judge(
             names,
@@ -81,7 +80,7 @@ class Judge:
         )
 
     def row(self, step: int, samples: Tensor) -> dict[str, float]:
-        """All that is measured of samples (N, 3, H, W), and the floor of each figure."""
+        """Measure samples (N, 3, H, W), and the floor of each figure."""
         made = metrics.extract(samples, self.network, BATCH)
         frechet, kid = self.frechet(made), metrics.kid(self.real, made)
         names, perfect = self.names, self.held_out[: len(made)]
@@ -100,8 +99,8 @@ class Judge:
         real, made = self.project(self.real), self.project(made)
         return metrics.frechet_distance(metrics.Statistics.of(real), metrics.Statistics.of(made))
 
-    def told(self, row: dict[str, float]) -> str:
-        """A row in one line."""
+    def line(self, row: dict[str, float]) -> str:
+        """Return a row as one line."""
         names = self.names
         parts = [
             f"{title} {row[name]:.4g} (floor {row[f'{name}_floor']:.2g})"
@@ -112,7 +111,7 @@ class Judge:
 
 
 def check(word: Word, images: int, count: int) -> int:
-    """How many of the real images are looked at, half of them to compare `count` samples with.
+    """Return the number of real images to use, half of them to compare `count` samples with.
 
     Raises:
         ValueError: if there are too few of either.
@@ -124,21 +123,21 @@ def check(word: Word, images: int, count: int) -> int:
             raise ValueError(f"{NAMES[word].frechet_title} needs {least:,} {what}; got {given:,}")
     if count > usable // 2:
         raise ValueError(
-            f"{count:,} samples are more than the {usable // 2:,} images of half the data, of "
-            f"which as many give the floor: measure fewer"
+            f"{count:,} samples are more than the {usable // 2:,} images of half the data, which "
+            f"give the floor: measure fewer"
         )
     return usable
 
 
 def network(word: Word, weights: Path | None) -> torch.nn.Module:
-    """The network of a word; `weights` is the file of Inception's."""
+    """Return the network of a word; `weights` is the file of Inception's."""
     if word == "inception":
         return features.InceptionFeatures(weights)
     return features.EfficientNetFeatures()
 
 
 def judge(word: Word, network: torch.nn.Module, images: data.Images, count: int) -> Judge:
-    """The judge of `count` samples by these images, on the device of the network."""
+    """Return the judge of `count` samples by these images, on the network's device."""
     device = next(network.parameters()).device
     kept = data.shuffled_indices(0, len(images), 0, check(word, len(images), count))
     real = data.dequantize(images.pixels[kept], torch.tensor(0.5)).to(device)
@@ -150,7 +149,7 @@ def same(x: Tensor) -> Tensor:
 
 
 def add(out: Path, judge: Judge, row: dict[str, float]) -> None:
-    """Put a row in the table of `out`, in the place of those that a resumed run makes again."""
+    """Add a row to the table of `out`; it replaces rows of later steps, which will come again."""
     path = out / f"{judge.names.file}.csv"
     rows = [old for old in read(path, list(row)) if old["step"] < row["step"]] + [row]
     text = io.StringIO(newline="")
@@ -162,7 +161,7 @@ def add(out: Path, judge: Judge, row: dict[str, float]) -> None:
 
 
 def read(path: Path, columns: list[str]) -> list[dict[str, float]]:
-    """The rows of a table, which must have these columns; none where there is no table."""
+    """Return the rows of a table, which must have these columns; none if there is no table."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -176,7 +175,7 @@ def read(path: Path, columns: list[str]) -> list[dict[str, float]]:
 
 
 def picture(names: Names, rows: list[dict[str, float]]) -> Any:
-    """Both figures against steps, and their floors."""
+    """Draw both figures against steps, with their floors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the scripts that train share: a run is a folder that survives whatever ends it.
+"""Shared by the scripts that train: a run is a folder, and survives interruption.
 
 python experiments/mnist_vp.py --train ...
 torchrun --nproc_per_node 2 experiments/mnist_vp.py --train ...
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common import command
 from tqdm import tqdm
@@ -24,29 +24,32 @@ from sde_diffusion.files import storage
 
 @dataclass(frozen=True)
 class Flags:
-    """How a run goes on; what it computes does not depend on these but for rounding."""
+    """How training runs; up to rounding the result does not depend on these."""
 
     resume: bool = False
-    """go on from the newest checkpoint of the run"""
+    """(train) continue from the newest checkpoint in the folder"""
     overwrite: bool = False
-    """delete the run that is there first"""
-    checkpoint_every: int | None = None
-    """steps between checkpoints [500]"""
-    accumulate: int | None = None
-    """parts into which each process cuts its share of a batch, to save memory [1]"""
+    """(train) delete the run in the folder first"""
+    checkpoint_every: Annotated[int | None, command.default("500")] = None
+    """(train) steps between checkpoints"""
+    accumulate: Annotated[int | None, command.default("1")] = None
+    """(train) parts of each process's share of a batch, to save memory"""
     compile: bool = False
-    """put the network through torch.compile"""
-    on_bad: Literal["raise", "skip"] | None = None
-    """what to do at a loss that is not finite: stop, or skip the step and count it [raise]"""
-    tracker: Literal["tensorboard", "wandb", "none"] | None = None
-    """beside metrics.csv [tensorboard where it is installed, else none]"""
+    """(train) compile the network with torch.compile"""
+    on_bad: Annotated[Literal["raise", "skip"] | None, command.default("raise")] = None
+    """(train) at a loss that is not finite: stop, or skip the step and count it"""
+    tracker: Annotated[
+        Literal["tensorboard", "wandb", "none"] | None,
+        command.default("tensorboard if installed, else none"),
+    ] = None
+    """(train) tracker beside metrics.csv"""
 
 
 def check(flags: Flags) -> None:
     """Refuse values out of range."""
     for name in ("checkpoint_every", "accumulate"):
         if getattr(flags, name) is not None:
-            validate.integer("--" + name.replace("_", "-"), getattr(flags, name), at_most=10**7)
+            validate.integer(command.flag(name), getattr(flags, name), at_most=10**7)
     if flags.resume and flags.overwrite:
         raise ValueError("give --resume or --overwrite, not both")
     if flags.tracker in ("tensorboard", "wandb") and not find_spec(flags.tracker):
@@ -54,7 +57,7 @@ def check(flags: Flags) -> None:
 
 
 def engine(flags: Flags, device: str, out: Path) -> Any:
-    """accelerate's engine for the processes that were launched."""
+    """Return accelerate's engine for the launched processes."""
     default = "tensorboard" if find_spec("tensorboard") else "none"
     tracker = flags.tracker or default
     return training.launched(
@@ -66,23 +69,23 @@ def engine(flags: Flags, device: str, out: Path) -> Any:
 
 
 def dtype(given: str | None) -> Any:
-    """--dtype, or what accelerate was told."""
-    told = training.precision()
-    if given and told != "float32" and given != told:
-        raise ValueError(f"--dtype {given}, but accelerate was told {told}")
-    return given or told
+    """Return --dtype, or the precision that accelerate was launched with."""
+    launched = training.precision()
+    if given and launched != "float32" and given != launched:
+        raise ValueError(f"--dtype {given}, but accelerate was launched with {launched}")
+    return given or launched
 
 
 def begin(
     flags: Flags, state: training.TrainState, out: Path, *files: str, flag: str = "--out"
 ) -> None:
-    """Make the folder ready for this state, and go on where its run stands if that is asked for.
+    """Prepare the folder for this state; with --resume, continue its run.
 
-    Call it when everything else is known to fit: what cannot start must not delete a run.
+    Call it after all other checks: a run that cannot start must not delete another.
 
     Args:
-        files: what a run leaves there beside its checkpoints, as patterns.
-        flag: what the script calls the folder.
+        files: patterns of the files that a run writes beside its checkpoints.
+        flag: the script's flag for the folder.
     """
     engine = state.engine
     parts = flags.accumulate or training.accumulation()
@@ -103,16 +106,16 @@ def track(state: training.TrainState, out: Path) -> None:
         return
     try:  # a kill may have logged steps that will be made again
         engine.init_trackers(out.name, init_kwargs={"tensorboard": {"purge_step": state.step}})
-    except Exception as error:  # whatever a service says of accounts and networks
+    except Exception as error:  # of any type: accounts, networks
         raise ValueError(f"--tracker: {' '.join(str(error).split())}") from None
 
 
 def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--out") -> None:
-    """--out, ready for a run that is new, resumed or to be replaced.
+    """Make --out ready for a run that is new, resumed or to be replaced.
 
     Args:
-        files: what a run leaves there beside its checkpoints, as patterns.
-        flag: what the script calls it.
+        files: patterns of the files that a run writes beside its checkpoints.
+        flag: the script's flag for the folder.
     """
     if engine.is_main_process:
         command.folder(out)
@@ -128,7 +131,7 @@ def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--ou
 
 
 def resume(flags: Flags, state: training.TrainState, out: Path) -> None:
-    """Go on where the run in --out stands, if that is asked for; say so."""
+    """With --resume, continue the run in --out, and print where."""
     if not flags.resume:
         return
     checkpoint, damaged = training.resume(state, out)
@@ -142,7 +145,7 @@ def resume(flags: Flags, state: training.TrainState, out: Path) -> None:
 def steps(
     flags: Flags, state: training.TrainState, given: data.Data, out: Path, **record: object
 ) -> Iterator[training.Metrics]:
-    """The steps of a run from where it stands, each in metrics.csv; checkpoints as it goes.
+    """Make the remaining steps of a run, each in metrics.csv, with checkpoints.
 
     Ctrl-C and SIGTERM save and exit, 130 and 143. At the end there is loss.png.
 
@@ -182,20 +185,20 @@ def steps(
 
 
 def finish(engine: Any) -> None:
-    """The end of the part of a program that all processes run."""
+    """End the part of a program that all processes run."""
     engine.wait_for_everyone()
     if hasattr(engine, "end_training"):
         engine.end_training()
 
 
 def mean_loss(out: Path) -> float:
-    """The mean loss of the last 1,000 steps of the run in `out`, of those that were finite."""
+    """Return the mean of the finite losses of the last 1,000 steps of the run in `out`."""
     losses = [loss for _, loss in finite(out)[-1000:]]
     return sum(losses) / max(1, len(losses))
 
 
 def draw_loss(out: Path) -> None:
-    """loss.png of the run in `out`."""
+    """Write loss.png of the run in `out`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5))
@@ -207,5 +210,5 @@ def draw_loss(out: Path) -> None:
 
 
 def finite(out: Path) -> list[tuple[int, float]]:
-    """Steps and losses, less those that were skipped."""
+    """Return steps and losses, without skipped steps."""
     return [(m.step, m.loss) for m in training.history(out) if math.isfinite(m.loss)]

@@ -1,57 +1,97 @@
-"""The words of the scripts for samplers: the one place where a word becomes a sampler."""
+"""Samplers of the command lines: the package's catalogue, and short names for the most used.
 
-from typing import Literal
+A sampler that is added to `sd.samplers.CATALOGUE` has a name here at once.
+"""
+
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+from common.words import by_word
+from common.words import check as check_word
 
 import sde_diffusion as sd
 from sde_diffusion.grids import frames
 
-Word = Literal[
-    "ancestral", "ddim", "sde", "torchsde", "langevin", "heun", "churn", "adams", "dpm2",
-    "dpm3", "sde-dpm2", "multistep", "ode", "adaptive-ode", "adaptive-sde",
-]  # fmt: skip
 FrameWord = Literal["straight", "gaussian"]
 
-# Steps that serve digits, and the tolerances of the solvers that choose their own steps.
-STEPS = {
-    "ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "langevin": 125, "heun": 18,
-    "churn": 50, "adams": 20, "dpm2": 20, "dpm3": 20, "sde-dpm2": 50, "multistep": 50,
-}  # fmt: skip
-TOLERANCES = {"ode": (1e-3, 1e-3), "adaptive-ode": (1e-3, 1e-3), "adaptive-sde": (0.01, 0.01)}
-FRAMED = ("adams", "adaptive-ode")  # which have a frame to integrate in
+# Settings that serve digits. "adams" stands for Adams.auto of the steps that are given.
+SHORT: dict[str, sd.samplers.Sampler] = {
+    "ode": sd.TorchODE(rtol=1e-3, atol=1e-3),
+    "adaptive-ode": sd.AdaptiveODE(1e-3, 1e-3),
+    "adams": sd.Adams.auto(20),
+    "dpm2": sd.DPMSolver(2),
+    "dpm3": sd.DPMSolver(3),
+    "ddim": sd.Ancestral(eta=0.0),
+    "sde": sd.EulerMaruyama(),
+    "torchsde": sd.samplers.TorchSDE(),
+    "sde-dpm2": sd.DPMSolver(2, eta=1.0),
+    "multistep": sd.VelocityMultistep(),
+    "churn": sd.samplers.Churn(sd.Heun()),
+    "langevin": sd.samplers.Langevin(sd.Ancestral()),
+}
+UNSEEDED = {"torch-sde-srk"}  # torchsde draws its path: not by (seed, k)
+SAMPLERS: dict[str, sd.samplers.Sampler] = SHORT | {
+    name: sampler
+    for name, sampler in by_word(sd.samplers.CATALOGUE).items()
+    if name not in SHORT and name not in UNSEEDED
+}
+# Steps other than those of the order: two calls a step, or noise in a method of order 2.
+STEPS: dict[type, int] = {sd.Heun: 18, sd.samplers.Langevin: 125}
+USUAL = "heun 18, stochastic of order 2 50, others of order 2 and more 20, order 1 250"
+HELP = (
+    "ode: dopri5 on the probability flow; adams: the setting of Adams.auto for --steps; dpm2, "
+    "dpm3: DPM-Solver++; sde: Euler-Maruyama of the reverse SDE; multistep: stochastic, by "
+    "velocities; langevin: ancestral with corrections. All names: " + ", ".join(SAMPLERS)
+)
+Word = Annotated[str, tyro.conf.arg(metavar="NAME", help=HELP)]
+
+
+def settings(word: str) -> set[str]:
+    """Return those of steps, frame, rtol and atol that have an effect on the sampler."""
+    made: Any = SAMPLERS[word]
+    own = {field.name for field in fields(made)} & {"frame", "rtol", "atol"}
+    return own if made.claims.adaptive else own | {"steps"}
+
+
+def check(word: str, flag: str = "--sampler", **given: Any) -> None:
+    """Refuse an unknown name, and settings that are given and have no effect on the sampler."""
+    check_word(flag, word, SAMPLERS)
+    for name, value in given.items():
+        if value is not None and name not in settings(word):
+            raise ValueError(f"--{name} has no effect with {flag} {word}")
+
+
+def usual_steps(word: str) -> int | None:
+    """Return the number of steps that serves digits; None if the sampler chooses its own."""
+    made = SAMPLERS[word]
+    claims = made.claims
+    if claims.adaptive:
+        return None
+    of_order = 250 if (claims.order or 1) <= 1 else 50 if claims.noise else 20
+    return STEPS.get(type(made), of_order)
 
 
 def sampler(
-    word: Word,
+    word: str,
     steps: int | None = None,
     frame: FrameWord | None = None,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> sd.samplers.Sampler:
-    """The sampler of a word; what it has no use for has no effect.
+    """Return the sampler of a name; settings that it does not have are ignored.
 
     Args:
-        steps: how many it will be asked for; adams has a setting for each.
-        frame: in which adams and adaptive-ode integrate; gaussian is that of MNIST.
-        rtol, atol: tolerances of a solver with steps of its own [TOLERANCES].
+        steps: number of steps it will make; adams has a setting for each.
+        frame: coordinates in which it integrates; gaussian has the mean and covariance of MNIST.
+        rtol, atol: tolerances of a solver that chooses its own steps.
     """
-    chosen = frames.GaussianFrame.pretrained("mnist") if frame == "gaussian" else frames.Straight()
-    usual_rtol, usual_atol = TOLERANCES.get(word, (1.0, 1.0))
-    rtol, atol = rtol or usual_rtol, atol or usual_atol
-    made: dict[Word, sd.samplers.Sampler] = {
-        "ancestral": sd.Ancestral(),
-        "ddim": sd.Ancestral(eta=0.0),
-        "sde": sd.EulerMaruyama(),
-        "torchsde": sd.samplers.TorchSDE(),
-        "langevin": sd.samplers.Langevin(sd.Ancestral()),
-        "heun": sd.Heun(),
-        "churn": sd.samplers.Churn(sd.Heun()),
-        "adams": sd.Adams.auto(steps or STEPS["adams"], chosen),
-        "dpm2": sd.DPMSolver(2),
-        "dpm3": sd.DPMSolver(3),
-        "sde-dpm2": sd.DPMSolver(2, eta=1.0),
-        "multistep": sd.VelocityMultistep(),
-        "ode": sd.TorchODE(rtol=rtol, atol=atol),
-        "adaptive-ode": sd.AdaptiveODE(rtol, atol, chosen),
-        "adaptive-sde": sd.AdaptiveSDE(rtol, atol),
-    }
-    return made[word]
+    chosen = frames.Straight() if frame == "straight" else None
+    if frame == "gaussian":
+        chosen = frames.GaussianFrame.pretrained("mnist")
+    if word == "adams":
+        return sd.Adams.auto(steps or 20, chosen or frames.Straight())
+    made: Any = SAMPLERS[word]
+    given = {"frame": chosen, "rtol": rtol, "atol": atol}
+    own = settings(word)
+    return replace(made, **{k: v for k, v in given.items() if v is not None and k in own})

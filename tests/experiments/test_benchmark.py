@@ -227,8 +227,8 @@ def run(monkeypatch, capsys):
 
 def test_the_script_writes_its_tables_and_its_picture(tmp_path, run):
     status, said, complaint = run(
-        "--parts", "ends", "adaptive", "laws", "--problems", "narrow-2", "--samples", 4,
-        "--draws", 50, "--solvers", "adams auto", "torch-ode dopri5", "--out", tmp_path,
+        "--parts", "ends", "adaptive", "laws", "--problems", "narrow-2", "--num-samples", 4,
+        "--law-samples", 50, "--solvers", "adams auto", "torch-ode dopri5", "--out", tmp_path,
     )  # fmt: skip
     assert (status, complaint) == (0, "")
     text = (tmp_path / "benchmark.md").read_text()
@@ -254,8 +254,8 @@ def test_the_script_writes_its_tables_and_its_picture(tmp_path, run):
         ({"problems": ("wide-2",)}, "--problems wide-2: there are: narrow-2"),
         ({"solvers": ("adamas",)}, "--solvers adamas: no name begins so; there are: adams auto"),
         ({"seed": -1}, "--seed must be at least 0; got -1"),
-        ({"samples": 1}, "--samples must be at least 2; got 1"),
-        ({"draws": 0}, "--draws must be at least 2; got 0"),
+        ({"num_samples": 1}, "--num-samples must be at least 2; got 1"),
+        ({"law_samples": 0}, "--law-samples must be at least 2; got 0"),
         ({"rounds": 0}, "--rounds must be at least 1; got 0"),
     ],
 )

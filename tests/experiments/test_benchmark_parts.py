@@ -215,7 +215,7 @@ def peer_solvers():
 
 
 def run_at_20_calls(peer_solvers, problem):
-    families = {n: solvers.told_steps(family) for n, family in peer_solvers.items()}
+    families = {n: solvers.without_problem(family) for n, family in peer_solvers.items()}
     refusals = []
     made = list(ends.by_calls(families, [problem], refusals, (20,)))
     assert not refusals

@@ -24,7 +24,7 @@ def benchmark():
 
 def test_it_writes_a_ratio_for_every_row(benchmark, tmp_path, capsys):
     with torch.random.fork_rng():
-        config = benchmark.Config(network="mlp", batch_size=4, size=8, rounds=3, steps=1,
+        config = benchmark.Config(network="mlp", batch_size=4, size=8, rounds=3, train_steps=1,
                                   out=tmp_path / "out")  # fmt: skip
         benchmark.main(config)
     record = json.loads((tmp_path / "out" / "benchmark_training.json").read_text())

@@ -5,7 +5,6 @@ import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
 
 import ddpm_images as program
 import pytest
@@ -78,10 +77,10 @@ REFUSALS = {
     "--learning_rate 0": "--learning_rate",
     "--learning_rate nan": "--learning_rate",
     "--save_and_sample_every 0": "--save_and_sample_every",
-    "--sampler ddpm++": "invalid choice",
-    "--sample_steps 3": "--sample_steps has no effect with --sampler clamped",
-    "--sampler ode --sample_steps 3": "--sample_steps has no effect with --sampler ode",
-    "--sampler ddim --sample_steps 60": "--sample_steps must be at most 50",
+    "--sampler ddpm++": "--sampler must be a known name; got ddpm++",
+    "--steps 3": "--steps has no effect with --sampler clamped",
+    "--sampler ode --steps 3": "--steps has no effect with --sampler ode",
+    "--sampler ddim --steps 60": "--steps must be at most 50",
     "--features efficientnet": "--features has no effect without --fid",
     "--fid_samples 100": "--fid_samples has no effect without --fid",
     "--fid --features inception": "--inception_weights",
@@ -309,7 +308,7 @@ QUICK = ("clamped", "ancestral", "adams", "multistep")
     "word",
     [
         pytest.param(word, marks=[] if word in QUICK else pytest.mark.slow)
-        for word in ("clamped", *get_args(samplers.Word))
+        for word in ("clamped", *samplers.SHORT)
     ],
 )
 def test_every_sampler_draws_by_its_name_and_goes_the_way_back(trained, config, word):

@@ -174,7 +174,7 @@ REFUSALS = {
     "--num-samples 1": "--num-samples",
     "--num-samples 63": "63 samples are fewer than the 64 features",
     "--num-real 100": "50 samples are fewer than the 64 features",
-    "--tolerances 0.1": "no effect without a sampler with steps of its own",
+    "--tolerances 0.1": "no effect without a sampler that chooses its own steps",
     "--samplers ode --tolerances 0": "--tolerances",
     "--samplers ddim --frame gaussian": "--frame has no effect",
     "--features inception": "--inception-weights PATH or --download",

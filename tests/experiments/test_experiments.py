@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from common import command, samplers, words
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import run, run_apart
@@ -203,6 +205,49 @@ def test_toy2d_trains_samples_and_draws(scratch):
     }  # fmt: skip
 
 
+# ---- help -------------------------------------------------------------------------------------
+
+PROGRAMS = [
+    ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
+    for path in sorted((ROOT / "experiments").rglob("*.py"))
+    if "command.run(main, Config" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_shows_the_default_once_and_ends_with_a_command_line(script):
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "None" not in done.stdout
+    lines = done.stdout.splitlines()
+    example = lines[lines.index("examples:") + 1]
+    assert example.startswith(f"  python experiments/{script.replace('.', '/')}.py")
+    flags = [line.split()[1] for line in lines if re.match(r"│ --", line)]
+    assert not {"--samples", "--draws", "--time-steps", "--num-steps"} & set(flags)
+    if "--train" in flags:
+        first_of_training = flags.index("--train")
+        assert flags.index("--resume") > first_of_training
+        assert (
+            max(map(flags.index, ("--sampler", "--steps", "--seed", "--out"))) < first_of_training
+        )
+
+
+def test_every_sampler_and_process_of_the_package_has_a_name_on_the_command_lines():
+    named = list(samplers.SAMPLERS.values())
+    for sampler in sd.samplers.CATALOGUE:
+        known = (
+            words.word(sampler) in samplers.SAMPLERS
+        )  # or only a short name, with other settings
+        assert known or sampler in named or words.word(sampler) in samplers.UNSEEDED
+    assert all(p in command.PROCESSES.values() for p in sd.processes.CATALOGUE)
+    usual = {name: samplers.usual_steps(name) for name in SAMPLERS}
+    assert usual == {
+        "ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "langevin": 125, "heun": 18,
+        "churn": 50, "adams": 20, "dpm2": 20, "dpm3": 20, "sde-dpm2": 50, "multistep": 50,
+        "ode": None, "adaptive-ode": None, "adaptive-sde": None,
+    }  # fmt: skip
+
+
 # ---- refusals ---------------------------------------------------------------------------------
 
 
@@ -216,7 +261,7 @@ def assert_refused(done, message, out, kept=False):
 
 
 REFUSALS = {
-    "--sampler dpm": "invalid choice 'dpm'",
+    "--sampler dpm": "--sampler must be a known name; got dpm; near it: dpm2, dpm3",
     "--sampelr ode": "--sampelr",
     "--steps 0 --sampler adams": "--steps",
     "--steps -3": "--steps must be at least 1",
@@ -266,7 +311,7 @@ TOY_REFUSALS = {
     "--train-steps 0 --data both": "--train-steps",
     "--num-samples -1": "--num-samples",
     "--seed -1 --data both": "--seed",
-    "--process brownian": "invalid choice 'brownian'",
+    "--process brownian": "--process must be a known name; got brownian; known: vp, sub-vp",
     "--weight vlb": "--weight vlb belongs to a chain",
     "--penalty l3": "invalid choice 'l3'",
 }
@@ -278,7 +323,7 @@ AGREEMENT_REFUSALS = {
     "--sizes 10 20000": "--sizes",
     "--rule midpoint": "invalid choice 'midpoint'",
     "--rule table": "--rule table: vp has none",
-    "--process edm": "invalid choice 'edm'",
+    "--process edm": "EDM is not variance-preserving",
     "--process cosine": "take rule='exact'",
     "--sizes 4 8": "take more steps",
     "--data-variance 0": "--data-variance",

@@ -42,9 +42,9 @@ def test_the_packaged_weights_draw_the_class_that_is_asked_for(scale, least):
     labels = torch.arange(count) % 10
     cond = torch.nn.functional.one_hot(labels, 10)
     x = model.process.prior((count, 1, 28, 28), seeds=range(count))
-    guided = ClassifierFree(model, cond.float(), scale=scale)
-    assert ClassifierFree(model, cond.float()).scale == 2.0
-    made = sd.sample(guided, sd.Adams.auto(10), x, steps=10, seeds=range(count))
+    guided = ClassifierFree(model, scale)
+    assert ClassifierFree(model).scale == 2.0
+    made = sd.sample(guided, sd.Adams.auto(10), x, steps=10, cond=cond.float(), seeds=range(count))
     right = features.MnistFeatures().probabilities(made).argmax(1) == labels
     assert float(right.double().mean()) >= least
 
@@ -67,8 +67,8 @@ def test_it_draws_a_labelled_grid_at_several_scales(tmp_path):
     seeds = [0, 0, 1, 1]
     x = model.process.prior((4, 1, 28, 28), seeds=seeds)
     for w, made in zip((0.0, 1.0, 3.0), left["samples"], strict=True):
-        guided = ClassifierFree(model, cond, scale=w)
-        expected = sd.sample(guided, sd.Adams.auto(3), x, steps=3, seeds=seeds)
+        guided = ClassifierFree(model, w)
+        expected = sd.sample(guided, sd.Adams.auto(3), x, steps=3, cond=cond, seeds=seeds)
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-4)
     # At w = 0 a class is not heard of: one digit for each seed.
     torch.testing.assert_close(left["samples"][0, 0], left["samples"][0, 1], rtol=0, atol=1e-4)

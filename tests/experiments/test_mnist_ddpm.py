@@ -18,7 +18,7 @@ from sde_diffusion import training
 from sde_diffusion.data.image_files import mnist
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-TINY = ("--num-steps", 12, "--epochs", 1, "--batch-size", 500, "--device", "cpu")
+TINY = ("--chain-steps", 12, "--epochs", 1, "--batch-size", 500, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_other_networks_train_too(script, root, tmp_path, network):
     [
         (("--network", "vit"), "--network"),
         (("--epochs", 0), "--epochs must be at least 1"),
-        (("--num-steps", "many"), "--num-steps"),
+        (("--chain-steps", "many"), "--chain-steps"),
         (("--learning-rate", "nan"), "--learning-rate must lie in"),
         (("--checkpoint", "absent.safetensors"), "absent"),
         (("--checkpoint", "absent.safetensors", "--epochs", 2), "--epochs has no effect"),

@@ -11,7 +11,7 @@ from cases import FIXED_STEP, OWN_STEPS
 from common.best_grids import blurred, optimized, starts
 
 import sde_diffusion as sd
-from sde_diffusion import grids, verify
+from sde_diffusion import verify
 from sde_diffusion.verify import spectra
 
 VP = sd.VP()
@@ -45,7 +45,7 @@ def test_heun_gets_nearer_to_the_data_than_on_any_grid_in_use():
     sampler, steps = sd.Heun(), 6
     best = w2(sampler, EIGENVALUES, optimized(sampler, steps, EIGENVALUES, VP))
     used = [
-        grids.uniform(steps),
+        sd.grids.Uniform()(VP, steps),
         sd.grids.Karras()(VP, steps),
         *(sd.grids.Power(p)(VP, steps) for p in (1.0, 1.25, 1.5, 2.0)),
     ]

@@ -55,7 +55,7 @@ def test_real_images_are_at_the_floor_and_noise_is_far_above(judge):
 def test_what_is_not_fid_is_called_fid_nowhere(judge):
     _, judge = judge
     row = judge.row(1, torch.zeros(100, 3, 8, 8) + torch.rand(100, 1, 1, 1))
-    told = " ".join([*row, judge.told(row), *map(str, asdict(judge.names).values())])
+    told = " ".join([*row, judge.line(row), *map(str, asdict(judge.names).values())])
     figure = quality.picture(judge.names, [row, row])
     told += " ".join(
         text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))

@@ -160,9 +160,9 @@ def test_the_script_writes_a_table_figures_a_picture_and_its_flags(tmp_path):
 
 
 REFUSALS = {
-    "--samplers dpm": "--samplers dpm: there are: ancestral",
-    "--processes brownian": "--processes brownian: there are: vp",
-    "--samplers heun --processes edm brownian": "--processes brownian",
+    "--samplers dpm": "--samplers must be a known name; got dpm; near it: dpm-solver",
+    "--processes brownian": "--processes must be a known name; got brownian; known: vp",
+    "--samplers heun --processes edm brownian": "--processes must be a known name",
     "--sampelrs heun": "--sampelrs",
     "--peers --processes vp": "--processes: with --peers each sampler has its own",
     "--peers maybe": "maybe",

@@ -281,7 +281,7 @@ def test_a_bounds_weight_refuses_times_on_either_side_of_a_step(i):
 @pytest.mark.parametrize(
     "weight",
     [
-        sd.losses.Likelihood(),
+        sd.losses.Likelihood(sd.Discrete.linear()),
         sd.losses.SNR(),
         sd.losses.MinSNR(),
         sd.losses.VLB(sd.Discrete.linear()),

@@ -342,7 +342,7 @@ def test_sizes_that_do_not_fit_the_batch_are_refused(cond, scale, says):
 
 def test_a_context_of_another_width_is_refused():
     model, x = network(), drawn(2, 1, 8, 8)
-    with pytest.raises(ValueError, match="cond of width 4; got 3"):
+    with pytest.raises(ValueError, match="cond must have width 4; got 3"):
         ClassifierFree(model, torch.zeros(3))(x, level_of(sd.VP(), 0.5))
 
 

@@ -104,8 +104,9 @@ class DriftNotCorrected(sd.Ancestral):
 class OnKarras(sd.DPMSolver):
     """DPM-Solver++(2M) on the levels of Karras et al. 2022, where every step shrinks."""
 
-    def grid(self, process: sd.processes.Process, steps: int | None) -> Tensor:
-        return sd.Heun().grid(process, steps)
+    @property
+    def grid(self) -> sd.grids.Grid:
+        return sd.Heun().grid
 
 
 @dataclass(frozen=True)

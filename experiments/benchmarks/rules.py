@@ -37,6 +37,28 @@ class Past(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Spaced(sd.grids.Grid):
+    """Levels even in t, in t^(1/2) or in l, from t = 1 to `end`, then 0."""
+
+    spacing: str
+    end: float
+
+    def times(
+        self, process: sd.processes.Process, steps: int, start: float, least_ratio: float
+    ) -> Tensor:
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        if self.spacing == "log-SNR":
+            ends = torch.tensor([1.0, self.end], dtype=torch.float64)
+            first, last = (level.log_snr for level in process.levels(ends))
+            times = process.time(first + ramp * (last - first))
+            times[0] = 1.0
+        else:
+            power = 2 if self.spacing == "quadratic" else 1
+            times = (1 + ramp * (self.end ** (1 / power) - 1)) ** power
+        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+@dataclass(frozen=True)
 class UniP:
     """The prediction alone, on levels even in t, in t^(1/2) or in l, from t = 1 to `end`, then 0.
 
@@ -51,20 +73,12 @@ class UniP:
     end: float
 
     @property
-    def order(self) -> int:
-        return self.rank
+    def claims(self) -> sd.samplers.Claims:
+        return sd.samplers.Claims(self.rank)
 
-    def grid(self, process: sd.processes.Process, steps: int | None) -> Tensor:
-        ramp = torch.linspace(0, 1, steps or 1, dtype=torch.float64)
-        if self.spacing == "log-SNR":
-            ends = torch.tensor([1.0, self.end], dtype=torch.float64)
-            first, last = (level.log_snr for level in process.levels(ends))
-            times = process.time(first + ramp * (last - first))
-            times[0] = 1.0
-        else:
-            power = 2 if self.spacing == "quadratic" else 1
-            times = (1 + ramp * (self.end ** (1 / power) - 1)) ** power
-        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+    @property
+    def grid(self) -> sd.grids.Grid:
+        return Spaced(self.spacing, self.end)
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,

@@ -148,12 +148,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-@arguments
-def shuffled_indices(seed: int, size: Count, start: int, count: int) -> Tensor:
+def shuffled_indices(seed: int, size: int, start: int, count: int) -> Tensor:
     """Return the data indices of the positions start .. start + count - 1, (count,) int64.
 
     Epoch e is a permutation that depends on (seed, e) alone, so any process can compute any part.
     """
+    if size < 1:
+        raise ValueError(f"size must be at least 1; got {size}: there are no data")
     chosen = [np.empty(0, dtype=np.int64)]
     while count > 0:
         epoch, offset = divmod(start, size)

@@ -21,7 +21,7 @@ from sde_diffusion.models.prediction import Parameterization
 from sde_diffusion.processes import Process
 from sde_diffusion.validate import Kind, arguments
 
-__all__ = ["PARTS", "load", "save"]
+__all__ = ["PARTS", "load_parts", "save_parts"]
 
 PARTS = ("network", "process", "parameterization", "noise_input")  # of a description
 OPTIONAL = ("trained", "null")
@@ -29,7 +29,7 @@ EXTRA = "+"  # before the names of tensors outside the network: +null.cond, +pro
 ADDED = {"dropout": 0.0}  # arguments that older files lack, with the values that they had then
 
 
-def save(path: Path, denoiser: Any, record: dict[str, object]) -> None:
+def save_parts(path: Path, denoiser: Any, record: dict[str, object]) -> None:
     """Write the tensors of a denoiser's network, and a record with its four parts."""
     if "denoiser" in record:
         raise ValueError("record must not hold the reserved name denoiser")
@@ -51,7 +51,7 @@ def save(path: Path, denoiser: Any, record: dict[str, object]) -> None:
 
 
 @arguments
-def load(
+def load_parts(
     path: str | Path,
     network: Annotated[nn.Module, Kind("a torch module", "state_dict", "load_state_dict")] | None,
     process: Annotated[Process, Kind("a process such as VP()", "log_alpha", "variance")] | None,

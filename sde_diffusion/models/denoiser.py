@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         Args:
             record: facts for the JSON, such as the command that trained the network.
         """
-        checkpoint.save(Path(path), self, record)
+        checkpoint.save_parts(Path(path), self, record)
 
     @staticmethod
     def load(
@@ -139,7 +139,7 @@ class Denoiser(nn.Module):
             storage.BadFile: naming the file and the reason, if anything is missing or damaged; a
                 given network is then unchanged.
         """
-        parts = checkpoint.load(path, network, process, parameterization, noise_input)
+        parts = checkpoint.load_parts(path, network, process, parameterization, noise_input)
         return Denoiser(**parts).eval()
 
 

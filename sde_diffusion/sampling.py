@@ -22,15 +22,19 @@ from sde_diffusion.models.model import (
     Bound,
     HeldBelow,
     Model,
+    takes_cond,
     trained_range,
 )
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
-from sde_diffusion.processes import Level
+from sde_diffusion.processes import Level, double
+from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
-from sde_diffusion.validate import Batch, Cond
+from sde_diffusion.validate import Batch, Cond, Kind, shown
 
 __all__ = ["Sample", "prior", "sample", "trajectory"]
+
+IS_NOISE = Kind("a function noise(t, s, like)", "__call__")
 
 SLACK = 1e-6  # relative: log-SNR of a time that was computed in another precision
 
@@ -109,8 +113,10 @@ def trajectory(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    if not bool(x.isfinite().all()):
+        raise ValueError("x must be finite; got nan or infinity")
     if cond is not None:
-        check_conditions(cond, len(x))
+        check_conditions(model, cond, len(x))
     model, path = prepared(model, sampler, steps, grid, times, cond)
     process = model.process
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
@@ -148,6 +154,8 @@ def sample(
 
     Args:
         progress: show a bar; the other arguments are those of `trajectory`.
+    Raises:
+        FloatingPointError: if a sample is not finite at the end.
     """
     states = trajectory(
         model, sampler, x, steps=steps, grid=grid, times=times, cond=cond, generator=generator,
@@ -160,11 +168,19 @@ def sample(
         states = tqdm(states, total=total, desc=type(sampler).__name__)
     for state in states:
         x = state.x
+    rows = (~coordinates(x).isfinite().all(1)).nonzero().flatten().tolist()
+    if rows:
+        raise FloatingPointError(
+            f"{len(rows)} of {len(x)} samples are not finite at the end, the first at row "
+            f"{rows[0]}; {sampler} or the model diverged"
+        )
     return x
 
 
-def check_conditions(cond: Cond, count: int) -> None:
-    """Refuse a condition without one entry per sample or one for all, or with nan."""
+def check_conditions(model: Model, cond: Cond, count: int) -> None:
+    """Refuse a condition that the model does not take, of another size, or with nan."""
+    if not takes_cond(model):
+        raise TypeError(f"cond must be left out for {shown(model)}, which takes none")
     entries: Any = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
     for name, value in entries:
         validate.cond(name, value, count)
@@ -231,15 +247,17 @@ def end_time(model: Model) -> float:
 
 def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
     """Explicit times, checked to decrease; a warning where the model was not trained."""
-    path = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    path = double(times, "times").cpu()
     if path.ndim != 1 or len(path) < 2:
         raise ValueError(f"times must hold at least two numbers; got shape {tuple(path.shape)}")
-    if not bool((path[:-1] > path[1:]).all()):
-        first, last = path[0].item(), path[-1].item()
-        hint = "; reverse them" if first < last else ""
+    if not bool(path.isfinite().all()):
+        raise ValueError("times must be finite; got nan or infinity")
+    wrong = (~(path[:-1] > path[1:])).nonzero().flatten().tolist()
+    if wrong:
+        k, hint = wrong[0], "; reverse them" if len(wrong) == len(path) - 1 else ""
         raise ValueError(
-            f"times must decrease from noise to data; got times[0]={first:.2f}, "
-            f"times[-1]={last:.2f}{hint}"
+            f"times must decrease from noise to data; got times[{k}]={path[k]:g}, "
+            f"times[{k + 1}]={path[k + 1]:g}{hint}"
         )
     low, high, only = trained_range(model)
     log_snr = model.process.log_snr(path[:-1])
@@ -269,11 +287,14 @@ def chosen_noise(
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("generator, seeds and noise must not be given together; got several")
     if noise is not None:
-        return noise
+        return IS_NOISE("noise", noise)
     if seeds is None:
         return Generated(generator)
-    if not hasattr(seeds, "__len__"):
-        raise TypeError(f"seeds must be a sequence of integers, one per sample; got {seeds!r:.80}")
+    if isinstance(seeds, Tensor | str) or not hasattr(seeds, "__len__"):
+        raise TypeError(
+            f"seeds must be a sequence of integers, one per sample; got {shown(seeds)}"
+            f"{'; use seeds.tolist()' if isinstance(seeds, Tensor) else ''}"
+        )
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
     return path(seeds)

@@ -107,14 +107,23 @@ def kind(name: str, value: T, what: str, *attributes: str) -> T:
         made = value.__name__
         raise TypeError(f"{name} must be {what}; got the class {made}; make one: {made}(...)")
     if not all(hasattr(value, attribute) for attribute in attributes):
-        raise TypeError(f"{name} must be {what}; got {value!r:.80}")
+        raise TypeError(f"{name} must be {what}; got {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: its repr where it is one short line, or its type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    text = repr(value)
+    short = len(text) <= 80 and "\n" not in text and " at 0x" not in text
+    return text if short else getattr(value, "__name__", f"{type(value).__name__}(...)")
 
 
 def batch(name: str, value: T) -> T:
     """Return `value` if it is a tensor of floats (B, ...)."""
     if not hasattr(value, "is_floating_point"):
-        raise TypeError(f"{name} must be a tensor (B, ...); got {value!r:.80}")
+        raise TypeError(f"{name} must be a tensor (B, ...); got {shown(value)}")
     tensor: Any = value
     if tensor.ndim == 0 or not tensor.is_floating_point():
         raise ValueError(
@@ -184,7 +193,7 @@ class Each:
 
     def __call__(self, name: str, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"{name} must be a sequence; got {value!r:.80}")
+            raise TypeError(f"{name} must be a sequence; got {shown(value)}")
         integer(f"len({name})", len(value), self.shortest, self.longest)
         for k, entry in enumerate(value):
             self.rule(f"{name}[{k}]", entry)
@@ -197,6 +206,9 @@ class Choice:
     def __init__(self, *allowed: Any) -> None:
         self.allowed = allowed
 
+    def __repr__(self) -> str:
+        return f"Choice{self.allowed}"
+
     def __call__(self, name: str, value: Any) -> Any:
         return choice(name, value, self.allowed)
 
@@ -206,6 +218,9 @@ class Kind:
 
     def __init__(self, what: str, *attributes: str) -> None:
         self.what, self.attributes = what, attributes
+
+    def __repr__(self) -> str:
+        return f"Kind({self.what!r})"
 
     def __call__(self, name: str, value: T) -> T:
         return kind(name, value, self.what, *self.attributes)

@@ -7,7 +7,7 @@ from jaxtyping import install_import_hook
 
 # Before the package is imported. beartype cannot read a generic NamedTuple, so the modules that
 # annotate with Level are left to pyright.
-CHECKED = [f"sde_diffusion.{name}" for name in ("networks", "data", "noise.sources")]
+CHECKED = [f"sde_diffusion.{name}" for name in ("networks", "data")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest  # noqa: E402

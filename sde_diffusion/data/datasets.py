@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.noise.sources import Purpose, stream
-from sde_diffusion.validate import Cond, Count, arguments
+from sde_diffusion.validate import Cond
 
 __all__ = [
     "Data",

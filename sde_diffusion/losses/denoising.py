@@ -73,7 +73,7 @@ def denoising_loss(
     denoiser: Annotated[Denoiser, Kind("a Denoiser", "parameterization")],
     x0: Annotated[Tensor, Batch()],
     t: Tensor,
-    eps: Tensor,
+    eps: Annotated[Tensor, Batch()],
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,

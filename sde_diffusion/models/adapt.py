@@ -17,6 +17,7 @@ from sde_diffusion.models.model import (
     LogSNRRange,
     Model,
     evaluate,
+    level_of,
     null_of,
     trained_range,
 )
@@ -114,6 +115,7 @@ class Matched:
         return null_of(self.model, cond)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        level = level_of(self.process, level, x)
         own = self._own_level(x, level)
         prediction = evaluate(self.model, leave(enter(x, level), own), own, cond)
         meaning = Elsewhere(prediction.meaning, own)

@@ -1,5 +1,6 @@
 """The denoiser: a network with what is needed to read it, and its file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from sde_diffusion import validate
 from sde_diffusion.models import checkpoint, prediction
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import LogSNRRange, zero_null
+from sde_diffusion.models.model import LogSNRRange, level_of, zero_null
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
@@ -22,6 +23,7 @@ __all__ = ["Denoiser", "pretrained"]
 
 IS_NETWORK = Kind("a torch module (adopt takes a plain function)", "parameters", "forward")
 IS_MEANING = Kind("a parameterization such as Eps()", "x0", "eps", "target")
+IS_RANGE = Kind("a LogSNRRange", "low", "high", "only")
 IS_NOISE_INPUT = Kind("a noise input such as ContinuousTime()", "__call__")
 
 
@@ -60,18 +62,18 @@ class Denoiser(nn.Module):
         self.parameterization = IS_MEANING("parameterization", parameterization or Eps())
         self.noise_input = IS_NOISE_INPUT("noise_input", noise_input or ContinuousTime())
         self.null = None if null is None else NullCond(null)
-        self.trained = trained
+        self.trained = trained if trained is None else IS_RANGE("trained", trained)
 
-    def forward(self, x: Tensor, level: Level | float, cond: Cond | None = None) -> Prediction:
+    def forward(self, x: Tensor, level: Level | Scalar, cond: Cond | None = None) -> Prediction:
         """The prediction for x (B, ...) at `level`, or at a time in [0, 1].
 
         The network runs in its own dtype, to which floating-point conditions are cast; integers
         and bools are not. The prediction has the dtype of x.
         """
         validate.batch("x", x)
-        if not isinstance(level, Level):
-            level = self.process.levels(torch.tensor([float(level)], dtype=torch.float64))[0]
-        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        level = level_of(self.process, level, x)
+        weights = self.network.parameters()
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), x.dtype)
         c = self.noise_input(level)
         if isinstance(c, Tensor):
             c = c.reshape(-1).expand(len(x)).to(x.device)
@@ -152,7 +154,7 @@ class NullCond(nn.Module):
 
     def __init__(self, null: Cond) -> None:
         super().__init__()
-        entries = {"cond": null} if isinstance(null, Tensor) else dict(null)
+        entries = dict(null) if isinstance(null, Mapping) else {"cond": null}
         for name, value in entries.items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import LogSNRRange
+from sde_diffusion.models.model import LogSNRRange, level_of
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 
@@ -75,8 +75,7 @@ class GaussianMixture:
 
     def __call__(self, x: Tensor, level: Level | float) -> Prediction:
         """E[x0 | x] and E[eps | x] at a level, or at a time in [0, 1]; x (B, *shape)."""
-        if not isinstance(level, Level):
-            level = self.process.levels(torch.tensor([float(level)], dtype=torch.float64))[0]
+        level = level_of(self.process, level, x)
         alpha, sigma = flat(level.alpha), flat(level.sigma)
         z, variances = self._standardize(x, level)
         weight = self._log_joint(z, variances).softmax(1)[:, :, None]

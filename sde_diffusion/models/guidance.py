@@ -23,15 +23,17 @@ from sde_diffusion.models.model import (
     LogSNRRange,
     evaluate,
     expanded,
+    level_of,
     null_of,
     per_sample_field,
+    takes_cond,
     trained_range,
 )
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, Scalar
 from sde_diffusion.processes.level import per_sample
-from sde_diffusion.validate import Checked, Cond, Integer, Kind, Number, Share
+from sde_diffusion.validate import Checked, Cond, Integer, Kind, Number, Share, shown
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Guided", "get_context_mask"]
 
@@ -106,6 +108,10 @@ class ClassifierFree(Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not takes_cond(self.model):
+            raise TypeError(
+                f"model must be called as model(x, level, cond); got {shown(self.model)}"
+            )
         if isinstance(self.scale, Tensor):
             if self.scale.ndim != 1 or not bool(self.scale.isfinite().all()):
                 raise ValueError(
@@ -122,6 +128,7 @@ class ClassifierFree(Guided):
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         if cond is None:
             raise ValueError("cond must be given for ClassifierFree; got None; sample(..., cond=)")
+        level = level_of(self.process, level, x)
         w, cond = self.weight(level, x), expanded(cond, len(x))
         if not isinstance(w, Tensor) and w == 1:
             return self.model(x, level, cond)
@@ -174,6 +181,7 @@ class ClassifierGuided(Guided):
     scale: Finite = 1.0
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        level = level_of(self.process, level, x)
         found = evaluate(self.model, x, level, cond)
         if self.scale == 0:
             return found
@@ -211,6 +219,7 @@ class Clipped(Guided):
         validate.number("high", self.high, self.low, strict=True)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        level = level_of(self.process, level, x)
         found = evaluate(self.model, x, level, cond)
         return Prediction(x, found.x0.clamp(self.low, self.high), level, X0(), found.extra)
 

@@ -5,6 +5,7 @@ x is (B, ...); cond is a tensor or a mapping of tensors whose first axis is B or
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.validate import Cond, Kind
 
 __all__ = [
@@ -27,13 +28,15 @@ __all__ = [
     "Model",
     "evaluate",
     "expanded",
+    "level_of",
     "null_of",
     "per_sample_field",
     "select",
+    "takes_cond",
     "trained_range",
 ]
 
-IS_MODEL = Kind("a model such as a Denoiser", "process", "__call__")
+IS_MODEL = Kind("a model such as Denoiser(network, process)", "process", "__call__")
 
 
 class LogSNRRange(NamedTuple):
@@ -77,6 +80,24 @@ class Model(Protocol):
 def evaluate(model: Any, x: Tensor, level: Level, cond: Cond | None) -> Prediction:
     """model(x, level), or model(x, level, cond) if there is a condition."""
     return model(x, level) if cond is None else model(x, level, cond)
+
+
+def level_of(process: Process, level: Any, x: Tensor) -> Level:
+    """The level itself, or that of a time in [0, 1]: a number, or a tensor () or (B,)."""
+    if isinstance(level, Level):
+        return level
+    t = double(level)
+    return process.level(t, x) if t.ndim else process.levels(t[None])[0]
+
+
+def takes_cond(model: Any) -> bool:
+    """True for a model that can be called as model(x, level, cond)."""
+    called = inspect.signature(getattr(model, "forward", model.__call__))
+    try:
+        called.bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def trained_range(model: Any) -> LogSNRRange:

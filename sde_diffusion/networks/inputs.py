@@ -28,5 +28,7 @@ def check_images(x: Tensor, channels: int) -> None:
 def check_cond(cond: Tensor | None, width: int) -> None:
     """Raise ValueError unless cond is (B, width), or None where width is 0."""
     found = 0 if cond is None else cond.shape[-1]
+    if found and not width:
+        raise ValueError(f"cond must be None: the network has no condition; got width {found}")
     if found != width:
         raise ValueError(f"cond must have width {width}; got {found}")

@@ -39,7 +39,7 @@ def stream(
     An address has 2^64 blocks of its own; a block is four 64-bit words, such as four float64
     numbers in [0, 1).
     """
-    seed = validate.integer("seed", seed, at_least=0, at_most=2**128 - 1)
+    seed = validate.integer("each seed", seed, at_least=0, at_most=2**128 - 1)
     counter = [block, position, step, int(purpose)]
     return np.random.Generator(np.random.Philox(key=seed, counter=counter))
 
@@ -74,7 +74,9 @@ class Generated:
         if generator is None:
             generator = torch.Generator()
             generator.seed()
-        self.generator = generator
+        self.generator = validate.kind(
+            "generator", generator, "a torch.Generator; for a number use seeds=", "device", "seed"
+        )
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
         draw = torch.randn(

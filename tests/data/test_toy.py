@@ -68,7 +68,7 @@ def test_the_density_of_what_is_no_point_is_refused(name, x):
 
 @pytest.mark.parametrize("toy", ALL, ids=repr)
 def test_a_negative_seed_is_refused(toy):
-    with pytest.raises(ValueError, match="seed must be at least 0; got -1"):
+    with pytest.raises(ValueError, match="each seed must be at least 0; got -1"):
         toy.sample(1, -1)
 
 

@@ -79,14 +79,14 @@ def test_no_seeds_for_no_samples():
 
 
 def test_a_negative_seed_is_refused_by_name():
-    with pytest.raises(ValueError, match="seed must be at least 0; got -1"):
+    with pytest.raises(ValueError, match="each seed must be at least 0; got -1"):
         Seeded([0, -1])
 
 
 @pytest.mark.parametrize("seed", [1.5, "1"])
 def test_a_seed_that_is_no_integer_is_refused(seed):
     """int(1.5) would silently share the stream of seed 1."""
-    with pytest.raises((TypeError, ValueError), match=r"^seed must be"):
+    with pytest.raises((TypeError, ValueError), match=r"^each seed must be"):
         PLAIN["Seeded"]([seed])
 
 

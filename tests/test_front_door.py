@@ -274,9 +274,7 @@ class Diverged:
 
 
 def test_samples_that_are_not_finite_at_the_end_are_refused():
-    with pytest.raises(
-        FloatingPointError, match="1 of 2 samples are not finite at the end.* row 1"
-    ):
+    with pytest.raises(FloatingPointError, match=r"^1 of 2 samples are not .* row 1"):
         run(Diverged(), x=X[:2])
 
 

@@ -5,6 +5,7 @@ u = sigma / (alpha + sigma), and log_snr = 2 log((1 - u) / u).
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -95,7 +96,7 @@ def posterior_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
     return s.alpha * share, share * s.sigma**2
 
 
-def double(t: Scalar, name: str = "t") -> Tensor:
+def double(t: Scalar | Sequence[float], name: str = "t") -> Tensor:
     """t in float64, on the CPU if its device has no float64."""
     if not isinstance(t, Tensor):
         try:

@@ -169,7 +169,7 @@ class Slope:
 
 
 @dataclass(frozen=True)
-class TorchSDE:
+class TorchSDE(Checked):
     """One step of a torchsde method per interval of the grid.
 
     euler and milstein use the noise of the sampler as Brownian increments, so `seeds=` and injected

@@ -269,7 +269,7 @@ def test_a_device_is_never_asked_for_the_values_of_its_times(process):
     ("make", "named"),
     [
         (lambda: sd.VP().transition(torch.tensor([0.5, 0.5]), torch.tensor([0.6, 0.4])), "s <= t"),
-        (lambda: sd.TorchODE("heun"), "method must be one of"),
+        (lambda: sd.samplers.TorchSDE("heun"), "method must be one of"),
         (lambda: sd.VP().levels(torch.rand(2, 2)), "times must be a grid"),
         (lambda: sd.VP().level(torch.rand(2, 1), torch.zeros(2, 3)), "t must have shape"),
         (lambda: sd.losses.EDMWeight(0.0), "sigma_data must lie"),

@@ -55,7 +55,7 @@ class Config:
 # Those without an exact law: the error of an ODE solver follows its tolerance; mean and variance
 # of a sampler whose order is 0, or whose noise cannot be injected, are estimated.
 BY_TOLERANCE = {"torch-ode", "scipy-ode", "adaptive-ode"}
-BY_BIAS = {"langevin-heun", "torch-sde-srk", "adaptive-torch-sde", "adaptive-sde"}
+BY_BIAS = {"langevin-heun", "torch-sde-srk", "adaptive-sde"}
 
 # Known exceptions, and why.
 SIZES = {  # the errors of VE's two halves cancel in part up to some 500 steps

@@ -154,8 +154,8 @@ def sample(
 
     Args:
         progress: show a bar; the other arguments are those of `trajectory`.
-    Raises:
-        FloatingPointError: if a sample is not finite at the end.
+    Warns:
+        RuntimeWarning: if a sample is not finite at the end.
     """
     states = trajectory(
         model, sampler, x, steps=steps, grid=grid, times=times, cond=cond, generator=generator,
@@ -170,9 +170,11 @@ def sample(
         x = state.x
     rows = (~coordinates(x).isfinite().all(1)).nonzero().flatten().tolist()
     if rows:
-        raise FloatingPointError(
+        warnings.warn(
             f"{len(rows)} of {len(x)} samples are not finite at the end, the first at row "
-            f"{rows[0]}; {sampler} or the model diverged"
+            f"{rows[0]}: {type(sampler).__name__} or the model diverged",
+            RuntimeWarning,
+            stacklevel=2,
         )
     return x
 

@@ -200,7 +200,7 @@ def test_p_chain_starts_anywhere_and_gives_every_state_down_to_x0():
         states = list(model.p_chain(x, i, clamp=1.0, seeds=seeds))
         assert len(states) == i
         times = [j / 50 for j in range(i, -1, -1)]
-        noise, here = Brownian(seeds, chain.log_snr, times), x
+        noise, here = Brownian(seeds, chain.u, times), x
         for j, state in zip(range(i, 0, -1), states, strict=True):
             with torch.no_grad():
                 here = model.p_sample(here, j, clamp=1.0, noise=noise)

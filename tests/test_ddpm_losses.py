@@ -212,7 +212,7 @@ X = torch.ones(2, 3)
         (lambda d: next(d.p_chain(X, 51)), "i must"),
         (lambda d: next(d.p_chain(X, torch.tensor([1, 2]))), "i must"),
         (lambda d: d.q_chain(X, 1, seeds=[1]), "seeds must hold"),
-        (lambda d: d.sample((2, 3), seeds=[1, 2], generator=torch.Generator()), "not both"),
+        (lambda d: d.sample((2, 3), seeds=[1, 2], generator=torch.Generator()), "got both"),
         (lambda d: ddpm(d.process.zero_terminal_snr(), sd.Eps()).p_sample(X, 50), "alpha = 0"),
     ],
 )

@@ -164,13 +164,13 @@ class Process(validate.Checked, ABC):
                 f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
             )
         shape = t.shape + (1,) * (like.ndim - t.ndim)
-        exact = torch.promote_types(like.dtype, torch.float32)  # bfloat16 cannot tell 998 from 1000
-        dtypes = [exact, like.dtype, like.dtype, exact]
-        t, alpha, sigma, log_snr = (
-            field.reshape(shape).to(like.device, dtype)
-            for field, dtype in zip(self._fields(t), dtypes, strict=True)
-        )
-        return Level(t, alpha, sigma, log_snr)
+        device, dtype = like.device, like.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot separate 998 from 1000
+        t, alpha, sigma, log_snr = self._fields(t.reshape(shape))
+        return Level(
+            t.to(device, exact), alpha.to(device, dtype), sigma.to(device, dtype),
+            log_snr.to(device, exact),
+        )  # fmt: skip
 
     def levels(self, times: Tensor) -> list[Level[float]]:
         """The levels of a whole grid (n,), as Python floats, in one vectorized float64 call."""
@@ -269,8 +269,13 @@ class Process(validate.Checked, ABC):
 
     def _fields(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = within(t, 1.0, "times must lie in [0, 1]").detach()
-        log_alpha, variance = self.log_alpha(t).detach(), self.variance(t).detach()
-        return t, log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log()
+        with torch.no_grad():
+            log_alpha, variance = self._formulas(t)
+            return t, log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log()
+
+    def _formulas(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log_alpha and variance; overridden where one follows from the other."""
+        return self.log_alpha(t), self.variance(t)
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f and g^2 by differentiating the two formulas; float64."""
@@ -298,7 +303,11 @@ class VariancePreserving(Process):
         return True
 
     def variance(self, t: Tensor) -> Tensor:
-        return 0.0 - torch.expm1(2 * self.log_alpha(t))  # 0 at t = 0, not -0
+        return self._formulas(t)[1]
+
+    def _formulas(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = self.log_alpha(t)
+        return log_alpha, 0.0 - torch.expm1(2 * log_alpha)  # 0 at t = 0, not -0
 
     def _kernel(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         log_a = self._log_ratio(s, t)
@@ -308,9 +317,10 @@ class VariancePreserving(Process):
 def within(t: Scalar, last: float, rule: str) -> Tensor:
     """t in float64, checked to lie in [0, last]; on a GPU its values are not read: no stall."""
     t = double(t)
-    allowed = (t >= 0) & (t <= last)
-    if t.device.type == "cpu" and not bool(allowed.all()):
-        raise ValueError(f"{rule}; got {t[~allowed][0].item()}")
+    if t.device.type == "cpu" and t.numel():
+        low, high = (end.item() for end in t.detach().aminmax())  # nan, if there is one
+        if not 0 <= low <= high <= last:
+            raise ValueError(f"{rule}; got {low if not low >= 0 else high}")
     return t
 
 

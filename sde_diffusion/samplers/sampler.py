@@ -36,7 +36,7 @@ class Claims:
         noise: True if it draws noise.
         adaptive: True if it chooses its own levels, and takes no `steps`.
         rates: True if it needs the rates f and g^2 of a level (Level.rates).
-        rounding: relative rounding error of its own arithmetic.
+        rounding: relative rounding error of its own arithmetic, where it is not float64's.
     """
 
     order: int | None
@@ -44,7 +44,7 @@ class Claims:
     noise: bool = False
     adaptive: bool = False
     rates: bool = False
-    rounding: float = 1e-9
+    rounding: float = 0.0
 
     @property
     def of_one_step(self) -> int | None:

@@ -100,7 +100,7 @@ def identities(
     shape = probe.sizes(data, shape)
     runs: list[probe.Run] = []
     for sampler in (first, second):
-        if sampler.claims.order is None:
+        if sampler.claims.adaptive:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape))
         else:
             runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape, steps, times))

@@ -245,7 +245,7 @@ def check_affine(
             f"{sampler} chooses its own steps, so its map is not affine; use verify.tolerances "
             f"for an ODE solver, verify.bias for an SDE solver"
         )
-    tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
+    tolerance: float = sampler.claims.rounding or 1e-9  # of the sampler's own arithmetic
 
     def trial(*parts: int) -> Run:
         return run(sampler, data, Trial(parts), shape, steps, times)

@@ -197,7 +197,7 @@ def check_along(
     for index, gain in enumerate(found.noises):
         expected = expected + gain * inputs.amounts(1 + index, d)
     scale = float(torch.maximum(made.abs().max(), expected.abs().max())) + 1.0
-    tolerance: float = sampler.claims.rounding  # of the sampler's own arithmetic
+    tolerance: float = sampler.claims.rounding or 1e-9  # of the sampler's own arithmetic
     if not bool(((made - expected).abs() <= tolerance * scale).all()):
         raise NotAffine(
             f"{sampler} does not treat each eigenvector of the covariance by itself: it mixes "

@@ -93,12 +93,7 @@ class Exactly:
 
     data: sd.exact.Gaussian
 
-    @property
-    def order(self):
-        return None
-
-    def grid(self, process, steps):
-        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    claims, grid = sd.samplers.Claims(None), sd.grids.Uniform()
 
     def step(self, model, x, t, s, noise, memory):
         model(x, t)
@@ -153,10 +148,14 @@ def test_what_is_not_finite_is_no_end(small):
         def step(self, model, x, t, s, noise, memory):
             return x * math.nan, None
 
-    with pytest.raises(ValueError, match="lost is not finite on narrow-2"):
+    with (
+        pytest.warns(RuntimeWarning, match="Lost or the model diverged"),
+        pytest.raises(ValueError, match="lost is not finite on narrow-2"),
+    ):
         ends.end("lost", 3, small, Lost(small.data), 3)
     family, refusals = {"lost": lambda n, p: Lost(p.data)}, []
-    assert not list(ends.by_calls(family, [small], refusals, (3,)))
+    with pytest.warns(RuntimeWarning):
+        assert not list(ends.by_calls(family, [small], refusals, (3,)))
     (refusal,) = refusals
     assert (refusal.solver, refusal.setting) == ("lost", 3)
     assert refusal.reason == "1 steps: ValueError: lost is not finite on narrow-2"

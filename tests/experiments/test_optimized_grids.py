@@ -136,7 +136,7 @@ def test_a_grid_optimized_for_the_covariance_serves_the_mixture():
 
 def test_the_table_has_a_figure_for_each_grid_and_is_written(tmp_path):
     config = optimized_grids.Config(
-        spectrum="power", steps=(2,), seeds=(40,), dimensions=(2,), samples=16, out=tmp_path
+        spectrum="power", steps=(2,), seeds=(40,), dimensions=(2,), num_samples=16, out=tmp_path
     )
     optimized_grids.main(config)
     names = {path.name for path in tmp_path.iterdir()}

@@ -195,7 +195,7 @@ def test_each_stage_of_a_step_gets_the_level_that_it_stands_at():
     sd.sample(model, sd.samplers.TorchSDE("srk"), x, steps=5, generator=generator)
     times = torch.tensor([level.t for level in model.levels], dtype=torch.float64)
     assert len(times.unique()) > 5
-    assert [tuple(level) for level in model.levels] == [tuple(at) for at in sd.OU().levels(times)]
+    assert [level[:4] for level in model.levels] == [at[:4] for at in sd.OU().levels(times)]
 
 
 @pytest.mark.parametrize("make", [sd.TorchODE, sd.samplers.ScipyODE, sd.AdaptiveSDE])

@@ -127,14 +127,25 @@ def test_a_smaller_tolerance_takes_more_steps():
 
 
 @dataclass(frozen=True)
+class OneStepFor(sd.grids.Grid):
+    """Heun's grid of n steps, of one step where n is one of `bad`."""
+
+    bad: tuple[int, ...]
+
+    def times(self, process, steps, start, least_ratio):
+        return sd.Heun().grid(process, 1 if steps in self.bad else steps)
+
+
+@dataclass(frozen=True)
 class Uneven:
     """Heun where n is none of `bad`, else one step: its W2 is not monotone in n."""
 
     bad: tuple[int, ...]
-    order = 2
+    claims = sd.Heun().claims
 
-    def grid(self, process, steps):
-        return sd.Heun().grid(process, 1 if steps in self.bad else steps)
+    @property
+    def grid(self):
+        return OneStepFor(self.bad)
 
     def step(self, *arguments):
         return sd.Heun().step(*arguments)
@@ -203,10 +214,7 @@ def test_with_narrowest_the_w2_bounds_that_of_every_gaussian_between(name):
 class Swapped:
     """Heun that swaps the coordinates: affine, but no map of each eigenvector for itself."""
 
-    order = 2
-
-    def grid(self, process, steps):
-        return sd.Heun().grid(process, steps)
+    claims, grid = sd.Heun().claims, sd.Heun().grid
 
     def step(self, model, x, t, s, noise, memory):
         x, memory = sd.Heun().step(model, x, t, s, noise, memory)

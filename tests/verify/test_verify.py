@@ -257,7 +257,8 @@ def test_euler_maruyamas_share_is_g_root_dt_by_b_the_last_step_included(process)
     assert len(law.draws) == len(steps) == 12
     for draw, (t, s) in zip(law.draws, steps, strict=True):
         _, b = process.transition(*(torch.tensor(at.t, dtype=torch.float64) for at in (s, t)))
-        added = math.sqrt(t.diffusion2 * (t.t - s.t))
+        _, g2 = process.rates(torch.tensor(t.t, dtype=torch.float64))
+        added = math.sqrt(float(g2) * (t.t - s.t))
         assert draw.added == pytest.approx(added, rel=1e-9)
         assert draw.share == pytest.approx(added / float(b), rel=1e-8)
 

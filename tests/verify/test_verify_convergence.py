@@ -13,6 +13,7 @@ from oracles import w2
 import sde_diffusion as sd
 from sde_diffusion import verify
 from sde_diffusion.grids import frames
+from sde_diffusion.samplers import Claims
 
 MEAN, VARIANCE = 0.7, 0.25
 DATA = sd.exact.Gaussian(sd.VP(), torch.tensor([MEAN], dtype=torch.float64), VARIANCE)
@@ -30,14 +31,12 @@ class Shifted:
     p: float = 1.0
     constant: float = 1.0
     floor: float = 0.0  # added once, in the last step
-    claims: int | None = None
+    claimed: int | None = None
+    grid = sd.grids.Power()
 
     @property
-    def order(self):
-        return self.claims or math.floor(self.p)
-
-    def grid(self, process, steps):
-        return sd.grids.Power()(process, steps)
+    def claims(self):
+        return Claims(self.claimed or math.floor(self.p))
 
     def step(self, model, x, t, s, noise, memory):
         """y = z (alpha m, C) is kept as the standardized z: z -> z + error."""
@@ -81,11 +80,11 @@ def test_the_order_of_a_known_error_is_found_and_its_size(p):
 
 @pytest.mark.parametrize(("p", "claims"), [(1.0, 2), (2.0, 3), (1.5, 2)])
 def test_an_order_lower_than_declared_is_reported(p, claims):
-    order = verify.order(Shifted(p, claims=claims), DATA, sizes=SIZES)
+    order = verify.order(Shifted(p, claimed=claims), DATA, sizes=SIZES)
     assert not order.holds
     assert f"declared {claims}" in order.verdict
     assert "LOWER THAN DECLARED" in order.verdict
-    assert verify.order(Shifted(p, claims=claims), DATA, sizes=SIZES, declared=p).holds
+    assert verify.order(Shifted(p, claimed=claims), DATA, sizes=SIZES, declared=p).holds
 
 
 def test_a_planted_floor_is_found_at_its_value():
@@ -132,6 +131,20 @@ def test_a_function_of_the_number_of_steps_is_a_family():
 
 
 @dataclass(frozen=True)
+class At(sd.grids.Grid):
+    """Its own times, whatever the steps."""
+
+    own: tuple[float, ...]
+
+    def __call__(self, process, steps, start=1.0, least_ratio=0.0):
+        assert steps is None
+        return self.times(process, 1, start, least_ratio)
+
+    def times(self, process, steps, start, least_ratio):
+        return torch.tensor(self.own, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class Planned:
     """A sampler with its times inside."""
 
@@ -139,12 +152,12 @@ class Planned:
     times: tuple[float, ...]
 
     @property
-    def order(self):
-        return self.inner.order
+    def claims(self):
+        return replace(self.inner.claims, adaptive=True)
 
-    def grid(self, process, steps):
-        assert steps is None
-        return torch.tensor(self.times, dtype=torch.float64)
+    @property
+    def grid(self):
+        return At(self.times)
 
     def step(self, *arguments):
         return self.inner.step(*arguments)
@@ -162,12 +175,7 @@ class AdamsBashforth:
 
     inverted: bool = False
 
-    @property
-    def order(self):
-        return 2
-
-    def grid(self, process, steps):
-        return sd.grids.Power()(process, steps)
+    claims, grid = Claims(2), sd.grids.Power()
 
     def step(self, model, x, t, s, noise, memory):
         slope, h = model(x, t).velocity, s.u - t.u
@@ -228,7 +236,7 @@ def test_the_local_order_of_a_known_error_is_found(p):
     assert local.fitted == pytest.approx(known, abs=END)
     assert local.of_one_step == pytest.approx(known, abs=END)
     assert local.holds
-    assert "LOWER" in verify.local_order(Shifted(p, claims=4), DATA, spans=FEW).verdict
+    assert "LOWER" in verify.local_order(Shifted(p, claimed=4), DATA, spans=FEW).verdict
 
 
 # ---- limit ------------------------------------------------------------------------------------
@@ -244,12 +252,7 @@ class Tends:
     b: float = -2.0
     power: float = 1.0
 
-    @property
-    def order(self):
-        return 1
-
-    def grid(self, process, steps):
-        return sd.grids.Power()(process, steps)
+    claims, grid = Claims(1), sd.grids.Power()
 
     def step(self, model, x, t, s, noise, memory):
         n = (memory or 0) + 1

@@ -132,10 +132,7 @@ class Drawn:
     shift: float = 0.0
     stretch: float = 1.0
     seed: int = 123
-    order: int = 1
-
-    def grid(self, process, steps):
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    claims, grid = sd.samplers.Claims(1, adaptive=True), sd.grids.Ends()
 
     def step(self, model, x, t, s, noise, memory):
         made = model.sample(len(x), torch.Generator().manual_seed(self.seed))

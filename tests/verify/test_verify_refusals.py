@@ -130,7 +130,7 @@ def test_what_couples_remembers_draws_or_bends_is_refused_by_name_and_place(name
 
 @pytest.mark.parametrize(
     "sampler",
-    [sd.TorchODE(), sd.samplers.ScipyODE(), sd.samplers.AdaptiveTorchSDE()],
+    [sd.TorchODE(), sd.samplers.ScipyODE(), sd.AdaptiveSDE()],
     ids=lambda s: type(s).__name__,
 )
 def test_solvers_with_steps_of_their_own_are_refused_with_the_check_to_use(sampler):
@@ -140,7 +140,9 @@ def test_solvers_with_steps_of_their_own_are_refused_with_the_check_to_use(sampl
 
 
 def test_a_path_of_torchsdes_own_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"TorchSDE.*BrownianInterval"):
+    with pytest.raises(
+        ValueError, match=r"must be left out for TorchSDE.*whose path torchsde draws"
+    ):
         verify.law(sd.samplers.TorchSDE("srk"), DATA, steps=4)
 
 
@@ -164,9 +166,7 @@ ARGUMENTS = {
     "sampler": lambda: verify.law(sd.Heun, DATA, steps=3),
     "data": lambda: verify.law(sd.Heun(), "x", steps=3),
     "steps": lambda: verify.law(sd.Heun(), DATA, steps=0),
-    "steps (the sampler's own grid) or times": lambda: verify.law(
-        sd.Heun(), DATA, times=[1.0, 0.0], steps=3
-    ),
+    "times must be given alone": lambda: verify.law(sd.Heun(), DATA, times=[1.0, 0.0], steps=3),
     "samples must have shape (1,)": lambda: verify.law(sd.Heun(), DATA, steps=3, shape=(3,)),
     "leave out process": lambda: verify.law(
         sd.Heun(), sd.Denoiser(sd.networks.MLP((1,), width=8), sd.VP()), sd.VE(), steps=3
@@ -200,7 +200,7 @@ ARGUMENTS = {
     "times must lie": lambda: verify.flow(DATA, torch.zeros(2, 1).double(), t=2),
     "function": lambda: verify.Function(3),
     "start must lie": lambda: verify.Function(one_call, start=2.0),
-    "leave out steps": lambda: verify.law(verify.Function(one_call), DATA, steps=3),
+    "steps must be left out": lambda: verify.law(verify.Function(one_call), DATA, steps=3),
     "must return a tensor": lambda: verify.law(verify.Function(lambda e, x: 3), DATA),
     "function, k-diffusion": lambda: verify.KDiffusion(3, [1, 0]),
     "sigmas": lambda: verify.KDiffusion(len, [0, 1]),
@@ -238,8 +238,8 @@ MORE = {
     "first": lambda: verify.identities(None, sd.Heun(), DATA, steps=3),
     "tolerance": lambda: verify.identities(sd.Heun(), sd.Heun(), DATA, steps=3, tolerance="x"),
     "values": lambda: verify.tolerances(sd.TorchODE(), DATA, values=()),
-    "draws its path": lambda: verify.tolerances(
-        sd.samplers.AdaptiveTorchSDE(), DATA, values=(1e-1,), samples=2
+    "noise must be left out": lambda: verify.tolerances(
+        sd.AdaptiveSDE(), DATA, values=(1e-1,), samples=2
     ),
     "data": lambda: verify.flow(None, torch.zeros(2, 1).double()),
     "x must": lambda: verify.flow(DATA, "x"),

@@ -153,10 +153,13 @@ def draw(
         )
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
-    times = sd.grids.Power()(denoiser.process, 40)
-    states = sd.trajectory(denoiser, sd.TorchODE(rtol=1e-4, atol=1e-4), few, times=times)
-    path = zip([few, *(state.x for state in states)], denoiser.process.levels(times), strict=True)
-    columns["its paths in the straight frame"] = torch.stack([frames.enter(*at) for at in path])
+    states = list(sd.trajectory(denoiser, sd.Heun(), few, steps=40, grid=sd.grids.Power()))
+    levels = denoiser.process.levels(
+        torch.tensor([state.t for state in states], dtype=torch.float64)
+    )
+    columns["paths of the flow, straight frame"] = torch.stack(
+        [frames.enter(state.x, level) for state, level in zip(states, levels, strict=True)]
+    )
     return columns
 
 

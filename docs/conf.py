@@ -11,12 +11,16 @@ fonts that match it stand in _static/katex: `npm pack katex@VERSION`, then dist/
 its woff and ttf sources, dist/fonts/*.woff2 and LICENSE.
 """
 
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 from docutils import nodes
@@ -92,7 +96,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:class", r"(torch|numpy|pathlib|jaxtyping|collections\.abc|contextlib|datetime)\..*"),
     # Tensor in jaxtyping's words; type variables
-    (r"py:class", r"Tensor|sde_diffusion\.(processes\.level\.S|validate\.T)"),
+    (r"py:class", r"Tensor|P|sde_diffusion\.(processes\.level\.S|validate\.T)"),
 ]
 
 logger = logging.getLogger(__name__)
@@ -178,7 +182,26 @@ def check_formulas(app, exception):
         logger.warning(message, type="katex")
 
 
+def hide_rules():
+    """Show the types of arguments and fields without the rules that `validate` reads in them."""
+    for module in pkgutil.walk_packages(sde_diffusion.__path__, "sde_diffusion."):
+        if module.name.startswith("sde_diffusion.verify.peers."):
+            continue  # its libraries may be missing
+        for value in vars(importlib.import_module(module.name)).values():
+            if not getattr(value, "__module__", "").startswith("sde_diffusion"):
+                continue
+            members = vars(value).values() if isinstance(value, type) else ()
+            for each in (value, *members):
+                own = getattr(inspect.unwrap(each), "__dict__", {}).get("__annotations__")
+                if own is None:
+                    own = getattr(inspect.unwrap(each), "__annotations__", None)
+                if own:
+                    hints = typing.get_type_hints(inspect.unwrap(each))
+                    own.update({name: hints[name] for name in own})
+
+
 def setup(app):
+    hide_rules()
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-signature", hide_signature)

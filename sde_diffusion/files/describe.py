@@ -109,14 +109,12 @@ def matches_type(value: Any, hint: Any) -> bool:
         return any(matches_type(value, one) for one in inside)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in inside)
-    if origin is tuple and Ellipsis not in inside:
-        return (
-            isinstance(value, list)
-            and len(value) == len(inside)
-            and all(map(matches_type, value, inside))
-        )
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list) and all(matches_type(one, inside[0]) for one in value)
+        if not isinstance(value, list):
+            return False
+        fixed = origin is tuple and Ellipsis not in inside
+        hints = inside if fixed else inside[:1] * len(value)
+        return len(value) == len(hints) and all(map(matches_type, value, hints))
     if type(value) is int and not -(2**63) <= value < 2**63:
         return False
     return type(value) in ((int, float) if hint is float else (hint,))

@@ -18,7 +18,6 @@ __all__ = ["read_npz", "write_npz"]
 
 LIMIT = 4096  # of the width of features, of which the widest in use have 2,048
 
-
 HEAD = 2**16  # bytes, of the header of an array and of the archive's directory
 
 
@@ -69,7 +68,5 @@ def array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
     except Exception as error:  # numpy's message may advise to allow pickles
         raise ValueError(f"{entry.filename} is damaged ({type(error).__name__})") from None
     if value.dtype.kind not in "fiu" or data.read(1):
-        raise ValueError(
-            f"{entry.filename} must hold real numbers and nothing else; got {value.dtype}"
-        )
+        raise ValueError(f"{entry.filename} must hold real numbers only; got {value.dtype}")
     return value

@@ -11,12 +11,9 @@ __all__ = ["near", "parsed", "plain", "printable", "shown"]
 
 LIMIT = 4 * 2**20  # bytes
 
-
 DEPTH = 20  # brackets within brackets
 
-
 BRACKETS = 100_000  # in all
-
 
 DIGITS = 40  # of an integer; a seed has up to 39
 

@@ -21,10 +21,7 @@ from torch import Tensor
 
 from sde_diffusion.grids import Grid, Power
 from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.samplers.sampler import Claims, finest
+from sde_diffusion.samplers.sampler import Claims, Level, Model, Noise, finest
 from sde_diffusion.validate import Checked, Count, Integer, Positive, arguments
 
 __all__ = ["Adams", "adams_weights"]

@@ -88,6 +88,11 @@ class SampleReport(NamedTuple):
     error: Tensor
     finished: Tensor
 
+    def record(self, index: Tensor, *values: Tensor | float) -> None:
+        """Set the fields, in their order, for some of the samples."""
+        for field, value in zip(self, values, strict=True):
+            field[index] = value
+
     @staticmethod
     def unmoved(x: Tensor) -> "SampleReport":
         """The record of a batch that does not move."""

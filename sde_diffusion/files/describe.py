@@ -58,8 +58,8 @@ def class_and_arguments(
     if "class" not in arguments:
         raise ValueError(f"{kind} has no 'class'{near('class', arguments)}")
     name, names = arguments.pop("class"), [made.__name__ for made in classes]
-    if not isinstance(name, str) or name not in names:
-        guess = near(name, names) if isinstance(name, str) else ""
+    if name not in names:
+        guess = near(str(name), names)
         raise ValueError(f"unknown {kind} class {name!r:.80}{guess}; if it is yours, pass {kind}=")
     made = classes[names.index(name)]
     takes = inspect.signature(made, eval_str=True).parameters

@@ -22,19 +22,7 @@ from torch import Tensor
 
 from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable, shown
 
-__all__ = [
-    "BadFile",
-    "Saved",
-    "as_bad_file",
-    "as_bad_record",
-    "check_fit",
-    "examine",
-    "load",
-    "read",
-    "regular",
-    "replace",
-    "write",
-]
+__all__ = ["BadFile", "Saved", "check_fit", "examine", "load", "read", "write"]
 
 FORMAT = 2
 
@@ -229,8 +217,8 @@ def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
 def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
     """Turn every exception raised inside into a BadFile of `path`.
 
-    Every exception, not a list of them: it is nowhere documented what torch or a constructor raises
-    at a number far outside its range.
+    Every exception, not a list of them: the exceptions that torch and constructors raise at numbers
+    far outside their range are not documented.
     """
     try:
         yield

@@ -72,9 +72,8 @@ def import_weights(
 def unpacked(data: bytes) -> Any:
     """Return the tensors and dicts of bytes that were checked, or whose SHA-256 was given."""
     try:
-        return torch.load(  # noqa: TID251  the one place: by explicit call, and weights_only
-            io.BytesIO(data), map_location="cpu", weights_only=True
-        )
+        # The one place that reads a pickle: by explicit call, and weights_only.
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # its message advises to load the file unprotected
         name = re.search(r"GLOBAL (\S+)", str(error))
         unreadable = f"torch cannot read it ({type(error).__name__})"
@@ -89,14 +88,11 @@ def not_loaded(name: str) -> str:
 def checked_archive(data: bytes) -> bytes:
     """Return a new archive of the members, whose checksums and sizes are checked."""
     clean = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(data)) as archive,
-        zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as copy,
-    ):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as copy:
         members = archive.infolist()
         check_members(members, len(data))
         for member in members:
-            content = archive.read(member)  # checks the CRC-32
+            content = archive.read(member)  # checks the CRC-32, and refuses an encrypted member
             if member.filename.endswith("/data.pkl"):
                 check_pickle(content)
             copy.writestr(zipfile.ZipInfo(member.filename), content)
@@ -104,7 +100,7 @@ def checked_archive(data: bytes) -> bytes:
 
 
 def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
-    """Refuse archives that torch.save does not write: compressed, encrypted, ambiguous."""
+    """Refuse archives that torch.save does not write: compressed or ambiguous."""
     if len(members) > MEMBERS:
         raise ValueError(f"an archive must have at most {MEMBERS:,} members; got {len(members):,}")
     for member in members:
@@ -113,8 +109,6 @@ def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
             raise ValueError(f"a member must have a plain name in a folder; got {name!r:.80}")
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise ValueError(f"member {name!r:.80} is compressed; torch.save does not compress")
-        if member.flag_bits & 0x1:
-            raise ValueError(f"member {name!r:.80} is encrypted")
     names = [member.filename.casefold() for member in members]
     if len(set(names)) < len(names):
         raise ValueError("members must have distinct names")

@@ -73,9 +73,8 @@ class Generated:
         if generator is None:
             generator = torch.Generator()
             generator.seed()
-        self.generator = validate.kind(
-            "generator", generator, "a torch.Generator; for a number use seeds=", "device", "seed"
-        )
+        what = "a torch.Generator; for a number use seeds="
+        self.generator = validate.kind("generator", generator, what, "device", "seed")
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
         device = self.generator.device

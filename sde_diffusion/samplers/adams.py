@@ -85,9 +85,9 @@ class Adams(Checked):
     ) -> "Adams":
         """The setting with the least error at this number of calls.
 
-        Used as `sample(..., Adams.auto(n), x, steps=n)`. From the first row of a table with at
-        least so many calls; experiments/adams_table.py derives the table on mixtures and can be
-        run on other data.
+        Used as `sample(..., Adams.auto(n), x, steps=n)`. The setting is the first row of a table
+        with at least this number of calls; experiments/adams_table.py derives the table on
+        mixtures and can be run on other data.
         """
         table = STRAIGHT if frame == Straight() else GAUSSIAN
         k, p, start = table[min((n for n in table if n >= calls), default=max(table))]

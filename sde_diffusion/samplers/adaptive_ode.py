@@ -210,8 +210,7 @@ class ODEWalk:
         done = kept & near & (good | (rest <= solver.SPECK * (solver.atol + solver.rtol)))
 
         self.calls += 1
-        self.front = Front(
-            samples=front.samples,
+        self.front = front._replace(
             z=torch.where(over(kept, corrected), corrected, front.z),
             u=at,
             h=self.bounded(front.h * self.change(ratio, front.ratio, order), at),

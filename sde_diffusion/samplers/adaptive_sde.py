@@ -273,11 +273,12 @@ class SDEWalk:
             who = f"{len(self.rows)} of {len(self.made)} samples"
             step = f"next step {float(self.longest[0]):.2g} in kappa"
             raise SolverError(f"{self.where(self.u)}: max_calls reached by {who}; {step}")
-        end, places = torch.full_like(self.u, self.end), torch.arange(len(self.low))[:, None]
-        places = places.to(self.top)
-        high = torch.where(places == self.top, self.u, self.low.roll(-1, 0))
-        parts = share(high, self.low, self.u, end).sqrt()
-        z = over(torch.where(places <= self.top, parts, 0), self.z).mul(self.z).sum(0)
+        end, z = torch.full_like(self.u, self.end), torch.zeros_like(self.y)
+        place = torch.arange(len(self.low), device=self.top.device)[:, None]
+        high = torch.where(place == self.top, self.u, self.low.roll(-1, 0))
+        weight = share(high, self.low, self.u, end).sqrt().where(place <= self.top, 0)
+        for part in (over(weight, self.z) * self.z).flip(0):  # in order: zeros change no bit
+            z = z + part
         self.leave(self.top >= 0, self.predicted(end, z)[0], finished=False)
 
     def where(self, u: Tensor) -> str:

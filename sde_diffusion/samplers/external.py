@@ -93,7 +93,7 @@ class TorchODE(AdaptiveSolver):
         real = torch.float32 if y.device.type == "mps" else torch.float64
         span = torch.tensor([start, end], dtype=real, device=y.device)
         options = None
-        if self.method in self.ADAPTIVE:  # which else overstep the end and interpolate
+        if self.method in self.ADAPTIVE:  # otherwise they overstep the end and interpolate
             options = {"step_t": span[1:], "max_step": self.LARGEST_STEP, "dtype": real}
         rtol, atol = self.SAFETY * self.rtol, self.SAFETY * self.atol
         try:
@@ -178,12 +178,16 @@ class TorchSDE(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        from torchsde import sdeint
+
         if not x.numel():
             return x.clone(), None
         srk = self.method == "srk"
         sde = ReverseSDE(model, x, t, "additive" if srk else "diagonal")
-        brownian = torchsde_path(self, noise, x, t, s) if srk else Increment(noise, x, t, s)
-        return integrate(sde, x, t, s, brownian, self.method), None
+        brownian: Any = torchsde_path(self, noise, x, t, s) if srk else Increment(noise, x, t, s)
+        y, ts = coordinates(x), torch.tensor([-t.t, -s.t], dtype=torch.float64)
+        path = sdeint(sde, y, ts, bm=brownian, method=self.method, dt=t.t - s.t)
+        return path[-1].reshape(x.shape), None
 
 
 class ReverseSDE:
@@ -247,14 +251,3 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Lev
     return BrownianInterval(
         -t.t, -s.t, size, x.dtype, x.device, entropy, levy_area_approximation=area
     )
-
-
-def integrate(
-    sde: ReverseSDE, x: Tensor, t: Level[float], s: Level[float], brownian: Any, method: str
-) -> Tensor:
-    """One step of torchsde's sdeint from t down to s, x of any shape."""
-    from torchsde import sdeint
-
-    ts = torch.tensor([-t.t, -s.t], dtype=torch.float64)
-    path = sdeint(sde, coordinates(x), ts, bm=brownian, method=method, dt=t.t - s.t)
-    return path[-1].reshape(x.shape)

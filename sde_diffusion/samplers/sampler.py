@@ -101,11 +101,11 @@ class SampleReport(NamedTuple):
 
 
 def finest(dtype: torch.dtype) -> float:
-    """Least step whose slopes can be distinguished; below 32 bits that of float32."""
+    """Smallest step between two different levels; for half precision that of float32."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def over(field: Tensor, like: Tensor) -> Tensor:
-    """A field (n, ...), broadcast against the batch of n samples; floats in the dtype of it."""
+    """A field (n, ...), broadcast against the batch of n samples; floats get its dtype."""
     field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
     return field.to(like.dtype) if field.is_floating_point() else field

@@ -17,16 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    ParamSpec,
-    Protocol,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin
 
 from torch import Tensor
 
@@ -43,7 +34,6 @@ __all__ = [
     "Number",
     "Positive",
     "Rule",
-    "Shape",
     "Share",
     "arguments",
     "batch",
@@ -120,16 +110,13 @@ def shown(value: Any) -> str:
     return text if short else getattr(value, "__name__", f"{type(value).__name__}(...)")
 
 
-def batch(name: str, value: T) -> T:
+def batch(name: str, value: Any) -> Any:
     """Return `value` if it is a tensor of floats (B, ...)."""
     if not hasattr(value, "is_floating_point"):
         raise TypeError(f"{name} must be a tensor (B, ...); got {shown(value)}")
-    tensor: Any = value
-    if tensor.ndim == 0 or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} must be a floating-point batch (B, ...); "
-            f"got shape {tuple(tensor.shape)}, {tensor.dtype}"
-        )
+    if value.ndim == 0 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}"
+        raise ValueError(f"{name} must be a floating-point batch (B, ...); got {got}")
     return value
 
 
@@ -229,15 +216,8 @@ class Kind:
 class Batch:
     """A floating-point tensor (B, ...)."""
 
-    def __call__(self, name: str, value: T) -> T:
+    def __call__(self, name: str, value: Any) -> Any:
         return batch(name, value)
-
-
-class Shape:
-    """A sequence of sizes (B, ...)."""
-
-    def __call__(self, name: str, value: Any) -> tuple[int, ...]:
-        return shape(name, value)
 
 
 Count = Annotated[int, Integer(1)]

@@ -58,8 +58,8 @@ def class_and_arguments(
     if "class" not in arguments:
         raise ValueError(f"{kind} has no 'class'{near('class', arguments)}")
     name, names = arguments.pop("class"), [made.__name__ for made in classes]
-    if not isinstance(name, str) or name not in names:
-        guess = near(name, names) if isinstance(name, str) else ""
+    if name not in names:
+        guess = near(str(name), names)
         raise ValueError(f"unknown {kind} class {name!r:.80}{guess}; if it is yours, pass {kind}=")
     made = classes[names.index(name)]
     takes = inspect.signature(made, eval_str=True).parameters
@@ -109,14 +109,12 @@ def matches_type(value: Any, hint: Any) -> bool:
         return any(matches_type(value, one) for one in inside)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in inside)
-    if origin is tuple and Ellipsis not in inside:
-        return (
-            isinstance(value, list)
-            and len(value) == len(inside)
-            and all(map(matches_type, value, inside))
-        )
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list) and all(matches_type(one, inside[0]) for one in value)
+        if not isinstance(value, list):
+            return False
+        fixed = origin is tuple and Ellipsis not in inside
+        hints = inside if fixed else inside[:1] * len(value)
+        return len(value) == len(hints) and all(map(matches_type, value, hints))
     if type(value) is int and not -(2**63) <= value < 2**63:
         return False
     return type(value) in ((int, float) if hint is float else (hint,))

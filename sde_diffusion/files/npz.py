@@ -16,10 +16,9 @@ from sde_diffusion.files import storage
 
 __all__ = ["read_npz", "write_npz"]
 
-LIMIT = 4096  # of the width of features, of which the widest in use have 2,048
+LIMIT = 4096  # largest width of features; the widest in use have 2,048
 
-
-HEAD = 2**16  # bytes, of the header of an array and of the archive's directory
+HEAD = 2**16  # bytes of an array's header, and of the archive's directory
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
@@ -61,7 +60,7 @@ def array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
     """Return one array of the archive."""
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{entry.filename} must be stored or deflated")
-    if entry.file_size > 8 * LIMIT**2 + HEAD:  # no more than this is ever unpacked of it
+    if entry.file_size > 8 * LIMIT**2 + HEAD:  # no more than this is ever unpacked
         raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
     try:
         data = io.BytesIO(archive.read(entry))  # checks the CRC-32
@@ -69,7 +68,5 @@ def array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Any:
     except Exception as error:  # numpy's message may advise to allow pickles
         raise ValueError(f"{entry.filename} is damaged ({type(error).__name__})") from None
     if value.dtype.kind not in "fiu" or data.read(1):
-        raise ValueError(
-            f"{entry.filename} must hold real numbers and nothing else; got {value.dtype}"
-        )
+        raise ValueError(f"{entry.filename} must hold real numbers only; got {value.dtype}")
     return value

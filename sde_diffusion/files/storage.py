@@ -22,31 +22,15 @@ from torch import Tensor
 
 from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable, shown
 
-__all__ = [
-    "BadFile",
-    "Saved",
-    "as_bad_file",
-    "as_bad_record",
-    "check_fit",
-    "examine",
-    "load",
-    "read",
-    "regular",
-    "replace",
-    "write",
-]
+__all__ = ["BadFile", "Saved", "check_fit", "examine", "load", "read", "write"]
 
 FORMAT = 2
 
-
 OURS = ("format", "sha256", "record_sha256")  # entries that `write` adds to a record
-
 
 SMALL = 64 * 2**20  # bytes; up to here SHA-256 is checked before the header is used
 
-
 TENSORS = 10_000  # in one file
-
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -57,10 +41,7 @@ DTYPES = {
 
 SIGNS = {
     b"PK": "a zip archive; files.torch_archives reads those of torch.save",
-    b"\x80\x02": "a pickle, which is never read",
-    b"\x80\x03": "a pickle, which is never read",
-    b"\x80\x04": "a pickle, which is never read",
-    b"\x80\x05": "a pickle, which is never read",
+    **{bytes([0x80, protocol]): "a pickle, which is never read" for protocol in range(2, 6)},
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"GIF8": "a GIF picture",
@@ -105,11 +86,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     taken = [name for name in OURS if name in record]
     if taken:
         raise ValueError(f"record must not hold the reserved name {', '.join(taken)}")
-    form = torch.contiguous_format
-    tensors = {  # copies: tied weights share memory, and are written once for each name
-        name: value.detach().to("cpu", copy=True, memory_format=form)
-        for name, value in tensors.items()
-    }
+    tensors = copies(tensors)  # tied weights share memory, and are written once for each name
     data = save(tensors)
     parse_header(data[8 : header_end(data[:8], len(data))], len(data))
     check_numbers(tensors)
@@ -119,6 +96,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     parsed(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_all({path: data, path.with_suffix(".json"): text})
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to contiguous memory of the CPU."""
+    form = torch.contiguous_format
+    return {k: v.detach().to("cpu", copy=True, memory_format=form) for k, v in tensors.items()}
 
 
 def record_hash(record: Mapping[str, Any]) -> str:
@@ -205,10 +188,8 @@ def checked_bytes(saved: Saved) -> bytes:
         check_memory(size)
         data = file.read(saved.size + 1)
         if hashlib.sha256(data).hexdigest() != saved.record["sha256"]:
-            raise ValueError(
-                f"truncated, damaged, or not the file of {saved.path.stem}.json: its SHA-256 "
-                f"differs from the record"
-            )
+            record = f"{saved.path.stem}.json, which has another SHA-256"
+            raise ValueError(f"truncated, damaged, or not the file of {record}")
     return data
 
 
@@ -236,8 +217,8 @@ def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
 def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
     """Turn every exception raised inside into a BadFile of `path`.
 
-    Every exception, not a list of them: it is nowhere documented what torch or a constructor raises
-    at a number far outside its range.
+    Every exception, not a list of them: the exceptions that torch and constructors raise at numbers
+    far outside their range are not documented.
     """
     try:
         yield
@@ -354,18 +335,15 @@ def parse_entry(name: str, entry: Any) -> tuple[str, Tensor, int, int]:
         raise ValueError(f"tensor {name!r} has the shape {shape!r:.80}")
     if not naturals(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has the data_offsets {offsets!r:.80}")
-    count = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != count:
-        found = offsets[1] - offsets[0]
+    count, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
+    if found != count:
         raise ValueError(f"tensor {name!r} of {shape!r:.80} needs {count} bytes; got {found}")
     return name, torch.empty(shape, dtype=dtype, device="meta"), offsets[0], offsets[1]
 
 
 def naturals(value: Any) -> bool:
     """True for a list of integers in [0, 2^63)."""
-    return isinstance(value, list) and (
-        not value or (set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**63)
-    )
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
@@ -382,9 +360,6 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None
     """Refuse tensors whose names, shapes or dtypes are not the wanted ones."""
     check_names("tensor", found, wanted)
     for name, like in wanted.items():
-        value = found[name]
-        if value.shape != like.shape or value.dtype != like.dtype:
-            raise ValueError(
-                f"tensor {name!r} must be {tuple(like.shape)} of {like.dtype}; "
-                f"got {tuple(value.shape)} of {value.dtype}"
-            )
+        right, got = (f"{tuple(value.shape)} of {value.dtype}" for value in (like, found[name]))
+        if got != right:
+            raise ValueError(f"tensor {name!r} must be {right}; got {got}")

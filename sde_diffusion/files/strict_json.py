@@ -11,12 +11,9 @@ __all__ = ["near", "parsed", "plain", "printable", "shown"]
 
 LIMIT = 4 * 2**20  # bytes
 
-
 DEPTH = 20  # brackets within brackets
 
-
 BRACKETS = 100_000  # in all
-
 
 DIGITS = 40  # of an integer; a seed has up to 39
 
@@ -28,16 +25,9 @@ def parsed(data: bytes) -> Any:
     if data.count(b"[") + data.count(b"{") > BRACKETS:
         raise ValueError(f"more than {BRACKETS:,} lists and objects")
     try:
-        value = json.loads(
-            data.decode(),
-            object_pairs_hook=distinct,
-            parse_int=parse_integer,
-            parse_float=finite,
-            parse_constant=finite,
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not JSON (no UTF-8 at byte {error.start})") from None
-    except json.JSONDecodeError as error:
+        kinds = {"parse_int": parse_integer, "parse_float": finite, "parse_constant": finite}
+        value = json.loads(data.decode(), object_pairs_hook=distinct, **kinds)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not JSON ({error})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None

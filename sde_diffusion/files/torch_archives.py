@@ -26,15 +26,11 @@ __all__ = ["import_weights", "rename"]
 
 MEMBERS = 10_000  # of an archive
 
-
 PICKLE = 16 * 2**20  # bytes of the pickle, which holds names and shapes but no numbers
-
 
 OPERATIONS = 500_000  # of the pickle; a tensor takes about 40
 
-
 SLACK = 2**20  # bytes of an archive that are not numbers
-
 
 # The names in the pickle of a state dict; others that torch allows may allocate any memory.
 NAMES = re.compile(
@@ -62,10 +58,8 @@ def import_weights(
         storage.check_memory(size)
         start = file.read(4)
         if start != b"PK\x03\x04" and sha256 is None:
-            raise ValueError(
-                "not a zip archive of torch.save; a file from before version 1.6 has no checksums: "
-                "give sha256= if you know its source"
-            )
+            advice = "if it is from before version 1.6 and you know its source, give sha256="
+            raise ValueError(f"not a zip archive of torch.save, which has checksums; {advice}")
         data = start + file.read(size)
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256.lower():
@@ -78,29 +72,27 @@ def import_weights(
 def unpacked(data: bytes) -> Any:
     """Return the tensors and dicts of bytes that were checked, or whose SHA-256 was given."""
     try:
-        return torch.load(  # noqa: TID251  the one place: by explicit call, and weights_only
-            io.BytesIO(data), map_location="cpu", weights_only=True
-        )
+        # The one place that reads a pickle: by explicit call, and weights_only.
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # its message advises to load the file unprotected
         name = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"holds {name[1]!r:.80}, which is not loaded: only tensors in dicts are"
-            if name
-            else f"torch cannot read it ({type(error).__name__})"
-        ) from None
+        unreadable = f"torch cannot read it ({type(error).__name__})"
+        raise ValueError(not_loaded(name[1]) if name else unreadable) from None
+
+
+def not_loaded(name: str) -> str:
+    """The message for a name in a pickle that no state dict has."""
+    return f"holds {name!r:.80}, which is not loaded: only tensors in dicts are"
 
 
 def checked_archive(data: bytes) -> bytes:
     """Return a new archive of the members, whose checksums and sizes are checked."""
     clean = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(data)) as archive,
-        zipfile.ZipFile(clean, "w", zipfile.ZIP_STORED) as copy,
-    ):
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(clean, "w") as copy:
         members = archive.infolist()
         check_members(members, len(data))
         for member in members:
-            content = archive.read(member)  # checks the CRC-32
+            content = archive.read(member)  # checks the CRC-32, and refuses an encrypted member
             if member.filename.endswith("/data.pkl"):
                 check_pickle(content)
             copy.writestr(zipfile.ZipInfo(member.filename), content)
@@ -108,7 +100,7 @@ def checked_archive(data: bytes) -> bytes:
 
 
 def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
-    """Refuse archives that torch.save does not write: compressed, encrypted, ambiguous."""
+    """Refuse archives that torch.save does not write: compressed or ambiguous."""
     if len(members) > MEMBERS:
         raise ValueError(f"an archive must have at most {MEMBERS:,} members; got {len(members):,}")
     for member in members:
@@ -117,8 +109,6 @@ def check_members(members: list[zipfile.ZipInfo], size: int) -> None:
             raise ValueError(f"a member must have a plain name in a folder; got {name!r:.80}")
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise ValueError(f"member {name!r:.80} is compressed; torch.save does not compress")
-        if member.flag_bits & 0x1:
-            raise ValueError(f"member {name!r:.80} is encrypted")
     names = [member.filename.casefold() for member in members]
     if len(set(names)) < len(names):
         raise ValueError("members must have distinct names")
@@ -141,8 +131,7 @@ def check_pickle(content: bytes) -> None:
         if operation.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
             raise ValueError(f"data.pkl has the operation {operation.name}, not of torch.save")
         if operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
-            name = str(argument).replace(" ", ".")
-            raise ValueError(f"holds {name!r:.80}, which is not loaded: only tensors in dicts are")
+            raise ValueError(not_loaded(str(argument).replace(" ", ".")))
 
 
 def entry_of(loaded: Any, key: str | None) -> dict[Any, Any]:
@@ -161,25 +150,22 @@ def entry_of(loaded: Any, key: str | None) -> dict[Any, Any]:
 
 def tensors_of(found: dict[Any, Any], size: int) -> dict[str, Tensor]:
     """Return contiguous copies of the entries, which must be plain tensors of finite numbers."""
-    parts = [
-        name for name, value in found.items() if isinstance(name, str) and dict_of_tensors(value)
-    ]
+    dicts = [k for k, v in found.items() if isinstance(k, str) and dict_of_tensors(v)]
     total = 0
     for name, value in found.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
             raise ValueError(f"names must be printable, of 200 letters at most; got {name!r:.80}")
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:
-            hint = f"; give the key of a dict: {', '.join(parts[:10]):.300}" if parts else ""
+            hint = f"; give the key of a dict: {', '.join(dicts[:10]):.300}" if dicts else ""
             raise ValueError(f"{name!r} must be a tensor; got a {type(value).__name__}{hint}")
         if value.dtype not in storage.DTYPES.values():
             raise ValueError(f"tensor {name!r} has the unknown dtype {value.dtype}")
         total += math.prod(value.shape) * value.dtype.itemsize
         if total > 2 * size + SLACK:  # twice, as tied weights are stored once
             raise ValueError(f"its tensors take more than twice the {size:,} bytes of the file")
-    copies = {name: value.detach().clone(memory_format=torch.contiguous_format)
-              for name, value in found.items()}  # fmt: skip
-    storage.check_numbers(copies)
-    return copies
+    tensors = storage.copies(found)
+    storage.check_numbers(tensors)
+    return tensors
 
 
 def dict_of_tensors(value: Any) -> bool:

@@ -37,12 +37,9 @@ __all__ = ["ROOT", "WHOLE", "Brownian", "child", "rotated", "share", "span"]
 # Each normal is drawn by a code.
 WHOLE = mixed(1)  # the increment of the whole path
 
-
 ROOT = mixed(2)  # the first split of the path
 
-
 FREE = mixed(3)  # intervals without length: this code and the following ones
-
 
 # An interval that holds more grid times than this is split at its middle, any other at a grid time.
 # On a mixture, 20 and 40 steps of SDE-DPM-Solver++ 2M differ by this share of the difference of two

@@ -12,27 +12,14 @@ import torch
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-__all__ = [
-    "GAMMA",
-    "WORDS",
-    "counters",
-    "mixed",
-    "mixed_",
-    "normals",
-    "row_keys",
-    "signed",
-    "uniforms",
-]
+__all__ = ["normals", "row_keys", "uniforms"]
 
 # SplitMix64 (Steele, Lea & Flood 2014): the k-th word of a stream is mixed(key + k GAMMA).
 GAMMA = 0x9E3779B97F4A7C15
 
-
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
-
 LAST = 31
-
 
 WORDS = 2**64
 

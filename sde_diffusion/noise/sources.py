@@ -58,9 +58,8 @@ class Noise(Protocol):
 def check_seeds(seeds: Sized, like: Tensor) -> None:
     """Refuse a number of seeds that is not the number of samples."""
     if len(seeds) != len(like):
-        raise ValueError(
-            f"seeds must hold one seed per sample; got {len(seeds)} for a batch of {len(like)}"
-        )
+        got = f"{len(seeds)} for a batch of {len(like)}"
+        raise ValueError(f"seeds must hold one seed per sample; got {got}")
 
 
 class Generated:
@@ -74,20 +73,17 @@ class Generated:
         if generator is None:
             generator = torch.Generator()
             generator.seed()
-        self.generator = validate.kind(
-            "generator", generator, "a torch.Generator; for a number use seeds=", "device", "seed"
-        )
+        what = "a torch.Generator; for a number use seeds="
+        self.generator = validate.kind("generator", generator, what, "device", "seed")
 
     def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
-        draw = torch.randn(
-            like.shape, generator=self.generator, dtype=like.dtype, device=self.generator.device
-        )
+        device = self.generator.device
+        draw = torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=device)
         return draw.to(like.device)
 
     def entropy(self) -> int:
         """Draw a seed for a library with its own generator."""
-        low, high = 0, 2**62
-        draw = torch.randint(low, high, (), generator=self.generator, device=self.generator.device)
+        draw = torch.randint(2**62, (), generator=self.generator, device=self.generator.device)
         return int(draw)
 
 

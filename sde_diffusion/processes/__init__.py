@@ -1,13 +1,7 @@
 """*How data becomes noise.* Each process is two formulas; `process.py` derives the rest."""
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
-from sde_diffusion.processes.discrete import (
-    Discrete,
-    Interpolated,
-    continuous,
-    discretize,
-    kernel_variances,
-)
+from sde_diffusion.processes.discrete import Discrete, Interpolated, continuous, discretize
 from sde_diffusion.processes.level import Level, Scalar, double, forward_kernel
 from sde_diffusion.processes.process import Process, VariancePreserving
 
@@ -30,7 +24,6 @@ __all__ = [
     "discretize",
     "double",
     "forward_kernel",
-    "kernel_variances",
 ]
 
 # At their published parameters: tests, certificates, docs and the command line run over these.

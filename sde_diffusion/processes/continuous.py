@@ -30,9 +30,7 @@ class LinearRate(Process):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta_min <= self.beta_max:
-            raise ValueError(
-                f"beta_min must be at most beta_max; got {self.beta_min} and {self.beta_max}"
-            )
+            raise ValueError(f"beta_min must be at most beta_max; got {self}")
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -self.beta_min * t / 2 - (self.beta_max - self.beta_min) * t**2 / 4
@@ -66,6 +64,8 @@ class SubVP(LinearRate):
     The alpha of VP, and sigma = 1 - alpha^2, the square of VP's; g(0) = 0.
     """
 
+    even_times = True
+
     def variance(self, t: Tensor) -> Tensor:
         return torch.expm1(2 * self.log_alpha(t)) ** 2
 
@@ -77,10 +77,6 @@ class SubVP(LinearRate):
     def inverse(self, log_snr: Tensor) -> Tensor:
         """sigma / alpha = 1 / alpha - alpha = 2 sinh(-log alpha)."""
         return self._time_at(-torch.asinh((-log_snr / 2).exp() / 2))
-
-    @property
-    def even_times(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -206,9 +202,7 @@ class VE(VarianceExploding):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"sigma_min must be below sigma_max; got {self.sigma_min} and {self.sigma_max}"
-            )
+            raise ValueError(f"sigma_min must be below sigma_max; got {self}")
 
     @property
     def growth(self) -> float:

@@ -178,9 +178,7 @@ class Discrete(Interpolated):
         Score do not determine x0: train V or X0.
         """
         if self.num_steps == 1:
-            raise ValueError(
-                "num_steps must be at least 2 for zero terminal SNR; got a chain of 1 step"
-            )
+            raise ValueError("num_steps must be at least 2 for zero terminal SNR; got 1 step")
         alpha = self.table.exp()
         scale = alpha[1] / (alpha[1] - alpha[-1])
         alpha = torch.cat([alpha[:1], (alpha[1:] - alpha[-1]) * scale])
@@ -224,27 +222,22 @@ def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, 
     except (TypeError, ValueError):
         raise ValueError(f"betas must be a 1-D sequence of floats; got {given!r:.80}") from None
     if betas.ndim != 1 or not len(betas) or not betas.is_floating_point():
-        raise ValueError(
-            f"betas must be a non-empty 1-D sequence of floats; "
-            f"got shape {tuple(betas.shape)}, {betas.dtype}"
-        )
+        got = f"shape {tuple(betas.shape)}, {betas.dtype}"
+        raise ValueError(f"betas must be a non-empty 1-D sequence of floats; got {got}")
     betas = betas.to(torch.float64)
     allowed = (betas > 0) & (betas < 1)
     allowed[-1] |= betas[-1] == 1
     if not bool(allowed.all()):
-        i = int((~allowed).nonzero()[0]) + 1
-        raise ValueError(
-            f"betas must lie in (0, 1), the last one in (0, 1]; got beta_{i} = {betas[i - 1]:g}"
-        )
+        i = int((~allowed).nonzero()[0])
+        got = f"beta_{i + 1} = {betas[i]:g}"
+        raise ValueError(f"betas must lie in (0, 1), the last one in (0, 1]; got {got}")
     return tuple(betas.tolist())
 
 
 def rising(num_steps: int, low: float, high: float, power: int = 1) -> Tensor:
     """num_steps betas whose roots of order `power` are evenly spaced."""
     if not low <= high < 1:
-        raise ValueError(
-            f"beta_min and beta_max must be 0 < beta_min <= beta_max < 1; got {low} and {high}"
-        )
+        raise ValueError(f"betas must keep 0 < beta_min <= beta_max < 1; got {low} and {high}")
     ends = low ** (1 / power), high ** (1 / power)
     return torch.linspace(*ends, num_steps, dtype=torch.float64) ** power
 
@@ -271,23 +264,17 @@ def discretize(
     log_alpha = process.log_alpha(t)
     total = torch.exp(2 * log_alpha) + process.variance(t)
     if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12):
-        raise ValueError(
-            f"process must be variance-preserving, the limit of a DDPM chain; got {process!r:.80}"
-        )
-    if rule == "euler" and process.t_max < 1:
-        raise ValueError(
-            f"rule must be 'exact' for {type(process).__name__}, whose drift is defined on "
-            f"[0, {process.t_max}]; got 'euler'"
-        )
-    if rule == "euler":
-        betas = -2 * process.drift(t[1:]) / num_steps
-    else:
+        raise ValueError(f"process must be variance-preserving; got {process!r:.80}")
+    if rule == "exact":
         betas = kernel_variances(log_alpha)
+    elif process.t_max < 1:
+        drift = f"{type(process).__name__}, whose drift is defined on [0, {process.t_max}]"
+        raise ValueError(f"rule must be 'exact' for {drift}; got 'euler'")
+    else:
+        betas = -2 * process.drift(t[1:]) / num_steps
     if bool((betas[:-1] >= 1).any()) or bool(betas[-1] > 1):
-        raise ValueError(
-            f"num_steps must be large enough for beta < 1 by rule {rule!r}; got {num_steps}, where "
-            f"beta = {betas.max():.3g}; take more steps"
-        )
+        got = f"{num_steps}, where beta = {betas.max():.3g}"
+        raise ValueError(f"num_steps must be so large that beta < 1; got {got}; take more steps")
     return Discrete(tuple(betas.tolist()))
 
 

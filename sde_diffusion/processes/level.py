@@ -11,19 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Level",
-    "Scalar",
-    "coordinates",
-    "double",
-    "enter",
-    "forward_kernel",
-    "leave",
-    "log_snr_at",
-    "per_sample",
-    "posterior_kernel",
-    "u_at",
-]
+__all__ = ["Level", "Scalar", "double", "forward_kernel", "posterior_kernel"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)

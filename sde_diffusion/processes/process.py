@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,14 @@ IS_PROCESS = Kind("a Process such as VP()", "log_alpha", "variance")
 
 @dataclass(frozen=True)
 class Process(validate.Checked, ABC):
-    """A linear-Gaussian noising process. Subclasses define `log_alpha` and `variance`."""
+    """A linear-Gaussian noising process. Subclasses define `log_alpha` and `variance`.
+
+    Attributes:
+        even_times: True if noise grows so evenly that equally spaced times are a good grid.
+            Elsewhere the usual grid has the levels of Karras et al. 2022 (see grids.Usual).
+    """
+
+    even_times: ClassVar[bool] = False
 
     @property
     def t_max(self) -> float:
@@ -43,14 +51,6 @@ class Process(validate.Checked, ABC):
     def prior_std(self) -> float:
         """Sampling starts from N(0, prior_std^2 I)."""
         return 1.0
-
-    @property
-    def even_times(self) -> bool:
-        """True if noise grows so evenly that equally spaced times are a good grid.
-
-        Elsewhere the usual grid has the levels of Karras et al. 2022 (see grids.Usual).
-        """
-        return False
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -140,11 +140,9 @@ class Process(validate.Checked, ABC):
             return times
         found = (times * n).round() / n
         if len(found.unique()) < len(times):
-            begin = float(times[0])
-            raise ValueError(
-                f"steps must be at most {round(begin * n)} on a chain of {n} from t={begin:g}; got "
-                f"{len(times) - 1}; use grid=grids.Uniform() to go between its times"
-            )
+            most = f"{round(float(times[0]) * n)} on a chain of {n} from t={float(times[0]):g}"
+            advice = "use grid=grids.Uniform() to go between its times"
+            raise ValueError(f"steps must be at most {most}; got {len(times) - 1}; {advice}")
         return found
 
     # ---- levels and batches ------------------------------------------------------------------
@@ -160,9 +158,7 @@ class Process(validate.Checked, ABC):
         validate.batch("like", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
-            raise ValueError(
-                f"t must have shape () or ({len(like)},) for this batch; got {tuple(t.shape)}"
-            )
+            raise ValueError(f"t must have shape () or ({len(like)},); got {tuple(t.shape)}")
         shape = t.shape + (1,) * (like.ndim - t.ndim)
         device, dtype = like.device, like.dtype
         exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot separate 998 from 1000
@@ -181,11 +177,8 @@ class Process(validate.Checked, ABC):
     def rated_levels(self, times: Tensor) -> list[Level[float]]:
         """`levels` with f and g^2, which cost a differentiation."""
         f, g2 = self.rates(double(times))
-        rates = zip(f.tolist(), g2.tolist(), strict=True)
-        return [
-            level._replace(rates=each)
-            for level, each in zip(self.levels(times), rates, strict=True)
-        ]
+        rated = zip(self.levels(times), f.tolist(), g2.tolist(), strict=True)
+        return [level._replace(rates=(drift, power)) for level, drift, power in rated]
 
     def level_at(self, u: float) -> Level[float]:
         """The level at which sigma / (alpha + sigma) = u."""
@@ -262,10 +255,13 @@ class Process(validate.Checked, ABC):
     def _where_defined(self, t: Scalar) -> Tensor:
         """t in float64, if drift and diffusion are defined there."""
         last = self.t_max + SLACK if self.t_max < 1 else math.inf
+        return within(t, last, self.rates_domain)
+
+    @property
+    def rates_domain(self) -> str:
+        """The rule of times for drift and diffusion, for messages."""
         name = type(self).__name__
-        return within(
-            t, last, f"drift and diffusion of {name} are defined for t in [0, {self.t_max}]"
-        )
+        return f"drift and diffusion of {name} are defined for t in [0, {self.t_max}]"
 
     def _fields(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = within(t, 1.0, "times must lie in [0, 1]").detach()
@@ -288,19 +284,15 @@ class Process(validate.Checked, ABC):
         g2 = slope - 2 * f * variance
         rounding = 1e-9 * (slope.abs() + (2 * f * variance).abs())
         if t.device.type == "cpu" and bool((g2 < -rounding).any()):
-            where = t[g2 < -rounding].flatten()[0].item()
-            raise ValueError(
-                f"log_snr of {type(self).__name__} must decrease in t; it rises at t={where}"
-            )
+            name, where = type(self).__name__, t[g2 < -rounding].flatten()[0].item()
+            raise ValueError(f"log_snr of {name} must decrease in t; it rises at t={where}")
         return f, g2.clamp(min=0)
 
 
 class VariancePreserving(Process):
     """sigma^2 = 1 - alpha^2: one formula is enough."""
 
-    @property
-    def even_times(self) -> bool:
-        return True
+    even_times = True
 
     def variance(self, t: Tensor) -> Tensor:
         return self._formulas(t)[1]

@@ -21,10 +21,7 @@ from torch import Tensor
 
 from sde_diffusion.grids import Grid, Power
 from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.samplers.sampler import Claims, finest
+from sde_diffusion.samplers.sampler import Claims, Level, Model, Noise, finest
 from sde_diffusion.validate import Checked, Count, Integer, Positive, arguments
 
 __all__ = ["Adams", "adams_weights"]
@@ -88,9 +85,9 @@ class Adams(Checked):
     ) -> "Adams":
         """The setting with the least error at this number of calls.
 
-        Used as `sample(..., Adams.auto(n), x, steps=n)`. From the first row of a table with at
-        least so many calls; experiments/adams_table.py derives the table on mixtures and can be
-        run on other data.
+        Used as `sample(..., Adams.auto(n), x, steps=n)`. The setting is the first row of a table
+        with at least this number of calls; experiments/adams_table.py derives the table on
+        mixtures and can be run on other data.
         """
         table = STRAIGHT if frame == Straight() else GAUSSIAN
         k, p, start = table[min((n for n in table if n >= calls), default=max(table))]

@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.grids import Ends, Grid, frames
+from sde_diffusion.grids import Ends, frames
 from sde_diffusion.grids.frames import IS_FRAME
 from sde_diffusion.models.model import Model, select
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Scalar, double
-from sde_diffusion.processes.level import coordinates
+from sde_diffusion.processes.level import Level, Scalar, coordinates, double
 from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, finest, over
 from sde_diffusion.validate import Checked, Choice, Count, Integer, Positive
 
@@ -77,13 +76,8 @@ class AdaptiveODE(Checked):
     max_calls: Count = 10_000
     return_partial: Annotated[bool, Choice(True, False)] = False
 
-    @property
-    def claims(self) -> Claims:
-        return Claims(order=None, adaptive=True)
-
-    @property
-    def grid(self) -> Grid:
-        return Ends()
+    claims = Claims(order=None, adaptive=True)
+    grid = Ends()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -216,8 +210,7 @@ class ODEWalk:
         done = kept & near & (good | (rest <= solver.SPECK * (solver.atol + solver.rtol)))
 
         self.calls += 1
-        self.front = Front(
-            samples=front.samples,
+        self.front = front._replace(
             z=torch.where(over(kept, corrected), corrected, front.z),
             u=at,
             h=self.bounded(front.h * self.change(ratio, front.ratio, order), at),
@@ -264,10 +257,8 @@ class ODEWalk:
         basis = lagrange(front.nodes, used, self.rule.places(front.u, self.end))
         weights = self.rule.integral(basis, front.u, self.end)
         self.out[front.samples] = plus(front.z, weights, front.slopes)
-        self.report.calls[front.samples] = self.calls
-        self.report.rejections[front.samples] = front.rejections
-        self.report.error[front.samples] = front.error
-        self.report.finished[front.samples] = done[index]
+        record = self.calls, front.rejections, front.error, done[index]
+        self.report.record(front.samples, *record)
 
     def slope(self, z: Tensor, u: Tensor) -> Tensor:
         """dz/du of samples, each at its own level."""

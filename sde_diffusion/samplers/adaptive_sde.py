@@ -27,22 +27,13 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from sde_diffusion.grids import Ends, Grid
+from sde_diffusion.grids import Ends
 from sde_diffusion.models.model import Model, select
-from sde_diffusion.noise.brownian import (
-    ROOT,
-    WHOLE,
-    Brownian,
-    Interval,
-    child,
-    rotated,
-    share,
-    span,
-)
+from sde_diffusion.noise import Brownian
+from sde_diffusion.noise.brownian import ROOT, WHOLE, Interval, child, rotated, share, span
 from sde_diffusion.noise.counter import mixed_, normals, signed
 from sde_diffusion.noise.sources import Generated, Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
+from sde_diffusion.processes.level import Level, coordinates, enter, leave, log_snr_at
 from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, over
 from sde_diffusion.validate import Checked, Choice, Count, Positive
 
@@ -79,13 +70,8 @@ class AdaptiveSDE(Checked):
     max_calls: Count = 10_000
     return_partial: Annotated[bool, Choice(True, False)] = False
 
-    @property
-    def claims(self) -> Claims:
-        return Claims(order=None, noise=True, adaptive=True)
-
-    @property
-    def grid(self) -> Grid:
-        return Ends()
+    claims = Claims(order=None, noise=True, adaptive=True)
+    grid = Ends()
 
     def step(
         self,
@@ -123,10 +109,8 @@ def keys_of(noise: Noise, x: Tensor) -> Tensor:
     if isinstance(noise, Brownian):
         return noise.keys.to(x.device)
     if not isinstance(noise, Generated):
-        raise ValueError(
-            "noise must be left out for AdaptiveSDE, which refines its path; give seeds= or "
-            "generator="
-        )
+        advice = "it refines its path; give seeds= or generator="
+        raise ValueError(f"noise must be left out for AdaptiveSDE; {advice}")
     source = noise.generator
     keys = torch.randint(-(2**63), 2**63 - 1, (len(x),), generator=source, device=source.device)
     return keys.to(x.device)
@@ -240,9 +224,8 @@ class SDEWalk:
             place = self.top - count
             further = self.low[place.clamp(min=0), each]
             (more,) = torch.where((place >= 0) & (span(self.u, further) <= self.longest))
-            z[more] = both(
-                z[more], self.z[place[more], more], self.u[more], low[more], further[more]
-            )
+            parts = z[more], self.z[place[more], more]
+            z[more] = both(*parts, self.u[more], low[more], further[more])
             low[more] = further[more]
             count[more] += 1
             joined = len(more) > 0
@@ -276,10 +259,8 @@ class SDEWalk:
         """Record y as the result of these samples and remove them."""
         rows, left = self.rows[gone], ~gone
         self.made[rows] = y[gone]
-        self.report.calls[rows] = self.calls
-        self.report.rejections[rows] = self.rejections[gone]
-        self.report.error[rows] = self.squares[gone].sqrt()
-        self.report.finished[rows] = finished
+        record = self.calls, self.rejections[gone], self.squares[gone].sqrt(), finished
+        self.report.record(rows, *record)
         for name in self.ROWS:
             setattr(self, name, getattr(self, name)[left])
         for name in self.STACKS:
@@ -289,20 +270,16 @@ class SDEWalk:
     def give_up(self) -> None:
         """At max_calls, raise SolverError, or extrapolate along the path if return_partial."""
         if not self.solver.return_partial:
-            raise SolverError(
-                f"{self.where(self.u)}: max_calls reached by {len(self.rows)} of "
-                f"{len(self.made)} samples; next step {float(self.longest[0]):.2g} in kappa"
-            )
-        high, end = self.u, torch.full_like(self.u, self.end)
-        z = torch.zeros_like(self.y)
-        for place in range(len(self.low) - 1, -1, -1):
-            ahead = self.top >= place
-            low = torch.where(ahead, self.low[place], high)
-            part = over(share(high, low, self.u, end).sqrt(), z) * self.z[place]
-            z = torch.where(over(ahead, z), z + part, z)
-            high = low
-        everyone = torch.ones_like(self.top).bool()
-        self.leave(everyone, self.predicted(end, z)[0], finished=False)
+            who = f"{len(self.rows)} of {len(self.made)} samples"
+            step = f"next step {float(self.longest[0]):.2g} in kappa"
+            raise SolverError(f"{self.where(self.u)}: max_calls reached by {who}; {step}")
+        end, z = torch.full_like(self.u, self.end), torch.zeros_like(self.y)
+        place = torch.arange(len(self.low), device=self.top.device)[:, None]
+        high = torch.where(place == self.top, self.u, self.low.roll(-1, 0))
+        weight = share(high, self.low, self.u, end).sqrt().where(place <= self.top, 0)
+        for part in (over(weight, self.z) * self.z).flip(0):  # in order: zeros change no bit
+            z = z + part
+        self.leave(self.top >= 0, self.predicted(end, z)[0], finished=False)
 
     def where(self, u: Tensor) -> str:
         """The solver and the place of the first of these samples, for a message."""

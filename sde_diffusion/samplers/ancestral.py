@@ -6,12 +6,9 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from sde_diffusion.grids import Grid, Usual
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import forward_kernel, posterior_kernel
-from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.grids import Usual
+from sde_diffusion.processes.level import Level, forward_kernel, posterior_kernel
+from sde_diffusion.samplers.sampler import Claims, Memory, Model, Noise
 from sde_diffusion.validate import Checked, Choice, Share
 
 __all__ = ["Ancestral"]
@@ -40,6 +37,8 @@ class Ancestral(Checked):
     variance: Annotated[Literal["posterior", "beta"], Choice("posterior", "beta")] = "posterior"
     eta: Share = 1.0
 
+    grid = Usual()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variance == "beta" and self.eta != 1:
@@ -48,10 +47,6 @@ class Ancestral(Checked):
     @property
     def claims(self) -> Claims:
         return Claims(order=1, noise=self.eta > 0)
-
-    @property
-    def grid(self) -> Grid:
-        return Usual()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,

@@ -13,11 +13,8 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import forward_kernel
-from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
+from sde_diffusion.processes.level import Level, forward_kernel
+from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Model, Noise, Sampler
 from sde_diffusion.validate import Checked, Count, NonNegative, Number, Positive
 
 __all__ = ["Churn", "Langevin"]
@@ -127,10 +124,8 @@ class Churn(Checked):
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         up = 1 + self.gamma(t, s)
-        if up == 1:
-            return self.sampler.step(model, x, t, s, noise, memory)
-        above = model.process.level_at(up * t.sigma / (t.alpha + up * t.sigma))
-        if above.log_snr >= t.log_snr:  # the process ends here
+        above = t if up == 1 else model.process.level_at(up * t.sigma / (t.alpha + up * t.sigma))
+        if above.log_snr >= t.log_snr:  # no noise is added here, or the process ends here
             return self.sampler.step(model, x, t, s, noise, memory)
         a, b = forward_kernel(t, above)
         higher = (x * a).add_(noise(above.t, t.t, x), alpha=b * self.s_noise)

@@ -10,11 +10,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from sde_diffusion.grids import FromTMax, Grid
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
-from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.grids import FromTMax
+from sde_diffusion.processes import Process
+from sde_diffusion.samplers.sampler import Claims, Level, Memory, Model, Noise
 
 __all__ = ["EulerMaruyama"]
 
@@ -23,13 +21,8 @@ __all__ = ["EulerMaruyama"]
 class EulerMaruyama:
     """x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z, in every step, the last included."""
 
-    @property
-    def claims(self) -> Claims:
-        return Claims(order=1, noise=True, rates=True)
-
-    @property
-    def grid(self) -> Grid:
-        return FromTMax()
+    claims = Claims(order=1, noise=True, rates=True)
+    grid = FromTMax()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -52,9 +45,6 @@ def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: tuple[float, 
     """-(f x - g^2 score), the rate of x as t decreases."""
     process = model.process
     if not t.t <= process.t_max:
-        raise ValueError(
-            f"drift and diffusion of {type(process).__name__} are defined for t in "
-            f"[0, {process.t_max}]; got t={t.t}; start the grid there"
-        )
+        raise ValueError(f"{process.rates_domain}; got t={t.t}; start the grid there")
     f, g2 = rates
     return model(x, t).score.mul_(g2).sub_(x, alpha=f)

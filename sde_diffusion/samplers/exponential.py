@@ -18,14 +18,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sde_diffusion.grids import Grid, Power
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.samplers.sampler import Claims
+from sde_diffusion.samplers.sampler import Claims, Level, Model, Noise, finest
 from sde_diffusion.validate import Checked, Integer, Number, Share
 
 __all__ = ["DPMSolver", "VelocityMultistep"]
@@ -198,8 +194,7 @@ def remembered(x0: Tensor, t: Level[float], memory: Estimates | None, k: int) ->
     """The last k estimates with the new one; of two at levels equal up to rounding, the newer."""
     here, nodes, estimates = t.log_snr / 2, (), ()
     if memory is not None:
-        finest = torch.finfo(torch.promote_types(x0.dtype, torch.float32)).eps
-        apart = here - memory.half_log_snr[0] > finest
+        apart = here - memory.half_log_snr[0] > finest(x0.dtype)
         nodes, estimates = memory.half_log_snr[not apart :], memory.x0[not apart :]
     return Estimates((here, *nodes)[:k], (x0, *estimates)[:k])
 

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.grids import Ends, Grid
-from sde_diffusion.models.model import Model
+from sde_diffusion.grids import Ends
 from sde_diffusion.noise.sources import Generated, Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import enter, leave
+from sde_diffusion.processes.level import Level, coordinates, enter, leave
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, rates_at, reverse_drift
-from sde_diffusion.samplers.sampler import Claims, Memory, SolverError
+from sde_diffusion.samplers.sampler import Claims, Memory, Model, SolverError
 from sde_diffusion.validate import Checked, Choice, Count, Positive
 
 __all__ = ["CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
@@ -36,18 +34,12 @@ class AdaptiveSolver(Checked, ABC):
     LARGEST_STEP: ClassVar = 0.125
     SAFETY: ClassVar = 0.3
 
-    method: str
     rtol: float
     atol: float
     max_calls: int
 
-    @property
-    def claims(self) -> Claims:
-        return Claims(order=None, adaptive=True)
-
-    @property
-    def grid(self) -> Grid:
-        return Ends()
+    claims = Claims(order=None, adaptive=True)
+    grid = Ends()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -86,11 +78,9 @@ class TorchODE(AdaptiveSolver):
         max_calls: limit of network calls.
     """
 
-    ADAPTIVE: ClassVar = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
-    FIXED: ClassVar = (
-        "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"
-    )  # fmt: skip
-    METHODS: ClassVar = ADAPTIVE + FIXED
+    ADAPTIVE = ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun")
+    FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+    METHODS = ADAPTIVE + FIXED
 
     method: Annotated[str, Choice(*METHODS)] = "dopri5"
     rtol: Positive = 1e-5
@@ -103,7 +93,7 @@ class TorchODE(AdaptiveSolver):
         real = torch.float32 if y.device.type == "mps" else torch.float64
         span = torch.tensor([start, end], dtype=real, device=y.device)
         options = None
-        if self.method in self.ADAPTIVE:  # which else overstep the end and interpolate
+        if self.method in self.ADAPTIVE:  # otherwise they overstep the end and interpolate
             options = {"step_t": span[1:], "max_step": self.LARGEST_STEP, "dtype": real}
         rtol, atol = self.SAFETY * self.rtol, self.SAFETY * self.atol
         try:
@@ -123,7 +113,7 @@ class ScipyODE(AdaptiveSolver):
         max_calls: limit of network calls.
     """
 
-    METHODS: ClassVar = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
+    METHODS = ("RK45", "RK23", "DOP853", "Radau", "BDF", "LSODA")
 
     method: Annotated[str, Choice(*METHODS)] = "DOP853"
     rtol: Positive = 1e-8
@@ -182,28 +172,22 @@ class TorchSDE(Checked):
 
     method: Annotated[str, Choice("euler", "milstein", "srk")] = "euler"
 
-    @property
-    def claims(self) -> Claims:
-        return EulerMaruyama().claims
-
-    @property
-    def grid(self) -> Grid:
-        """The grid of EulerMaruyama."""
-        return EulerMaruyama().grid
+    claims, grid = EulerMaruyama.claims, EulerMaruyama.grid
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        from torchsde import sdeint
+
         if not x.numel():
             return x.clone(), None
-        if self.method == "srk":
-            brownian = torchsde_path(self, noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "additive")
-        else:
-            brownian = Increment(noise, x, t, s)
-            sde = ReverseSDE(model, x, t, "diagonal")
-        return integrate(sde, x, t, s, brownian, self.method), None
+        srk = self.method == "srk"
+        sde = ReverseSDE(model, x, t, "additive" if srk else "diagonal")
+        brownian: Any = torchsde_path(self, noise, x, t, s) if srk else Increment(noise, x, t, s)
+        y, ts = coordinates(x), torch.tensor([-t.t, -s.t], dtype=torch.float64)
+        path = sdeint(sde, y, ts, bm=brownian, method=self.method, dt=t.t - s.t)
+        return path[-1].reshape(x.shape), None
 
 
 class ReverseSDE:
@@ -215,13 +199,7 @@ class ReverseSDE:
 
     sde_type = "ito"
 
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        start: Level[float],
-        noise_type: str,
-    ) -> None:
+    def __init__(self, model: Model, x: Tensor, start: Level[float], noise_type: str) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
         self.last: tuple[float, Tensor, Tensor] | None = None
         self.levels = {start.t: start}
@@ -255,8 +233,8 @@ class Increment:
     levy_area_approximation = "none"
 
     def __init__(self, noise: Noise, x: Tensor, t: Level[float], s: Level[float]) -> None:
-        self.shape = (len(x), x.shape[1:].numel())
-        self.dw = sqrt(t.t - s.t) * noise(t.t, s.t, x).reshape(self.shape)
+        self.dw = sqrt(t.t - s.t) * coordinates(noise(t.t, s.t, x))
+        self.shape = self.dw.shape
 
     def __call__(self, start: Tensor, end: Tensor) -> Tensor:
         return self.dw
@@ -267,27 +245,9 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Lev
     from torchsde import BrownianInterval
 
     if not isinstance(noise, Generated):
-        raise ValueError(
-            f"seeds and noise must be left out for {sampler}, whose path torchsde draws; give "
-            f"generator="
-        )
+        advice = "its path is drawn by torchsde; give generator="
+        raise ValueError(f"seeds and noise must be left out for {sampler}; {advice}")
+    size, entropy, area = coordinates(x).shape, noise.entropy(), "space-time"
     return BrownianInterval(
-        -t.t,
-        -s.t,
-        size=(len(x), x.shape[1:].numel()),
-        dtype=x.dtype,
-        device=x.device,
-        entropy=noise.entropy(),
-        levy_area_approximation="space-time",
+        -t.t, -s.t, size, x.dtype, x.device, entropy, levy_area_approximation=area
     )
-
-
-def integrate(
-    sde: ReverseSDE, x: Tensor, t: Level[float], s: Level[float], brownian: Any, method: str
-) -> Tensor:
-    """One step of torchsde's sdeint from t down to s, x of any shape."""
-    from torchsde import sdeint
-
-    y = x.reshape(len(x), x.shape[1:].numel())
-    ts = torch.tensor([-t.t, -s.t], dtype=torch.float64)
-    return sdeint(sde, y, ts, bm=brownian, method=method, dt=t.t - s.t)[-1].reshape(x.shape)

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sde_diffusion.grids import Grid, Karras
-from sde_diffusion.models.model import Model
-from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import enter, leave
-from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.grids import Karras
+from sde_diffusion.processes.level import Level, enter, leave
+from sde_diffusion.samplers.sampler import Claims, Memory, Model, Noise
 
 __all__ = ["Heun"]
 
@@ -23,13 +20,8 @@ class Heun:
     The step that ends at sigma = 0 is an Euler step: n steps make 2 n - 1 calls.
     """
 
-    @property
-    def claims(self) -> Claims:
-        return Claims(order=2)
-
-    @property
-    def grid(self) -> Grid:
-        return Karras()
+    claims = Claims(order=2)
+    grid = Karras()
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,

@@ -88,6 +88,11 @@ class SampleReport(NamedTuple):
     error: Tensor
     finished: Tensor
 
+    def record(self, index: Tensor, *values: Tensor | float) -> None:
+        """Set the fields, in their order, for some of the samples."""
+        for field, value in zip(self, values, strict=True):
+            field[index] = value
+
     @staticmethod
     def unmoved(x: Tensor) -> "SampleReport":
         """The record of a batch that does not move."""
@@ -96,11 +101,11 @@ class SampleReport(NamedTuple):
 
 
 def finest(dtype: torch.dtype) -> float:
-    """Least step whose slopes can be distinguished; below 32 bits that of float32."""
+    """Smallest step between two different levels; for half precision that of float32."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def over(field: Tensor, like: Tensor) -> Tensor:
-    """A field (n, ...), broadcast against the batch of n samples; floats in the dtype of it."""
+    """A field (n, ...), broadcast against the batch of n samples; floats get its dtype."""
     field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
     return field.to(like.dtype) if field.is_floating_point() else field

@@ -16,7 +16,7 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
-from sde_diffusion.models.guidance import Guided, turned
+from sde_diffusion.models.guidance import Guided, with_added_score
 from sde_diffusion.models.model import evaluate
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
@@ -59,7 +59,7 @@ class PiGDM(Guided):
         spread = posterior_variance(level, self.variance)
         _, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         pull = self.scale * pull
-        return turned(at.found, level, at.back(pull), spread * pull)
+        return with_added_score(at.found, level, at.back(pull), spread * pull)
 
 
 @dataclass(frozen=True, eq=False)

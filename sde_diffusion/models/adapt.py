@@ -11,16 +11,9 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from sde_diffusion.models import conditions
 from sde_diffusion.models.denoiser import Denoiser
-from sde_diffusion.models.model import (
-    IS_MODEL,
-    LogSNRRange,
-    Model,
-    evaluate,
-    level_of,
-    null_of,
-    trained_range,
-)
+from sde_diffusion.models.model import IS_MODEL, LogSNRRange, Model, level_of, trained_range
 from sde_diffusion.models.noise_inputs import WholeTimestep
 from sde_diffusion.models.prediction import Parameterization, Prediction, Row
 from sde_diffusion.processes import Discrete, Level, Process
@@ -96,7 +89,7 @@ def match(model: Model, process: Process) -> "Matched":
 
 @dataclass(frozen=True)
 class Matched(Checked):
-    """A model on another process; see `match`."""
+    """A model on another process, made by `match`."""
 
     model: Annotated[Model, IS_MODEL]
     process: Annotated[Process, IS_PROCESS]
@@ -110,12 +103,12 @@ class Matched(Checked):
 
     def null_like(self, cond: Cond) -> Cond:
         """The null condition of the inner model."""
-        return null_of(self.model, cond)
+        return conditions.null_of(self.model, cond)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
         own = self._own_level(x, level)
-        prediction = evaluate(self.model, leave(enter(x, level), own), own, cond)
+        prediction = conditions.evaluate(self.model, leave(enter(x, level), own), own, cond)
         meaning = Elsewhere(prediction.meaning, own)
         return Prediction(prediction.first, prediction.second, level, meaning, prediction.extra)
 

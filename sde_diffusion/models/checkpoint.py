@@ -102,10 +102,9 @@ def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
     given = parts.get("trained")
     if given is None:
         return None
-    low, high, only = given if isinstance(given, list) and len(given) == 3 else (None, None, None)
-    numbers = all(x is None or type(x) in (int, float) for x in (low, high))
-    if not numbers or not isinstance(only, bool):
+    if not describe.matches_type(given, tuple[float | None, float | None, bool]):
         raise ValueError("trained must be [low, high, only], numbers or null and a bool")
+    low, high, only = given
     return LogSNRRange(
         -math.inf if low is None else float(low), math.inf if high is None else float(high), only
     )
@@ -114,10 +113,10 @@ def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
 def learned_of(parts: dict[str, Any]) -> dict[str, bool]:
     """Return the names of the null's entries, and whether each is a parameter."""
     given = parts.get("null", {})
-    if not isinstance(given, dict) or not all(isinstance(v, bool) for v in given.values()):
-        raise ValueError("null must map names to true (learned) or false")
-    if not all(name.isidentifier() for name in given):
-        raise ValueError("null must have names that are identifiers")
+    if not isinstance(given, dict) or not all(
+        name.isidentifier() and isinstance(learned, bool) for name, learned in given.items()
+    ):
+        raise ValueError("null must map identifiers to true (learned) or false")
     return given
 
 

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion import validate
-from sde_diffusion.models import checkpoint, prediction
+from sde_diffusion.models import checkpoint, conditions, prediction
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import LogSNRRange, entries, level_of, map_entries, zero_null
+from sde_diffusion.models.model import LogSNRRange, level_of
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
-from sde_diffusion.processes import Level, Process, Scalar
-from sde_diffusion.processes.level import per_sample
-from sde_diffusion.processes.process import IS_PROCESS
+from sde_diffusion.processes.level import Level, Scalar, per_sample
+from sde_diffusion.processes.process import IS_PROCESS, Process
 from sde_diffusion.validate import Cond, Kind, arguments
 
 __all__ = ["Denoiser", "pretrained"]
@@ -80,11 +79,12 @@ class Denoiser(nn.Module):
         else:
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
         scale = self.parameterization.input_scale(level)
-        scaled = (x if is_one(scale) else x * scale).to(dtype)
+        unscaled = isinstance(scale, float) and scale == 1.0
+        scaled = (x if unscaled else x * scale).to(dtype)
         if cond is None:
             out = self.network(scaled, c)
         else:
-            cond = map_entries(lambda name, value: fitted(name, value, x, dtype), cond)
+            cond = conditions.map_entries(lambda name, value: fitted(name, value, x, dtype), cond)
             named = isinstance(cond, Mapping)
             out = self.network(scaled, c, **cond) if named else self.network(scaled, c, cond)
         return prediction.from_network(x, out, level, self.parameterization)
@@ -101,17 +101,17 @@ class Denoiser(nn.Module):
             null = self._null_of(name, value).to(value.device, value.dtype)
             return torch.where(per_sample(keep, value), value, null)
 
-        return map_entries(kept, cond)
+        return conditions.map_entries(kept, cond)
 
     def null_like(self, cond: Cond) -> Cond:
         """Return the null condition for as many samples as cond has."""
-        first = next(iter(entries(cond).values()))
+        first = next(iter(conditions.entries(cond).values()))
         return self.with_null(cond, torch.zeros(len(first), dtype=torch.bool, device=first.device))
 
     def _null_of(self, name: str, cond: Tensor) -> Tensor:
         if self.null is not None:
             return self.null.entry(name, cond)
-        return zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
+        return conditions.zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors) and, beside it, a JSON file with metadata and SHA-256.
@@ -157,7 +157,7 @@ class NullCond(nn.Module):
 
     def __init__(self, null: Cond) -> None:
         super().__init__()
-        for name, value in entries(null).items():
+        for name, value in conditions.entries(null).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
@@ -177,11 +177,6 @@ def fitted(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     cond = validate.cond(name, cond, len(x))
     cond = ordinary(cond.to(x.device, dtype) if cond.is_floating_point() else cond.to(x.device))
     return cond if len(cond) == len(x) else cond.expand(len(x), *cond.shape[1:])
-
-
-def is_one(scalar: Scalar) -> bool:
-    """Return True for the float 1, for which the multiplication of the batch is skipped."""
-    return isinstance(scalar, float) and scalar == 1.0
 
 
 def pretrained(name: str) -> Denoiser:

@@ -8,7 +8,7 @@ coordinates.
 import copy
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,20 +42,17 @@ class GaussianMixture:
         means: Tensor | Sequence[float],
         covariances: Tensor | Sequence[float],
     ) -> None:
-        given = {"weights": weights, "means": means, "covariances": covariances}
-        weights, means, covariances = (
-            finite(name, torch.as_tensor(value, dtype=torch.float64))
-            for name, value in given.items()
-        )
+        weights = finite("weights", torch.as_tensor(weights, dtype=torch.float64))
+        means = finite("means", torch.as_tensor(means, dtype=torch.float64))
+        covariances = finite("covariances", torch.as_tensor(covariances, dtype=torch.float64))
         if weights.ndim != 1 or not 0 < len(weights) == len(means) == len(covariances):
-            shapes = [tuple(value.shape) for value in (weights, means, covariances)]
-            raise ValueError(
-                f"weights, means and covariances must agree in a first dimension >= 1; got {shapes}"
-            )
+            got = [tuple(value.shape) for value in (weights, means, covariances)]
+            wanted = "agree in their first dimension, at least 1"
+            raise ValueError(f"weights, means and covariances must {wanted}; got shapes {got}")
         if not bool((weights > 0).all()):
             raise ValueError(f"weights must be positive; got {weights.tolist()}")
         if covariances.ndim == 3 and not torch.allclose(covariances, covariances.mT):
-            raise ValueError("covariances must be symmetric; got others")
+            raise ValueError("covariances must be symmetric; got one that is not")
         self.process = process
         self.shape = means.shape[1:]
         self.log_weights = (weights / weights.sum()).log()
@@ -86,14 +83,16 @@ class GaussianMixture:
 
     def on(self, process: Process) -> Self:
         """Return the model of this data on another process."""
-        other = copy.copy(self)
-        other.process = process
-        return other
+        return self._with(process=process)
 
     def ranged(self, trained: LogSNRRange) -> Self:
         """Return a copy with this trained range, for tests of partly trained models."""
+        return self._with(trained=trained)
+
+    def _with(self, **changes: Any) -> Self:
+        """Return a copy with other attributes."""
         other = copy.copy(self)
-        other.trained = trained
+        vars(other).update(changes)
         return other
 
     @property
@@ -127,7 +126,9 @@ class GaussianMixture:
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
         if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
-            raise ValueError("matrix must have independent rows if noise_std is 0; got others")
+            raise ValueError(
+                "matrix must have independent rows for noise_std=0; got dependent ones"
+            )
         root = torch.linalg.cholesky(of_y)
         gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
         off = y - self.means @ matrix.T
@@ -136,10 +137,8 @@ class GaussianMixture:
         rest = torch.eye(d, dtype=torch.float64) - gain @ matrix
         covariances = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
         z = torch.linalg.solve_triangular(root, off[:, :, None], upper=False)[..., 0]
-        log_weights = (
-            self.log_weights - z.square().sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
-        )
-        weights = log_weights.softmax(0)
+        half_log_det = root.diagonal(dim1=1, dim2=2).log().sum(1)
+        weights = (self.log_weights - z.square().sum(1) / 2 - half_log_det).softmax(0)
         shape = self.shape
         if onto is not None:
             onto = onto.double()
@@ -147,9 +146,8 @@ class GaussianMixture:
             shape = means.shape[1:]
         kept = weights > 0  # components whose weight underflows are dropped
         means, covariances = means[kept].reshape(-1, *shape), covariances[kept]
-        return GaussianMixture(
-            self.process, weights[kept], means, (covariances + covariances.mT) / 2
-        )
+        symmetric = (covariances + covariances.mT) / 2
+        return GaussianMixture(self.process, weights[kept], means, symmetric)
 
     def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
         """log p_t(x) in nats, (B,); x (B, *shape)."""
@@ -223,10 +221,8 @@ class Gaussian(GaussianMixture):
 
     def marginal(self, level: Level[float]) -> Self:
         """The distribution of x_t at a level, N(alpha m, alpha^2 S + sigma^2 I)."""
-        noised = copy.copy(self)
-        noised.means = level.alpha * self.means
-        noised.variances = level.alpha**2 * self.variances + level.sigma**2
-        return noised
+        variances = level.alpha**2 * self.variances + level.sigma**2
+        return self._with(means=level.alpha * self.means, variances=variances)
 
     def eps_loss(self, level: Level[float]) -> float:
         """E |eps - E[eps | x]|^2 per coordinate: the minimum of the eps-loss over all models."""

@@ -17,29 +17,19 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
+from sde_diffusion.models import conditions
 from sde_diffusion.models.derivatives import gradient, one_per_sample, ordinary
-from sde_diffusion.models.model import (
-    IS_MODEL,
-    Wrapper,
-    evaluate,
-    expanded,
-    finite,
-    level_of,
-    map_entries,
-    null_of,
-    per_sample_field,
-    takes_cond,
-)
+from sde_diffusion.models.model import IS_MODEL, Wrapper, finite, level_of, per_sample_field
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.noise.sources import Generated
-from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import per_sample
+from sde_diffusion.processes.level import Level, Scalar, per_sample
 from sde_diffusion.validate import Checked, Cond, Each, Integer, Kind, Number, Share, shown
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Guided", "get_context_mask"]
 
 Finite = Annotated[float, Number()]
+Interval = Annotated[tuple[float, float], Each(Kind("a number", "__float__"), 2, 2)]
 
 
 @validate.arguments
@@ -100,14 +90,11 @@ class ClassifierFree(Guided):
 
     scale: Annotated[float | Tensor, check_scale] = per_sample_field(default=2.0)
     null: Cond | None = per_sample_field(default=None)
-    interval: Annotated[tuple[float, float], Each(Kind("a number", "__float__"), 2, 2)] = (
-        0.0,
-        math.inf,
-    )
+    interval: Interval = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not takes_cond(self.model):
+        if not conditions.takes_cond(self.model):
             raise TypeError(
                 f"model must be called as model(x, level, cond); got {shown(self.model)}"
             )
@@ -119,10 +106,11 @@ class ClassifierFree(Guided):
         if cond is None:
             raise ValueError("cond must be given for ClassifierFree; got None; sample(..., cond=)")
         level = level_of(self.process, level, x)
-        w, cond = self.weight(level, x), expanded(cond, len(x))
+        w, cond = self.weight(level, x), conditions.expanded(cond, len(x))
         if not isinstance(w, Tensor) and w == 1:
             return self.model(x, level, cond)
-        null = null_of(self.model, cond) if self.null is None else expanded(self.null, len(x))
+        null = conditions.null_of(self.model, cond) if self.null is None else self.null
+        null = conditions.expanded(null, len(x))
         if not isinstance(w, Tensor) and w == 0:
             return self.model(x, level, null)
         twice = torch.cat([x, x])
@@ -173,7 +161,7 @@ class ClassifierGuided(Guided):
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
-        found = evaluate(self.model, x, level, cond)
+        found = conditions.evaluate(self.model, x, level, cond)
         if self.scale == 0:
             return found
         if len(self.y) not in (1, len(x)):
@@ -205,7 +193,7 @@ class Clipped(Guided):
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
-        found = evaluate(self.model, x, level, cond)
+        found = conditions.evaluate(self.model, x, level, cond)
         return Prediction(x, found.x0.clamp(self.low, self.high), level, X0(), found.extra)
 
 
@@ -246,10 +234,8 @@ def stacked(null: Cond, cond: Cond) -> Cond:
     def both(name: str, value: Tensor) -> Tensor:
         other = null[name] if isinstance(null, Mapping) else null
         if other.shape != value.shape:
-            shape = tuple(value.shape)
-            raise ValueError(
-                f"null of {name} must be shaped like it, {shape}; got {tuple(other.shape)}"
-            )
+            wanted, got = tuple(value.shape), tuple(other.shape)
+            raise ValueError(f"null of {name} must be shaped like it, {wanted}; got {got}")
         return torch.cat([ordinary(other.to(value.device, value.dtype)), ordinary(value)])
 
-    return map_entries(both, cond)
+    return conditions.map_entries(both, cond)

@@ -5,40 +5,20 @@ x is (B, ...); cond is a tensor or a mapping of tensors whose first axis is B or
 """
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
+from sde_diffusion.models import conditions
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.validate import Cond, Kind, shown
 
-__all__ = [
-    "EVERYWHERE",
-    "IS_MODEL",
-    "Bound",
-    "HeldBelow",
-    "LogSNRRange",
-    "Model",
-    "Wrapper",
-    "entries",
-    "evaluate",
-    "expanded",
-    "finite",
-    "level_of",
-    "map_entries",
-    "null_of",
-    "per_sample_field",
-    "select",
-    "takes_cond",
-    "trained_range",
-]
+__all__ = ["Bound", "LogSNRRange", "Model", "level_of", "per_sample_field", "select"]
 
 T = TypeVar("T")
 
@@ -92,11 +72,6 @@ class Model(Protocol):
         ...
 
 
-def evaluate(model: Any, x: Tensor, level: Level, cond: Cond | None) -> Prediction:
-    """Return model(x, level), or model(x, level, cond) if there is a condition."""
-    return model(x, level) if cond is None else model(x, level, cond)
-
-
 def level_of(process: Process, level: Any, x: Tensor) -> Level:
     """Return `level`, or the level of a time in [0, 1]: a number, or a tensor () or (B,)."""
     if isinstance(level, Level):
@@ -105,58 +80,9 @@ def level_of(process: Process, level: Any, x: Tensor) -> Level:
     return process.level(t, x) if t.ndim else process.levels(t[None])[0]
 
 
-def takes_cond(model: Any) -> bool:
-    """Return True for a model that can be called as model(x, level, cond)."""
-    called = inspect.signature(getattr(model, "forward", model.__call__))
-    try:
-        called.bind(None, None, None)
-    except TypeError:
-        return False
-    return True
-
-
 def trained_range(model: Any) -> LogSNRRange:
     """Return `model.trained`, or EVERYWHERE for a model without one."""
     return getattr(model, "trained", None) or EVERYWHERE
-
-
-# ---- conditions --------------------------------------------------------------------------------
-
-
-def entries(cond: Cond) -> Mapping[str, Tensor]:
-    """Return the tensors of a condition by name; a single tensor has the name "cond"."""
-    return cond if isinstance(cond, Mapping) else {"cond": cond}
-
-
-def map_entries(function: Callable[[str, Tensor], Tensor], cond: Cond) -> Cond:
-    """Apply function(name, tensor) to each tensor of a condition."""
-    made = {name: function(name, value) for name, value in entries(cond).items()}
-    return made if isinstance(cond, Mapping) else made["cond"]
-
-
-def expanded(cond: Cond, count: int) -> Cond:
-    """Return a condition with one entry per sample; entries of first axis 1 are repeated."""
-    return map_entries(lambda _, v: v.expand(count, *v.shape[1:]) if len(v) == 1 else v, cond)
-
-
-def null_of(model: Any, cond: Cond) -> Cond:
-    """Return the null condition, shaped like cond: the model's own, or zeros.
-
-    Raises:
-        ValueError: if the model has no null and cond is not a float vector (B, width).
-    """
-    own = getattr(model, "null_like", None)
-    return map_entries(zero_null, cond) if own is None else own(cond)
-
-
-def zero_null(name: str, cond: Tensor) -> Tensor:
-    """Return zeros shaped like a float vector (B, width), the default null condition."""
-    if not (cond.is_floating_point() and cond.ndim == 2):
-        raise ValueError(
-            f"null must be given for {name} of shape {tuple(cond.shape)}, {cond.dtype}; got None; "
-            f"e.g. Denoiser(..., null=torch.tensor(10)) for labels"
-        )
-    return torch.zeros_like(cond)
 
 
 # ---- parts of a batch --------------------------------------------------------------------------
@@ -184,17 +110,14 @@ def select(value: Any, index: Tensor, ndim: int) -> Any:
     for each in fields(value):
         old = getattr(value, each.name)
         mark = each.metadata.get("per_sample")
-        if mark == "full rank":
-            new = rows_of(old, index) if old.ndim == ndim else old
-        else:
-            new = rows_of(old, index) if mark else select(old, index, ndim)
+        indexed = mark == "always" or (mark and old.ndim == ndim)
+        new = rows_of(old, index) if indexed else select(old, index, ndim)
         if new is not old:
             changed[each.name] = new
     if not changed:
         return value
     made = copy.copy(value)  # without __post_init__: a part of a batch need not pass the checks
-    for name, new in changed.items():
-        object.__setattr__(made, name, new)
+    vars(made).update(changed)
     return made
 
 
@@ -229,7 +152,7 @@ class Wrapper:
 
     def null_like(self, cond: Cond) -> Cond:
         """The null condition of the inner model."""
-        return null_of(self.model, cond)
+        return conditions.null_of(self.model, cond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +163,7 @@ class Bound(Wrapper):
     cond: Cond = per_sample_field()
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        return self.model(x, level, expanded(self.cond, len(x)))
+        return self.model(x, level, conditions.expanded(self.cond, len(x)))
 
 
 @dataclass(eq=False)

@@ -5,8 +5,7 @@ from typing import Annotated, Protocol
 
 from torch import Tensor
 
-from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import double
+from sde_diffusion.processes.level import Level, Scalar, double
 from sde_diffusion.validate import Checked, Count, Integer
 
 __all__ = ["CNoise", "ContinuousTime", "LogSNR", "NoiseInput", "TimestepIndex", "WholeTimestep"]
@@ -74,10 +73,8 @@ class WholeTimestep(TimestepIndex):
         step = double(super().__call__(level))
         near = 1e-6 if isinstance(level.t, float) else 1e-3  # times of tensors may be float32
         if bool((step < self.counts_from - near).any()):
-            raise ValueError(
-                f"t must be at least 1/N = {1 / self.num_steps:g}, the first step of the network; "
-                f"got t={float(double(level.t).min()):g}"
-            )
+            first, got = 1 / self.num_steps, float(double(level.t).min())
+            raise ValueError(f"t must be at least 1/N = {first:g}, the first step; got t={got:g}")
         whole = step.round()
         if bool(((step - whole).abs() <= near).all()):
             return whole.long()

@@ -121,7 +121,7 @@ class GaussianMixture:
         matrix, y = finite("matrix", matrix).double(), finite("y", y).double()
         d, shapes = self.means.shape[1], (tuple(matrix.shape), tuple(y.shape))
         if y.ndim != 1 or not len(y) or matrix.shape != (len(y), d):
-            raise ValueError(f"matrix and y must be (m, {d}) and (m,), m >= 1; got {shapes}")
+            raise ValueError(f"matrix must be (m, {d}) and y (m,), m >= 1; got {shapes}")
         covariances = self.covariances
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)

@@ -3,53 +3,24 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sde_diffusion import (
-    grids,
-    inverse,
-    losses,
-    models,
-    networks,
-    noise,
-    processes,
-    samplers,
-    sampling,
-)
+from sde_diffusion import grids, losses, models, networks, noise, processes, samplers, sampling
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.losses import denoising_loss
-from sde_diffusion.models import (
-    X0,
-    ClassifierFree,
-    Denoiser,
-    Eps,
-    Score,
-    V,
-    Velocity,
-    adopt,
-    exact,
-    match,
-    pretrained,
-)
+from sde_diffusion.models import ClassifierFree, Denoiser, adopt, exact, match, pretrained
+from sde_diffusion.models.parameterizations import X0, Eps, Score, V, Velocity
 from sde_diffusion.processes import EDM, OU, VE, VP, Cosine, Discrete, RectifiedFlow, SubVP
-from sde_diffusion.samplers import (
-    Adams,
-    AdaptiveODE,
-    AdaptiveSDE,
-    Ancestral,
-    DPMSolver,
-    EulerMaruyama,
-    Heun,
-    SolverError,
-    TorchODE,
-    VelocityMultistep,
-)
+from sde_diffusion.samplers import Adams, AdaptiveODE, AdaptiveSDE, Ancestral, EulerMaruyama, Heun
+from sde_diffusion.samplers.exponential import DPMSolver, VelocityMultistep
+from sde_diffusion.samplers.external import TorchODE
+from sde_diffusion.samplers.sampler import SolverError
 from sde_diffusion.sampling import prior, sample, trajectory
 
 if TYPE_CHECKING:
-    from sde_diffusion import data, files, metrics, plots, training, verify
+    from sde_diffusion import data, files, inverse, metrics, plots, training, verify
 
 __version__ = "0.1.0"
 
-LAZY = ("data", "files", "metrics", "plots", "training", "verify")  # imported at first use
+LAZY = ("data", "files", "inverse", "metrics", "plots", "training", "verify")  # at first use
 
 __all__ = [
     "DDPM",

@@ -1,15 +1,15 @@
-"""Sampling: process, model, sampler and grid put together; the loop, written once.
+"""Sampling: the loop over the steps of a sampler, with a model, a grid and a source of noise.
 
-Convention: a sampler moves a batch from time t to an earlier time s < t. x is (B, ...) of any rank
-from 1 and any floating dtype, which the samples keep.
+Convention: a sampler moves a batch from time t to an earlier time s < t. x is (B, ...), of any rank
+from 1 and any floating-point dtype; the samples have the same dtype.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,11 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.grids.grid import IS_GRID, within
-from sde_diffusion.models.model import (
-    IS_MODEL,
-    Bound,
-    HeldBelow,
-    Model,
-    takes_cond,
-    trained_range,
-)
+from sde_diffusion.models import conditions
+from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
-from sde_diffusion.processes import Level, double
-from sde_diffusion.processes.level import coordinates
+from sde_diffusion.processes.level import Level, coordinates, double
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Batch, Cond, Kind, shown
 
@@ -36,7 +29,7 @@ __all__ = ["Sample", "prior", "sample", "trajectory"]
 
 IS_NOISE = Kind("a function noise(t, s, like)", "__call__")
 
-SLACK = 1e-6  # relative: log-SNR of a time that was computed in another precision
+SLACK = 1e-6  # relative tolerance of log-SNRs: times may have been computed in float32
 
 
 class Sample(NamedTuple):
@@ -45,7 +38,7 @@ class Sample(NamedTuple):
     Attributes:
         x: the batch.
         t: its time.
-        memory: what the sampler carries on; an adaptive solver leaves its report here.
+        memory: the sampler's state for the next step; the report of an adaptive solver.
     """
 
     x: Tensor
@@ -53,8 +46,9 @@ class Sample(NamedTuple):
     memory: Memory
 
 
+@validate.arguments
 def prior(
-    model: Model,
+    model: Annotated[Model, IS_MODEL],
     shape: Sequence[int],
     *,
     generator: torch.Generator | None = None,
@@ -62,22 +56,22 @@ def prior(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A batch of noise (B, ...) from which `sample` starts.
+    """Draw a batch of noise (B, ...) with which `sample` starts.
 
-    N(0, prior_std^2 I) of the process; where the model was trained from a lower level on,
-    N(0, (alpha^2 + sigma^2) I) there, the law of data of unit variance.
+    It has the distribution N(0, prior_std^2 I) of the process. If the noisiest level at which the
+    model was trained is below t = 1, it is N(0, (alpha^2 + sigma^2) I) of this level, as for data
+    of unit variance.
 
     Args:
         model: the model to sample from.
         shape: (B, ...).
-        generator: source of the draw; fresh entropy if neither it nor `seeds` is given.
-        seeds: one per sample; independent of the path that the same seeds drive in `sample`.
+        generator: source of the draw; without it and `seeds` a new one with fresh entropy.
+        seeds: one per sample. The draw is independent of the noise of the same seeds in `sample`.
         dtype, device: of the batch.
     """
-    process, begin = IS_MODEL("model", model).process, start_time(model)
-    std = process.prior_std
+    begin, std = start_time(model), model.process.prior_std
     if begin < 1:
-        (level,) = process.levels(torch.tensor([begin], dtype=torch.float64))
+        (level,) = model.process.levels(torch.tensor([begin], dtype=torch.float64))
         std = math.hypot(level.alpha, level.sigma)
     return std * start(shape, generator, seeds, dtype, device)
 
@@ -86,7 +80,7 @@ def prior(
 def trajectory(
     model: Annotated[Model, IS_MODEL],
     sampler: Annotated[Sampler, IS_SAMPLER],
-    x: Annotated[Tensor, Batch()],
+    x: Annotated[Tensor, Batch(), finite],
     *,
     steps: int | None = None,
     grid: Annotated[Grid, IS_GRID] | None = None,
@@ -96,39 +90,39 @@ def trajectory(
     seeds: Sequence[int] | None = None,
     noise: Noise | None = None,
 ) -> Iterator[Sample]:
-    """Iterate over the states of a batch on its way from noise to data, one per step.
+    """Iterate over the states of a batch from noise to data, one per step.
 
     Args:
         model: the model to sample from.
         sampler: the rule for a step.
-        x: the batch at the first time (B, ...), usually `prior(model, shape)`; unchanged.
-        steps: number of steps; left out for an adaptive sampler, which chooses its own.
-        grid: through which levels; the sampler's own grid by default.
-        times: any decreasing times in [0, 1] instead of steps and grid, (n + 1,).
+        x: the batch at the first time (B, ...), usually `prior(model, shape)`; not modified.
+        steps: number of steps; to be left out for adaptive samplers, which choose their own.
+        grid: the rule for the times of the steps; the sampler's own grid by default.
+        times: decreasing times in [0, 1], (n + 1,), instead of steps and grid.
         cond: condition of a conditional model, a tensor or a mapping; first axis B or 1.
         generator: source of all noise.
-        seeds: one per sample instead: each follows a Brownian path of its own (noise/brownian.py),
-            a function of its seed alone, the same in any batch and on any number of steps.
-        noise: an injected source noise(t, s, like) instead.
+        seeds: one per sample, instead of a generator. Each seed determines the Brownian path of its
+            sample (noise/brownian.py), whatever the rest of the batch and the number of steps.
+        noise: a function noise(t, s, like), instead of a generator.
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if not bool(x.isfinite().all()):
-        raise ValueError("x must be finite; got nan or infinity")
     if cond is not None:
         check_conditions(model, cond, len(x))
-    model, path = prepared(model, sampler, steps, grid, times, cond)
-    process = model.process
+    process, path, end = model.process, path_of(model, sampler, steps, grid, times), end_time(model)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
-    return walk(model, sampler, x, levels, source)
+    wrapped: Model = model if cond is None else Bound(model, cond)
+    if sampler.claims.adaptive and end > 0:
+        wrapped = HeldBelow(wrapped, end)
+    return walk(wrapped, sampler, x, levels, source)
 
 
 def walk(
     model: Model, sampler: Sampler, x: Tensor, levels: list[Level[float]], source: Noise
 ) -> Iterator[Sample]:
-    """The loop of `trajectory`."""
+    """Run the loop of `trajectory`, whose arguments are checked before the first step."""
     memory = None
     for t, s in pairwise(levels):
         with torch.no_grad():
@@ -150,10 +144,10 @@ def sample(
     noise: Noise | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """The end of a `trajectory`: a batch shaped like x at the last time, data at t = 0.
+    """Return the last batch of a `trajectory`, shaped like x: data if the last time is 0.
 
     Args:
-        progress: show a bar; the other arguments are those of `trajectory`.
+        progress: show a progress bar; the other arguments are those of `trajectory`.
     Warns:
         RuntimeWarning: if a sample is not finite at the end.
     """
@@ -180,101 +174,75 @@ def sample(
 
 
 def check_conditions(model: Model, cond: Cond, count: int) -> None:
-    """Refuse a condition that the model does not take, of another size, or with nan."""
-    if not takes_cond(model):
+    """Refuse a condition of another size or with nan, or for a model that accepts none."""
+    if not conditions.takes_cond(model):
         raise TypeError(f"cond must be left out for {shown(model)}, which takes none")
-    entries: Any = cond.items() if isinstance(cond, Mapping) else [("cond", cond)]
-    for name, value in entries:
-        validate.cond(name, value, count)
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} must be finite; got nan or infinity")
+    for name, value in conditions.entries(cond).items():
+        finite(name, validate.cond(name, value, count))
 
 
-# ---- through which levels ----------------------------------------------------------------------
-
-
-def prepared(
-    model: Model, sampler: Sampler, steps: int | None, grid: Grid | None,
-    times: Tensor | Sequence[float] | None, cond: Cond | None = None,
-) -> tuple[Model, Tensor]:  # fmt: skip
-    """The model as the sampler sees it, and the times."""
-    path = path_of(model, sampler, steps, grid, times)
-    end = end_time(model)
-    seen: Model = model if cond is None else Bound(model, cond)
-    if sampler.claims.adaptive and end > 0:
-        seen = HeldBelow(seen, end)
-    return seen, path
+# ---- times of the steps ------------------------------------------------------------------------
 
 
 def path_of(
     model: Model, sampler: Sampler, steps: int | None, grid: Grid | None,
     times: Tensor | Sequence[float] | None,
 ) -> Tensor:  # fmt: skip
-    """The times of a run, float64 on the CPU: a grid within the trained range, or those given."""
-    name = type(sampler).__name__
+    """Return the times of a run, float64 on the CPU: `times`, or a grid in the trained range."""
+    name, adaptive, end = type(sampler).__name__, sampler.claims.adaptive, end_time(model)
     if times is not None:
         if steps is not None or grid is not None:
             raise ValueError("times must be given alone, without steps or grid; got both")
-        path, end = given_times(model, times), end_time(model)
-        crosses = sampler.claims.adaptive and path[-1] < end < path[-2]
-        return torch.cat([path[:-1], path.new_tensor([end]), path[-1:]]) if crosses else path
-    if sampler.claims.adaptive:
-        if steps is not None or grid is not None:
-            raise ValueError(
-                f"steps must be left out for {name}, which chooses its own; got {steps}"
-            )
-    elif steps is None:
+        path = given_times(model, times)
+    elif adaptive and (steps is not None or grid is not None):
+        raise ValueError(f"steps must be left out for {name}, which chooses its own; got {steps}")
+    elif steps is None and not adaptive:
         raise ValueError(f"steps must be given for {name}; got None; e.g. steps=20")
-    begin, end = start_time(model), end_time(model)
-    ratio = math.exp(-trained_range(model).high / 2) if end else 0.0
-    found = (sampler.grid if grid is None else grid)(model.process, steps, begin, ratio)
-    if not end:
-        return found
-    if sampler.claims.adaptive:
-        return torch.cat([found[:1], found.new_tensor([end]), found[1:]])
-    return within(found, end)
+    else:
+        ratio = math.exp(-trained_range(model).high / 2)
+        rule = sampler.grid if grid is None else grid
+        path = within(rule(model.process, steps, start_time(model), ratio), end)
+    if adaptive and path[-1] < end < path[-2]:
+        path = torch.cat([path[:-1], path.new_tensor([end]), path[-1:]])
+    return path
 
 
 def start_time(model: Model) -> float:
-    """1, or the time of the noisiest level at which the model was trained."""
+    """Return 1, or the time of the noisiest level at which the model was trained."""
     low, last = trained_range(model).low, model.process.log_snr(1.0).item()
     return 1.0 if low <= last + 1e-9 * (1 + abs(last)) else model.process.time(low).item()
 
 
 def end_time(model: Model) -> float:
-    """The time of the cleanest level at which the model was trained; 0 if that is the data."""
+    """Return the time of the cleanest level at which the model was trained; 0 if it is the data."""
     high = trained_range(model).high
     return 0.0 if high == math.inf else model.process.time(high).item()
 
 
 def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
-    """Explicit times, checked to decrease; a warning where the model was not trained."""
-    path = double(times, "times").cpu()
+    """Return explicit times if they decrease; warn of times where the model was not trained."""
+    path = finite("times", double(times, "times").cpu())
     if path.ndim != 1 or len(path) < 2:
         raise ValueError(f"times must hold at least two numbers; got shape {tuple(path.shape)}")
-    if not bool(path.isfinite().all()):
-        raise ValueError("times must be finite; got nan or infinity")
     wrong = (~(path[:-1] > path[1:])).nonzero().flatten().tolist()
     if wrong:
         k, hint = wrong[0], "; reverse them" if len(wrong) == len(path) - 1 else ""
-        raise ValueError(
-            f"times must decrease from noise to data; got times[{k}]={path[k]:g}, "
-            f"times[{k + 1}]={path[k + 1]:g}{hint}"
-        )
+        got = f"times[{k}]={path[k]:g}, times[{k + 1}]={path[k + 1]:g}"
+        raise ValueError(f"times must decrease from noise to data; got {got}{hint}")
     low, high, only = trained_range(model)
     log_snr = model.process.log_snr(path[:-1])
     slack = SLACK * (1 + log_snr.abs())
-    outside = (log_snr < low - slack) | (log_snr > high + slack)
-    if bool(outside.any()):
-        at = float(path[:-1][outside][0])
+    outside = ((log_snr < low - slack) | (log_snr > high + slack)).nonzero().flatten().tolist()
+    if outside:
+        k, first, last = outside[0], start_time(model), end_time(model)
         text = (
-            f"log_snr {float(log_snr[outside][0]):.4g} at t={at:.4g} is outside the range "
-            f"[{low:.4g}, {high:.4g}] at which the model was trained; use times from "
-            f"{start_time(model):.4g} to {end_time(model):.4g}, then 0"
+            f"log_snr {log_snr[k]:.4g} at t={path[k]:.4g} is outside the range [{low:.4g}, "
+            f"{high:.4g}] at which the model was trained; use times from {first:.4g} to "
+            f"{last:.4g}, then 0"
         )
         if only:
             raise ValueError(f"times must lie where the model is defined: {text}")
-        warnings.warn(text, stacklevel=6)
+        warnings.warn(text, stacklevel=5)
     return path
 
 
@@ -285,7 +253,7 @@ def chosen_noise(
     noise: Noise | None,
     path: Callable[[Sequence[int]], Noise] = Seeded,
 ) -> Noise:
-    """The one source of noise given; `path` makes that of seeds."""
+    """Return the source of noise; `path` makes a source of seeds."""
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("generator, seeds and noise must not be given together; got several")
     if noise is not None:
@@ -293,10 +261,8 @@ def chosen_noise(
     if seeds is None:
         return Generated(generator)
     if isinstance(seeds, Tensor | str) or not hasattr(seeds, "__len__"):
-        raise TypeError(
-            f"seeds must be a sequence of integers, one per sample; got {shown(seeds)}"
-            f"{'; use seeds.tolist()' if isinstance(seeds, Tensor) else ''}"
-        )
+        got = shown(seeds) + ("; use seeds.tolist()" if isinstance(seeds, Tensor) else "")
+        raise TypeError(f"seeds must be a sequence of integers, one per sample; got {got}")
     if len(seeds) != len(x):
         raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
     return path(seeds)

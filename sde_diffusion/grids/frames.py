@@ -1,31 +1,30 @@
 r"""Frames: changes of variables in which the probability flow is integrated.
 
-In t the flow  dx/dt = f x - g^2 score / 2  is singular at the data: sigma(t) starts like sqrt(t),
+In t the flow  dx/dt = f x - g^2 score / 2  is singular at the data: sigma(t) grows like sqrt(t),
 and solvers need many steps there. A frame consists of coordinates z(x) and a clock that depends on
-the noise-to-signal ratio alone. In it all processes have the same flow, without a singularity. At
-the data the clock is 0 and z = x0. The change of variables is exact, so a solver has the same limit
-in every frame; frames differ in the size of the slope that remains.
+the noise-to-signal ratio only. In a frame all processes have the same flow, and it is not singular.
+At the data the clock is 0 and z = x0. The change of variables is exact, so a solver has the same
+limit in every frame. The slope dz/dclock, and so the number of steps, depends on the frame.
 
     Straight        y = x / (alpha + sigma),  u = sigma / (alpha + sigma),  dy/du = eps - x0
     GaussianFrame   the end of the exact flow of N(m, S),  theta = arctan(sigma / alpha)
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.files import storage
+from sde_diffusion.models.model import finite
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at
-from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments
+from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at, per_sample
+from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments, choice, integer
 
 __all__ = ["IS_FRAME", "Frame", "GaussianFrame", "Straight"]
 
@@ -35,32 +34,32 @@ PARTS = ("mean", "axes", "variances")  # of a Gaussian frame's file
 
 
 class Frame(Protocol):
-    """Coordinates and a clock. Implementations are frozen dataclasses."""
+    """Interface of coordinates and a clock. Implementations are frozen dataclasses."""
 
     def clock(self, level: Level[float]) -> float:
-        """The value of the clock at a level, 0 at the data."""
+        """Return the clock at a level; 0 at the data."""
         ...
 
     def log_snr(self, clock: Tensor) -> Tensor:
-        """The log-SNR at a value of the clock: the inverse of `clock`; any shape, float64."""
+        """Return the log-SNR at values of the clock, any shape, float64: the inverse of `clock`."""
         ...
 
     def enter(self, x: Tensor, level: Level) -> Tensor:
-        """z, shaped like x."""
+        """Return z, shaped like x."""
         ...
 
     def leave(self, z: Tensor, level: Level) -> Tensor:
-        """x: the inverse of `enter`."""
+        """Return x: the inverse of `enter`."""
         ...
 
     def slope(self, prediction: Prediction) -> Tensor:
-        """dz/dclock along the flow, from a prediction at a level; a fresh tensor."""
+        """Return dz/dclock along the flow, from a prediction at a level; a new tensor."""
         ...
 
 
 @dataclass(frozen=True)
 class Straight:
-    """y = x / (alpha + sigma): the straight path from x0 to eps is a straight line in u.
+    """The frame y = x / (alpha + sigma), in which y is linear in u between x0 and eps.
 
     dy/du = eps - x0 = velocity,    u = sigma / (alpha + sigma)
     """
@@ -91,43 +90,35 @@ class GaussianFrame(Checked):
         dz/dtheta = (alpha^2 + sigma^2) S^(1/2) C^(-3/2) (alpha S eps - sigma (x0 - m)),
 
     which is 0 for data N(m, S), and small at high noise for any data of that mean and covariance.
-    For S = I and m = 0 the slope is v over its scale, in the angle of Salimans & Ho 2022. On the
-    clock u the same coordinates need more steps: near the data they move with sigma / alpha, which
-    equals theta up to third order and u only up to second order.
+    For S = I and m = 0 the slope is v / sqrt(alpha^2 + sigma^2), with the angle of Salimans & Ho
+    2022 as clock. With the clock u the same coordinates need more steps: near the data they are
+    functions of sigma / alpha, which equals theta up to third order and u only up to second order.
 
     S = V diag(variances) V^T + rest (I - V V^T): of full rank or of low rank plus isotropic.
 
     Args:
-        mean: m (*shape,), the shape of one sample; () for any shape.
+        mean: m, shaped like one sample; () for samples of any shape.
         axes: V (d, r) with orthonormal columns.
         variances: (r,), positive.
-        rest: the variance of the directions orthogonal to V; positive, without effect for r = d.
+        rest: the variance in the directions orthogonal to V; positive, not used if r = d.
     """
 
-    mean: Tensor
-    axes: Tensor
-    variances: Tensor
+    mean: Annotated[Tensor, finite]
+    axes: Annotated[Tensor, finite]
+    variances: Annotated[Tensor, finite]
     rest: Positive
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mean", "axes", "variances"):
-            if not bool(getattr(self, name).isfinite().all()):
-                raise ValueError(f"{name} must be finite; got nan or inf")
-        if self.axes.ndim != 2 or self.variances.shape != self.axes.shape[1:]:
-            raise ValueError(
-                f"axes and variances must be (d, r) and (r,); got {tuple(self.axes.shape)} and "
-                f"{tuple(self.variances.shape)}"
-            )
-        if self.mean.numel() not in (1, len(self.axes)):
-            raise ValueError(
-                f"mean must have {len(self.axes)} coordinates, as the axes; "
-                f"got shape {tuple(self.mean.shape)}"
-            )
+        axes, variances = tuple(self.axes.shape), tuple(self.variances.shape)
+        if len(axes) != 2 or variances != axes[1:]:
+            raise ValueError(f"axes and variances must be (d, r) and (r,); got {axes}, {variances}")
+        if self.mean.numel() not in (1, axes[0]):
+            got = tuple(self.mean.shape)
+            raise ValueError(f"mean must have {axes[0]} coordinates, as the axes; got shape {got}")
         if not bool((self.variances > 0).all()):
-            raise ValueError(
-                f"variances must be positive; got {float(self.variances.min()):g}; use a floor"
-            )
+            least = float(self.variances.min())
+            raise ValueError(f"variances must be positive; got {least:g}; use a floor")
 
     def __repr__(self) -> str:
         return f"GaussianFrame(rank {self.axes.shape[1]} of {self.axes.shape[0]})"
@@ -137,23 +128,21 @@ class GaussianFrame(Checked):
     def of(
         mean: Tensor, covariance: Tensor, *, rank: int | None = None, floor: NonNegative = 0.0
     ) -> "GaussianFrame":
-        """The frame of a mean (*shape,) and a covariance (d, d).
+        """Make the frame of a mean (*shape,) and a covariance (d, d).
 
         Args:
-            rank: number of eigenvectors that are kept, those of the largest eigenvalues [all];
-                the other directions get the mean of the other eigenvalues.
-            floor: least eigenvalue. Constant pixels have eigenvalue 0: for dequantized images use
-                the variance of that noise, `data.DEQUANTIZATION`.
+            rank: number of eigenvectors to keep, those of the largest eigenvalues [all]; in the
+                other directions the variance is the mean of the other eigenvalues.
+            floor: smallest eigenvalue allowed; smaller ones are raised to it. Constant pixels have
+                eigenvalue 0: for dequantized images use the variance of the dequantization noise,
+                `data.DEQUANTIZATION`.
         """
-        covariance = covariance.double()
-        if covariance.shape != (mean.numel(),) * 2:
-            raise ValueError(
-                f"covariance must be ({mean.numel()}, {mean.numel()}) for this mean; "
-                f"got {tuple(covariance.shape)}"
-            )
-        variances, axes = torch.linalg.eigh(covariance)
+        wanted, got = (mean.numel(),) * 2, tuple(covariance.shape)
+        if got != wanted:
+            raise ValueError(f"covariance must be {wanted} for this mean; got {got}")
+        variances, axes = torch.linalg.eigh(covariance.double())
         variances = variances.clamp(min=floor)
-        kept = validate.integer("rank", len(axes) if rank is None else rank, 1, len(axes))
+        kept = integer("rank", len(axes) if rank is None else rank, 1, len(axes))
         left = variances[: len(axes) - kept]
         rest = float(left.mean()) if len(left) else 1.0
         return GaussianFrame(mean.double(), axes[:, -kept:], variances[-kept:], rest)
@@ -165,30 +154,26 @@ class GaussianFrame(Checked):
         return -2 * clock.tan().log()
 
     def enter(self, x: Tensor, level: Level) -> Tensor:
-        alpha, sigma = rows(level.alpha), rows(level.sigma)
-        mean, flat = self._mean(x), self._flat(x)
-        gains = [(s / (alpha**2 * s + sigma**2)) ** 0.5 for s in self._spectrum(x)]
+        alpha, sigma, mean, spectrum, flat = self._parts(level, x)
+        gains = [(s / (alpha**2 * s + sigma**2)) ** 0.5 for s in spectrum]
         return (mean + self._apply(gains, flat - alpha * mean)).reshape(x.shape)
 
     def leave(self, z: Tensor, level: Level) -> Tensor:
-        alpha, sigma = rows(level.alpha), rows(level.sigma)
-        mean, flat = self._mean(z), self._flat(z)
-        gains = [((alpha**2 * s + sigma**2) / s) ** 0.5 for s in self._spectrum(z)]
+        alpha, sigma, mean, spectrum, flat = self._parts(level, z)
+        gains = [((alpha**2 * s + sigma**2) / s) ** 0.5 for s in spectrum]
         return (alpha * mean + self._apply(gains, flat - mean)).reshape(z.shape)
 
     def slope(self, prediction: Prediction) -> Tensor:
-        alpha, sigma = rows(prediction.level.alpha), rows(prediction.level.sigma)
-        x0, eps = prediction.x0, self._flat(prediction.eps)
-        of_eps, of_x0 = [], []
-        for s in self._spectrum(x0):
-            common = (alpha**2 + sigma**2) * s**0.5 * (alpha**2 * s + sigma**2) ** -1.5
-            of_eps.append(common * alpha * s)
-            of_x0.append(common * -sigma)
-        off = coordinates(x0) - self._mean(x0)
-        return (self._apply(of_eps, eps) + self._apply(of_x0, off)).reshape(x0.shape)
+        x0, eps = prediction.x0, coordinates(prediction.eps)
+        alpha, sigma, mean, spectrum, flat = self._parts(prediction.level, x0)
+        power = alpha**2 + sigma**2
+        common = [power * s**0.5 * (alpha**2 * s + sigma**2) ** -1.5 for s in spectrum]
+        of_eps = [c * alpha * s for c, s in zip(common, spectrum, strict=True)]
+        of_x0 = [c * -sigma for c in common]
+        return (self._apply(of_eps, eps) + self._apply(of_x0, flat - mean)).reshape(x0.shape)
 
     def save(self, path: str | Path, **record: object) -> None:
-        """Write `path` (.safetensors, in float32) and its JSON; read it with `load`."""
+        """Write `path` (.safetensors, in float32) and a JSON file beside it; `load` reads them."""
         tensors = {name: getattr(self, name).float() for name in PARTS}
         storage.write(Path(path), tensors, {"rest": self.rest, **record})
 
@@ -197,7 +182,7 @@ class GaussianFrame(Checked):
         """Read a file of `save`.
 
         Raises:
-            storage.BadFile: naming the file and the reason, if anything is missing or damaged.
+            storage.BadFile: if anything is missing or damaged; it names the file and the reason.
         """
         path = Path(path)
         tensors, record = storage.read(path, PARTS)
@@ -214,29 +199,26 @@ class GaussianFrame(Checked):
     def pretrained(name: str) -> "GaussianFrame":
         """Load a packaged frame: "mnist", 28x28 digits in [-1, 1]."""
         folder = Path(__file__).parents[1] / "weights" / "frames"
-        validate.choice("name", name, sorted(path.stem for path in folder.glob("*.safetensors")))
+        choice("name", name, sorted(path.stem for path in folder.glob("*.safetensors")))
         return GaussianFrame.load(folder / f"{name}.safetensors")
 
-    def _flat(self, x: Tensor) -> Tensor:
-        """x as (B, d)."""
-        flat = coordinates(x)
-        if flat.shape[1] != len(self.axes):
-            raise ValueError(
-                f"x must have {len(self.axes)} coordinates per sample, as the frame; "
-                f"got {flat.shape[1]}"
-            )
-        return flat
+    def _parts(
+        self, level: Level, x: Tensor
+    ) -> tuple[Scalar, Scalar, Tensor, tuple[Tensor, float], Tensor]:
+        """Return alpha, sigma, the mean, the spectrum of S, and x as (B, d).
 
-    def _mean(self, like: Tensor) -> Tensor:
-        return on(self, like.dtype, like.device)[0]
-
-    def _spectrum(self, like: Tensor) -> Iterator[Scalar]:
-        """The eigenvalues of the axes, (r,), then the one of the directions orthogonal to them."""
-        yield on(self, like.dtype, like.device)[2]
-        yield self.rest
+        The spectrum is the eigenvalues of the axes (r,), and that of all orthogonal directions.
+        """
+        flat, d = coordinates(x), len(self.axes)
+        if flat.shape[1] != d:
+            got = flat.shape[1]
+            raise ValueError(f"x must have {d} coordinates per sample, as the frame; got {got}")
+        mean, _, variances = on(self, x.dtype, x.device)
+        alpha, sigma = per_sample(level.alpha, flat), per_sample(level.sigma, flat)
+        return alpha, sigma, mean, (variances, self.rest), flat
 
     def _apply(self, gains: list[Scalar], v: Tensor) -> Tensor:
-        """The function of S whose values on its spectrum are `gains`, times v (B, d)."""
+        """Apply the function of S that has the values `gains` on its spectrum to v (B, d)."""
         of_axes, of_rest = gains
         axes = on(self, v.dtype, v.device)[1]
         if axes.shape[1] == axes.shape[0]:
@@ -248,15 +230,15 @@ class GaussianFrame(Checked):
 def on(
     frame: GaussianFrame, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (d,), axes and variances of a frame in a dtype on a device; copied once."""
+    """Return mean (d,), axes and variances of a frame in a dtype on a device; cached."""
     mean = frame.mean.flatten().to(device, dtype)
     return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
 
 
 def check_orthonormal(axes: Tensor) -> None:
-    """Refuse V (d, r) unless  V^T V w = w  for one w in general position: d r operations.
+    """Refuse V (d, r) unless  V^T V w = w  for one random w: this takes d r operations only.
 
-    Rounding to float32 moves each entry by a share 2^-24, and w by 2^-24 d at most.
+    Rounding to float32 changes each entry of V by a factor 1 +- 2^-24, and w by at most 2^-24 d.
     """
     if not 0 < axes.shape[1] <= axes.shape[0]:
         raise ValueError(f"axes must be (d, r) with 0 < r <= d; got {tuple(axes.shape)}")
@@ -265,8 +247,3 @@ def check_orthonormal(axes: Tensor) -> None:
     off = float((axes.T @ (axes @ w) - w).abs().max())
     if not off <= 1e-6 * len(axes):
         raise ValueError(f"axes must be orthonormal; got an error of {off:.1g}")
-
-
-def rows(scalar: Scalar) -> Scalar:
-    """A field of a level, broadcast against (B, d)."""
-    return scalar.reshape(-1, 1) if isinstance(scalar, Tensor) else scalar

@@ -1,6 +1,6 @@
-r"""Grids: values that give the times through which a sampler goes.
+r"""Grids: rules for the times of a sampler's steps.
 
-A grid is called with a process and a number of steps n and returns n + 1 decreasing times, float64,
+A grid is called with a process and a number of steps n. It returns n + 1 decreasing times, float64,
 from the start of the path to exactly 0 (data).
 
     sample(model, sampler, x, steps=20, grid=grids.Karras(rho=5))
@@ -14,10 +14,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.processes import Process
-from sde_diffusion.validate import Kind, Number, Positive
+from sde_diffusion.validate import Checked, Kind, Number, Positive, integer
 
 __all__ = ["IS_GRID", "Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
 
@@ -27,26 +26,26 @@ SLACK = 1e-9  # relative: a node nearer than this to the end of the trained rang
 
 
 @dataclass(frozen=True)
-class Grid(validate.Checked, ABC):
+class Grid(Checked, ABC):
     """A rule for n + 1 times. Subclasses define `times`."""
 
     def __call__(
         self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
     ) -> Tensor:
-        """The times (n + 1,), float64, decreasing to 0.
+        """Return the times (n + 1,), float64, decreasing to 0.
 
         Args:
-            process: the process that the times belong to.
+            process: the process of the model.
             steps: n.
             start: the time at which the path begins.
-            least_ratio: least sigma / alpha at which the model is trained, 0 if there is none.
-                Nodes below it, except the last, are moved by `within` afterwards.
+            least_ratio: the smallest sigma / alpha at which the model is trained, 0 for no limit.
+                `sample` replaces nodes below it, except the last, by one node there (`within`).
         """
-        return self.times(process, validate.integer("steps", steps), start, least_ratio)
+        return self.times(process, integer("steps", steps), start, least_ratio)
 
     @abstractmethod
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
-        """The times of `__call__`, for checked arguments."""
+        """Return the times of `__call__`; the arguments are already checked."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,18 @@ class Uniform(Grid):
 
 @dataclass(frozen=True)
 class Karras(Grid):
-    r"""The noise-to-signal ratios of Karras et al. 2022, eq. 5, on any process, then 0.
+    r"""The noise-to-signal ratios of Karras et al. 2022, eq. 5, on any process; the last is 0.
 
     ratio_i = (sigma_max^(1/rho) + i / (n - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,
     i = 0 .. n - 1;   ratio_n = 0.
 
-    If the path starts above sigma_max, its start is put in front: a batch drawn from the prior
-    belongs to t = 1 and to no other level. If the path starts below, so do the ratios.
+    If the start of the path has a ratio above sigma_max, it becomes the first node, because a batch
+    drawn from the prior belongs to t = 1 and to no other level. If it has a ratio below sigma_max,
+    the ratios begin there.
 
     Args:
         sigma_max, sigma_min: the largest and the smallest ratio sigma / alpha.
-        rho: concentration towards sigma_min.
+        rho: exponent; a larger one places more nodes near sigma_min.
     """
 
     sigma_max: Positive = 80.0
@@ -79,25 +79,22 @@ class Karras(Grid):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"sigma_min must be below sigma_max; got {self.sigma_min} and {self.sigma_max}"
-            )
+            got = f"{self.sigma_min} and {self.sigma_max}"
+            raise ValueError(f"sigma_min must be below sigma_max; got {got}")
 
     def ratios(self, steps: int) -> Tensor:
-        """The ratios (n + 1,) themselves."""
+        """Return the ratios (n + 1,)."""
         return ratios(steps, self.sigma_max, self.sigma_min, self.rho)
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         begin = torch.tensor([start], dtype=torch.float64)
         first = (-process.log_snr(begin) / 2).exp().item()
-        above = first > self.sigma_max * (1 + 1e-9)  # EDM's own 80 is reached with rounding
-        # A solver that needs the drift starts at t_max; that start is stiff and is left out.
+        above = first > self.sigma_max * (1 + 1e-9)  # EDM starts at 80 up to rounding
+        # Samplers that need the drift start at t_max. There the drift is stiff: no node in front.
         in_front = above and (start != process.t_max or start == 1)
-        if in_front and steps == 1:
-            return torch.tensor([start, 0.0], dtype=torch.float64)
         high = min(self.sigma_max, first)
         low = max(min(self.sigma_min, high / 100), least_ratio)
-        if low >= high:
+        if low >= high or (in_front and steps == 1):
             return torch.tensor([start, 0.0], dtype=torch.float64)
         times = process.time(-2 * ratios(steps - in_front, high, low, self.rho).log())
         if in_front:
@@ -106,7 +103,7 @@ class Karras(Grid):
 
 
 def ratios(steps: int, high: float, low: float, rho: float) -> Tensor:
-    """Karras et al. 2022, eq. 5, from `high` to `low` in n - 1 steps, and 0."""
+    """Return the n ratios of Karras et al. 2022, eq. 5, from `high` to `low`, and 0."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = high ** (1 / rho), low ** (1 / rho)
     return torch.cat([(top + ramp * (bottom - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
@@ -114,14 +111,14 @@ def ratios(steps: int, high: float, low: float, rho: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Power(Grid):
-    """Equally spaced in clock^(1/p) of a frame; p > 1 concentrates the levels near the data.
+    """Nodes equally spaced in clock^(1/p) of a frame; p > 1 places more nodes near the data.
 
     Args:
         p: the exponent.
         frame: the frame of the clock, `frames.Straight()` or a `frames.GaussianFrame`.
-        first: length of the first interval, in units of the others, in (0, 1].
-        ratio: the sigma / alpha at which the n steps begin; one step more leads there from the
-            start. None: they begin at the start.
+        first: length of the first interval relative to the others, in (0, 1].
+        ratio: the sigma / alpha at which the n steps begin, after one more step from the start of
+            the path. None: the n steps begin at the start.
     """
 
     p: Positive = 1.0
@@ -143,10 +140,10 @@ class Power(Grid):
 
 @dataclass(frozen=True)
 class Usual(Grid):
-    """The usual grid of each process.
+    """The default grid of each process.
 
-    Equally spaced times on the variance-preserving family, the nearest sub-chain on a chain, the
-    levels of Karras et al. 2022 elsewhere.
+    Equally spaced times on the variance-preserving family, rounded to the steps of a chain; the
+    ratios of Karras et al. 2022 on all other processes.
     """
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
@@ -156,10 +153,10 @@ class Usual(Grid):
 
 @dataclass(frozen=True)
 class FromTMax(Grid):
-    """Another grid, from at most t_max, where drift and diffusion are defined.
+    """A grid that starts at most at t_max, up to which drift and diffusion are defined.
 
     Args:
-        grid: the other grid.
+        grid: the rule for the times.
     """
 
     grid: Annotated[Grid, IS_GRID] = Usual()
@@ -170,7 +167,7 @@ class FromTMax(Grid):
 
 @dataclass(frozen=True)
 class Ends(Grid):
-    """The start and 0, for a solver that chooses the steps between."""
+    """The start and 0, for a solver that chooses the steps between them."""
 
     def __call__(
         self, process: Process, steps: int | None, start: float = 1.0, least_ratio: float = 0.0
@@ -182,7 +179,7 @@ class Ends(Grid):
 
 
 def within(times: Tensor, end: float) -> Tensor:
-    """The times at or above `end`; the nodes below it, except the last, become one node there."""
+    """Replace the times below `end`, except the last, by one node at `end`."""
     inner = times[:-1]
     kept = inner[inner >= end * (1 - SLACK)]
     if len(kept) == len(inner):

@@ -1,74 +1,67 @@
-r"""Samplers whose every step is corrected. Sampler -> Sampler.
+r"""Samplers with a correction after each step. Sampler -> Sampler.
 
-A cost says how badly an x0 fits what is wanted. After each step of a sampler from t to s the
-batch moves down the gradient of the cost of x0_hat, the model's E[x0 | x_t], by either of two ways:
+A cost measures the misfit of an x0. After each step of a sampler from t to s the batch moves down
+a gradient of the cost of x0_hat, the model's E[x0 | x_t]:
 
-    ThroughNetwork   d cost / d x_t           ToMean   d cost / d mean of x_s, without derivatives
+    BackpropCorrection         d cost / d x_t
+    PosteriorMeanCorrection    d cost / d mean of x_s, without derivatives of the network
 
-The call that the step makes at x_t serves the correction too: none is added. (Where a sampler goes
-up first, as Churn does, this call is about x there, and so is the derivative.)
+The correction uses the call that the step makes at x_t and adds none. (Samplers such as Churn first
+move up to a higher level; their first call, and so the derivative, is there.)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.grids import Grid
-from sde_diffusion.models.derivatives import leaf, ordinary, recorded
-from sde_diffusion.models.model import Model, evaluate
+from sde_diffusion.models.conditions import evaluate
+from sde_diffusion.models.derivatives import gradient, leaf, ordinary, recorded
+from sde_diffusion.models.model import Model, Wrapper
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import posterior_kernel
+from sde_diffusion.processes.level import Level, posterior_kernel
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
 from sde_diffusion.validate import Checked, Cond, Kind, Number
 
-__all__ = [
-    "BackpropCorrection",
-    "Corrected",
-    "Descent",
-    "Differentiable",
-    "PosteriorMeanCorrection",
-    "RecordingModel",
-    "TracingModel",
-]
+__all__ = ["BackpropCorrection", "Corrected", "Differentiable", "PosteriorMeanCorrection"]
 
 
 @dataclass(frozen=True, eq=False)
 class Corrected(Checked):
-    """A sampler within a rule; what all such have in common.
+    """Base of samplers around another sampler.
 
-    A sampler's memory is about the path that was left, so a multistep one starts afresh after each
-    correction.
+    A correction leaves the sampler's path, so its memory is discarded: a multistep sampler starts
+    anew after each correction.
 
     Args:
-        sampler: any that can begin anywhere on the way, as all but SMC do.
+        sampler: any that can start at every level, that is, all but SMC.
     """
 
     sampler: Annotated[Sampler, IS_SAMPLER]
 
     @property
     def claims(self) -> Claims:
-        """Order 0: what is sampled is no law to which more steps come closer."""
+        """Order 0: more steps do not bring the samples closer to a known distribution."""
         return replace(self.sampler.claims, order=0, step_order=None)
 
     @property
     def grid(self) -> Grid:
-        """The sampler's."""
+        """The grid of the inner sampler."""
         return self.sampler.grid
 
 
 @dataclass(frozen=True, eq=False)
 class Descent(Corrected):
-    """A correction that goes down a cost.
+    """A correction by the gradient of a cost.
 
     Args:
-        sampler: any whose steps ask about the whole batch.
-        cost: how badly x0 (B, ...) fits, (B,); differentiable.
-        scale: of the correction.
+        sampler: any whose steps call the model with the whole batch.
+        cost: a function of x0 (B, ...) that returns its misfit, (B,); differentiable.
+        scale: factor of the gradient.
     """
 
     cost: Annotated[Callable[[Tensor], Tensor], Kind("a function of x0", "__call__")]
@@ -77,10 +70,9 @@ class Descent(Corrected):
 
 @dataclass(frozen=True, eq=False)
 class BackpropCorrection(Descent):
-    r"""After each step of a sampler from t to s,  x_s - scale d/dx_t cost(x0_hat(x_t)).
+    r"""The correction  x_s - scale d/dx_t cost(x0_hat(x_t))  after each step from t to s.
 
-    The derivative goes through the network, back-propagated from the call that the step makes at
-    x_t.
+    The derivative is back-propagated through the network, from the call that the step makes at x_t.
     """
 
     def step(
@@ -91,13 +83,13 @@ class BackpropCorrection(Descent):
         x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
         with recorded():
             cost = self.cost(recorded_model.first.x0)
-            (gradient,) = torch.autograd.grad(cost.sum(), recorded_model.first.x)
-        return x_s.sub(gradient, alpha=self.scale), None
+            (slope,) = torch.autograd.grad(cost.sum(), recorded_model.first.x)
+        return x_s.sub(slope, alpha=self.scale), None
 
 
 @dataclass(frozen=True, eq=False)
 class PosteriorMeanCorrection(Descent):
-    r"""After each step of a sampler from t to s,  x_s - scale d/dmean cost(x0_hat).
+    r"""The correction  x_s - scale d/dmean cost(x0_hat)  after each step from t to s.
 
     The mean of q(x_s | x_t, x0) is  c_0 x0 + c_t x_t  (Ho et al. 2020, eq. 7). With x_t held fixed
     x0_hat = (mean - c_t x_t) / c_0, so the derivative is d cost / d x0_hat / c_0: the network is
@@ -112,22 +104,16 @@ class PosteriorMeanCorrection(Descent):
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         recorded_model = RecordingModel(model)
         x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
-        with recorded():
-            x0 = leaf(recorded_model.first.x0)
-            (gradient,) = torch.autograd.grad(self.cost(x0).sum(), x0)
-        return x_s.sub(gradient, alpha=self.scale / posterior_kernel(s, t)[0]), None
+        _, slope = gradient("cost", self.cost, recorded_model.first.x0)
+        return x_s.sub(slope, alpha=self.scale / posterior_kernel(s, t)[0]), None
 
 
 @dataclass(eq=False)
-class RecordingModel:
-    """A model that keeps its first prediction."""
+class RecordingModel(Wrapper):
+    """A model that stores its first prediction."""
 
-    model: Model
+    model: Any
     kept: "Differentiable | None" = None
-
-    @property
-    def process(self) -> Process:
-        return self.model.process
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
         if self.kept is not None:
@@ -141,29 +127,29 @@ class RecordingModel:
 
     @property
     def first(self) -> "Differentiable":
-        """That answer.
+        """The first prediction.
 
         Raises:
-            ValueError: if the sampler never asked about the whole batch.
+            ValueError: if the sampler has not called the model with the whole batch.
         """
         if self.kept is None:
-            raise ValueError("the sampler made no call about the whole batch in this step")
+            raise ValueError("sampler must call the model with the whole batch; got no such call")
         return self.kept
 
 
 class TracingModel(RecordingModel):
-    """A model that remembers its first answer and the way from x to it."""
+    """A model that stores its first prediction and the graph from x to it."""
 
     def record(self, x: Tensor, level: Level) -> "Differentiable":
         return Differentiable.of(self.model, x, level)
 
 
 class Differentiable(NamedTuple):
-    """What a model says of x, with the way back to x.
+    """A prediction at x, with the graph from x to x0.
 
     Attributes:
         found: the prediction.
-        x: what was asked about.
+        x: the batch.
         x0: E[x0 | x].
     """
 
@@ -178,11 +164,11 @@ class Differentiable(NamedTuple):
             found = evaluate(model, point, Level(*map(ordinary, level)), cond)
             x0 = found.x0
         if not x0.requires_grad:
-            raise ValueError("the model's x0 carries no derivative with respect to x")
+            raise ValueError("model must be differentiable in x; got an x0 with no derivative")
         extra = None if found.extra is None else found.extra.detach()
         first, second = found.first.detach(), found.second.detach()
         return Differentiable(Prediction(first, second, level, found.meaning, extra), point, x0)
 
     def back(self, pull: Tensor) -> Tensor:
-        """J^T pull, with J = dx0 / dx."""
+        """Return J^T pull, with J = dx0 / dx."""
         return torch.autograd.grad(self.x0, self.x, pull)[0]

@@ -1,49 +1,47 @@
-r"""Completing images of which a part is known. Sampler -> Sampler.
+r"""Inpainting: completion of images with unknown pixels. Sampler -> Sampler.
 
-Convention: mask is 1 where a pixel of y is known and 0 where not; it broadcasts against x. What is
-unknown in y is ignored.
+Convention: mask is 1 where a pixel of y is known and 0 elsewhere; it broadcasts against x. The
+unknown pixels of y are ignored.
 
-`Replacement` and `RePaint` put the known pixels back after each step, at the noise of the level
-that is entered, so that at the end they are those of y to the bit. `complete_image` pulls x towards
-them instead (the Haifa sheet's rule), by either gradient of steering.py.
+After each step `Replacement` and `RePaint` replace the known pixels by those of y with noise of the
+new level, so at the end they are bit-equal to y. `complete_image` moves x down the gradient of
+their error instead (the rule of the Haifa exercise sheet), by either gradient of corrections.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
-from sde_diffusion.inverse.operators import binary, check_broadcast
+from sde_diffusion.inverse.operators import binary, broadcast, check_fits
 from sde_diffusion.models.guidance import Clipped
 from sde_diffusion.models.model import IS_MODEL, Model, per_sample_field
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level, forward_kernel
-from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers import Ancestral
-from sde_diffusion.samplers.sampler import Memory, Sampler
+from sde_diffusion.processes.level import Level, coordinates, forward_kernel
+from sde_diffusion.samplers import Ancestral, Memory, Sampler
 from sde_diffusion.sampling import prior, sample
-from sde_diffusion.validate import Cond, Count
+from sde_diffusion.validate import Choice, Cond, Count, arguments, batch
 
 __all__ = ["MaskedMSE", "RePaint", "Replacement", "complete_image"]
 
 
 @dataclass(frozen=True, eq=False)
 class Replacement(Corrected):
-    r"""After each step from t to s, the known pixels are drawn afresh (Song et al. 2021, I.2):
+    r"""Replacement of the known pixels after each step from t to s (Song et al. 2021, I.2):
 
         x_s = mask (alpha_s y + sigma_s z) + (1 - mask) x_s.
 
-    At s = 0 they are y's, to the bit. Not the posterior: the unknown pixels of x_s never heard of
-    these z.
+    At s = 0 they are bit-equal to y. The samples are not from the posterior: the unknown pixels of
+    x_s are independent of z.
 
     Args:
         sampler: any.
         y: (B, ...), one per sample, or (1, ...) for all.
-        mask: where y is known.
+        mask: 1 where y is known, 0 elsewhere.
     """
 
     y: Tensor = per_sample_field()
@@ -58,23 +56,25 @@ class Replacement(Corrected):
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         x_s, _ = self.sampler.step(model, x, t, s, noise, None)
-        y = fitting(self.y, x).to(x)
+        y = check_fits(self.y, x, "x").to(x)
         entered = model.process.perturb(y, s, noise(s.t, s.t, x)) if s.sigma else y
         return torch.where(self.mask.to(x.device) == 1, entered, x_s), None
 
 
 @dataclass(frozen=True, eq=False)
 class RePaint(Replacement):
-    r"""Replacement that goes back and forth (Lugmayr et al. 2022, Algorithm 1).
+    r"""Replacement with resampling (Lugmayr et al. 2022, Algorithm 1).
 
-    Each step from t to s is made `rounds` times, with noise by the forward kernel from s up to t in
-    between, so that the unknown pixels can follow the known ones. A step costs rounds * jump of the
-    sampler's: n steps with jump j are n j of theirs, gone back over by their jump length j.
+    Each step from t to s is repeated `rounds` times. Between repetitions the forward kernel noises
+    the batch from s back to t, so that the unknown pixels can adapt to the known ones. One step
+    costs rounds * jump steps of the sampler: n steps here are n * jump steps of the paper, with
+    jump length `jump`.
 
     Args:
         sampler, y, mask: as in `Replacement`.
-        rounds: r, 10 in their experiments.
-        jump: j, the sampler's steps within one, evenly spaced in t; 10 in their experiments.
+        rounds: number of repetitions; 10 in the paper's experiments.
+        jump: number of sampler steps within one step, equally spaced in t; 10 in the paper's
+            experiments.
     """
 
     rounds: Count = 10
@@ -97,7 +97,7 @@ class RePaint(Replacement):
 
 @dataclass(frozen=True, eq=False)
 class MaskedMSE:
-    r"""MSE(mask (x0 - y)), the mean over the pixels of one sample, known or not: (B,).
+    r"""The cost MSE(mask (x0 - y)), (B,): the mean is over all pixels of one sample.
 
     Args:
         y, mask: as in `Replacement`.
@@ -110,20 +110,22 @@ class MaskedMSE:
         known("y", self.y, "mask", self.mask)
 
     def __call__(self, x0: Tensor) -> Tensor:
-        off = torch.where(self.mask.to(x0.device) == 1, x0 - fitting(self.y, x0).to(x0), 0)
+        off = torch.where(self.mask.to(x0.device) == 1, x0 - check_fits(self.y, x0, "x").to(x0), 0)
         return coordinates(off).square().mean(1)
 
 
 Route = type[BackpropCorrection] | type[PosteriorMeanCorrection]
+ROUTES = Choice(BackpropCorrection, PosteriorMeanCorrection)
 
 
+@arguments
 def complete_image(
-    model: Model,
+    model: Annotated[Model, IS_MODEL],
     y: Tensor,
     ymask: Tensor,
     scale: float,
     *,
-    route: Route = BackpropCorrection,
+    route: Annotated[Route, ROUTES] = BackpropCorrection,
     clip: bool = False,
     sampler: Sampler | None = None,
     steps: int | None = None,
@@ -132,32 +134,30 @@ def complete_image(
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
-    """Samples of images of which a part is given, shaped like y.
+    """Complete images of which some pixels are known; the result is shaped like y.
 
-    The Haifa sheet's rule: after each step the gradient of MSE(ymask (x0_hat - y)), a mean over the
-    pixels of one sample, is taken off. One call of the network a step. To complete an image five
-    times give it five times: `y.repeat_interleave(5, dim=0)`.
+    The rule of the Haifa exercise sheet: after each step, scale times the gradient of
+    MSE(ymask (x0_hat - y)), a mean over the pixels of one sample, is subtracted. One call of the
+    network per step. To complete an image five times, repeat it: `y.repeat_interleave(5, dim=0)`.
 
     Args:
-        model: of images like y.
+        model: a model of images like y.
         y: (B, ...); its unknown pixels are ignored.
-        ymask: 1 where y is known, 0 where not; broadcasts against y.
-        scale: s of the rule. It grows with the number of pixels, and serves one route: for 28x28
-            digits in 250 steps about 300 through the network and 2 to the mean.
+        ymask: 1 where y is known, 0 elsewhere; broadcasts against y.
+        scale: factor of the gradient. The best value grows with the number of pixels and depends
+            on the route: for 28x28 digits in 250 steps it is about 300 for `BackpropCorrection`
+            and 2 for `PosteriorMeanCorrection`.
         route: `BackpropCorrection`, or `PosteriorMeanCorrection`, which does not differentiate
             the network.
-        clip: hold x0_hat to [-1, 1], in the rule and in the step.
-        sampler: what steps; the ancestral chain by default.
-        steps: on the sampler's own grid; 250 where neither these nor times are given.
-        times: any decreasing grid in [0, 1] instead; needed by a sampler that chooses its own
-            steps, which is corrected at these times.
+        clip: clamp x0_hat to [-1, 1], in the gradient and in the step.
+        sampler: the rule for a step, Ancestral() by default.
+        steps: number of steps on the sampler's own grid; 250 by default.
+        times: decreasing times in [0, 1] instead; required for adaptive samplers, which are
+            corrected at these times.
         cond, generator, seeds: as in `sample`.
     """
-    IS_MODEL("model", model)
     known("y", y, "ymask", ymask)
-    cost = MaskedMSE(y, ymask)
-    validate.choice("route", route, (BackpropCorrection, PosteriorMeanCorrection))
-    rule = route(sampler or Ancestral(), cost, scale)
+    rule = route(sampler or Ancestral(), MaskedMSE(y, ymask), scale)
     x = prior(model, y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device)
     clipped = Clipped(model) if clip else model
     steps = 250 if steps is None and times is None else steps
@@ -167,21 +167,13 @@ def complete_image(
 
 
 def known(y_name: str, y: Tensor, mask_name: str, mask: Tensor) -> None:
-    """Refuse a mask that is not one of y, and a y that is not finite where it is known."""
-    validate.batch(y_name, y)
-    binary(mask_name, mask)
-    check_broadcast(mask, y, mask_name, y_name)
-    mask = mask.to(y.device)
-    each = coordinates((mask == 1).expand(y.shape))
-    for rows, says in ((~each.any(1), "nothing"), (each.all(1), "everything")):
+    """Refuse a mask that does not fit y, and a y that is not finite where it is known."""
+    batch(y_name, y)
+    mask = broadcast(binary(mask_name, mask), y, mask_name, y_name).to(y.device)
+    each = coordinates(mask == 1)
+    for rows, value, part in ((~each.any(1), 1, "nothing"), (each.all(1), 0, "everything")):
         if bool(rows.any()):
-            raise ValueError(f"{mask_name} shows {says} of sample {int(rows.nonzero()[0])}")
+            shown = f"which shows {part} of sample {int(rows.nonzero()[0])}"
+            raise ValueError(f"{mask_name} must be {value} somewhere; got a mask {shown}")
     if not bool((y.isfinite() | (mask != 1)).all()):
-        raise ValueError(f"{y_name} must be finite where it is known")
-
-
-def fitting(y: Tensor, x: Tensor) -> Tensor:
-    """y, if it is shaped like the batch or like one of its samples."""
-    if y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
-        raise ValueError(f"y must be shaped like x, {tuple(x.shape)}; got {tuple(y.shape)}")
-    return y
+        raise ValueError(f"{y_name} must be finite where it is known; got nan or infinity")

@@ -1,4 +1,4 @@
-r"""Least squares by an operator's derivative at a point."""
+r"""Least squares with the derivative of an operator at a point."""
 
 from collections.abc import Callable
 
@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.models.derivatives import leaf, recorded
-from sde_diffusion.processes import Scalar
-from sde_diffusion.processes.level import coordinates, per_sample
+from sde_diffusion.processes.level import Scalar, coordinates, per_sample
 
 __all__ = ["Linearized", "least_squares"]
 
-SMALL = 4096  # entries of a matrix that is decomposed as a whole
-
-
+SMALL = 4096  # entries of the largest matrix that is decomposed as a whole
 ROUNDS = 200  # of conjugate gradients, at most
 
 
 class Linearized:
-    """The derivative A of an operator at x0 (B, ...), sample by sample.
+    """The derivative A of an operator at x0 (B, ...), for each sample.
 
     Raises:
         ValueError: if the operator cannot be differentiated.
@@ -34,18 +31,18 @@ class Linearized:
                     self.seen, self.x0, self.dual, create_graph=True
                 )
         if not (self.seen.requires_grad and self.pulled.requires_grad):
-            raise ValueError("operator must be differentiable")
+            raise ValueError("operator must be differentiable; got one without derivatives")
 
     def transposed(self, v: Tensor) -> Tensor:
-        """A^T v, shaped like x0: back-propagation."""
+        """Return A^T v, shaped like x0, by back-propagation."""
         return torch.autograd.grad(self.seen, self.x0, v, retain_graph=True)[0]
 
     def applied(self, v: Tensor) -> Tensor:
-        """A v, shaped like what the operator makes: the transpose of A^T, which is linear."""
+        """Return A v, shaped like the operator's output, as the derivative of A^T v by v."""
         return torch.autograd.grad(self.pulled, self.dual, v, retain_graph=True)[0]
 
     def matrix(self) -> Tensor:
-        """A of each sample, (B, m, d) float64; (1, m, d) where it is the same for all."""
+        """Return A of each sample, (B, m, d) float64; (1, m, d) if all are equal."""
         m = self.seen.shape[1:].numel()
         basis = torch.eye(m, dtype=self.seen.dtype, device=self.seen.device)
         rows = [self.transposed(v.reshape(self.seen.shape[1:]).expand_as(self.seen)) for v in basis]
@@ -56,13 +53,13 @@ class Linearized:
 def least_squares(
     operator: Callable[[Tensor], Tensor], x0: Tensor, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
-    r"""d = A^T z  and  ridge z = r - spread A d,  for  (spread A A^T + ridge I) z = r.
+    r"""Solve  (spread A A^T + ridge I) z = r;  return  d = A^T z  and  ridge z = r - spread A d.
 
-    A is the operator's derivative at x0 (B, ...); r is shaped like what it makes. For ridge = 0 it
-    is least squares: what no d explains of r counts for nothing. Where spread is 0 too, d = 0. By
-    singular values where A is small; where it is not by conjugate gradients on
-    (spread A^T A + ridge I) d = A^T r,  200 rounds at most: an approximation, where A is
-    ill-conditioned and there is no ridge.
+    A is the operator's derivative at x0 (B, ...); r is shaped like its output. For ridge = 0 this
+    is least squares: the part of r outside the range of A is ignored. If spread is 0 too, d = 0.
+    A small A is decomposed by singular values. For a large one, conjugate gradients solve
+    (spread A^T A + ridge I) d = A^T r  in at most 200 rounds, which is an approximation if A is
+    ill-conditioned and ridge = 0.
     """
     at = Linearized(operator, x0)
     small = r.shape[1:].numel() * x0.shape[1:].numel() <= SMALL
@@ -72,17 +69,17 @@ def least_squares(
 def by_singular_values(
     at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """`least_squares` in float64; singular values that are rounding alone count as 0."""
+    """Solve `least_squares` in float64; singular values at the level of rounding count as 0."""
     a, flat = at.matrix(), coordinates(r).double()
     if not bool(a.isfinite().all()):
-        raise ValueError("operator must have a finite derivative")
+        raise ValueError("operator must have a finite derivative; got nan or infinity")
     s, e = (
         torch.as_tensor(v, dtype=a.dtype, device=a.device).reshape(-1, 1) for v in (spread, ridge)
     )
     u, w, vt = (part.expand(len(r), *part.shape[1:]) for part in torch.linalg.svd(a, False))
-    heard = w > max(a.shape[1:]) * torch.finfo(w.dtype).eps * w.amax(1, keepdim=True)
-    heard = heard & (s * w**2 + e > 0)
-    share = torch.where(heard, w / torch.where(heard, s * w**2 + e, 1), 0)
+    counts = w > max(a.shape[1:]) * torch.finfo(w.dtype).eps * w.amax(1, keepdim=True)
+    counts = counts & (s * w**2 + e > 0)
+    share = torch.where(counts, w / torch.where(counts, s * w**2 + e, 1), 0)
     d = torch.einsum("bkd,bk,bmk,bm->bd", vt, share, u, flat)
     rest = flat - s * torch.einsum("bmd,bd->bm", a.expand(len(r), -1, -1), d)
     return d.reshape(at.x0.shape).to(at.x0.dtype), rest.reshape(r.shape)
@@ -91,15 +88,15 @@ def by_singular_values(
 def by_conjugate_gradients(
     at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
-    """`least_squares` without the matrix: two back-propagations a round."""
+    """Solve `least_squares` without the matrix, with two back-propagations per round."""
     s, e = per_sample(spread, at.x0), per_sample(ridge, at.x0)
     d = torch.zeros_like(at.x0)
-    g = at.transposed(r)  # what is left of the right side
+    g = at.transposed(r)  # the residual of the normal equations
     p = g.clone()
     size = coordinates(g).square().sum(1)
     enough = size * (16 * torch.finfo(size.dtype).eps) ** 2
     for _ in range(ROUNDS):
-        going = ~(size <= enough)  # what is not finite goes on, and shows
+        going = ~(size <= enough)  # nan continues, and reaches the result
         if not bool(going.any()):
             break
         m = s * at.transposed(at.applied(p)) + e * p

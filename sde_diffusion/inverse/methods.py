@@ -1,11 +1,11 @@
 r"""Inverse problems: samples of x0 given a measurement y of it.
 
-A measurement says how likely an x0 is. Methods turn a model, or a sampler, towards it:
+A measurement defines the likelihood of an x0. Methods change a model, or a sampler, accordingly:
 
     PiGDM, DiffPIR   Model -> Model       DPS   Sampler -> Sampler
 
-(completion of images: inpainting.py; particles that converge to the posterior: particles.py).
-x0_hat is the model's E[x0 | x]; r = y - A(x0_hat). Each makes one call of the network a step.
+(completion of images: inpainting.py; particles that converge to the posterior: smc.py). x0_hat is
+the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once per step.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,22 @@ from typing import Annotated
 
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
-from sde_diffusion.models.guidance import Guided, turned
-from sde_diffusion.models.model import evaluate
+from sde_diffusion.models.conditions import evaluate
+from sde_diffusion.models.guidance import Guided, with_added_score
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.validate import Cond, Kind, Number, Positive
+from sde_diffusion.validate import Cond, Kind, Number, Positive, arguments
 
 __all__ = ["DPS", "DiffPIR", "PiGDM"]
 
 
 @dataclass(frozen=True, eq=False)
 class PiGDM(Guided):
-    r"""Pseudoinverse-guided diffusion (Song et al. 2023): the score of y in closed form.
+    r"""Pseudoinverse-guided diffusion (Song et al. 2023): adds the score of y in closed form.
 
     If x0 given x were N(x0_hat, s I), then y given x would be N(A x0_hat, s A A^T + noise_std^2 I),
     so  score + w J^T A^T (s A A^T + noise_std^2 I)^-1 r  with  J = dx0_hat / dx. For data of
@@ -37,16 +36,16 @@ class PiGDM(Guided):
 
         s = sigma^2 v / (alpha^2 v + sigma^2),
 
-    and for data N(m, v I) the result is the model of the posterior, exactly. J = alpha / sigma^2
-    Cov[x0 | x] for an exact model; where alpha = 0 the covariance is taken to be s I, that is v I.
-    Where alpha is small sigma^2 / alpha is large, and so is what it makes of a network's own J.
-    With a `LogLikelihood`, which knows no spread, it is the score form of DPS.
+    and for data N(m, v I) the result is the exact model of the posterior. For an exact model
+    J = alpha / sigma^2 Cov[x0 | x]; where alpha = 0 this covariance is set to s I = v I. Where
+    alpha is small, sigma^2 / alpha is large and amplifies errors of a network's J. With a
+    `LogLikelihood`, which ignores s, it is the score form of DPS.
 
     Args:
-        model: any that can be differentiated; one forward and one backward pass a step.
+        model: any differentiable model; one forward and one backward pass per step.
         observation: a Measurement, or a LogLikelihood.
-        scale: w, 1 for Bayes' rule with this spread. (Their Algorithm 1 weighs the gradient by a
-            factor of the level instead.)
+        scale: w, 1 for Bayes' rule with this s. (Algorithm 1 of the paper uses a weight that
+            depends on the level.)
         variance: v.
     """
 
@@ -59,23 +58,23 @@ class PiGDM(Guided):
         spread = posterior_variance(level, self.variance)
         _, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         pull = self.scale * pull
-        return turned(at.found, level, at.back(pull), spread * pull)
+        return with_added_score(at.found, level, at.back(pull), spread * pull)
 
 
 @dataclass(frozen=True, eq=False)
 class DiffPIR(Guided):
-    r"""Plug-and-play restoration (Zhu et al. 2023): x0_hat moved towards y, without derivatives.
+    r"""Plug-and-play restoration (Zhu et al. 2023): moves x0_hat towards y, without derivatives.
 
         x0 = argmin |y - A x|^2 / noise_std^2 + |x - x0_hat|^2 / s,    s = sigma^2 / (lam alpha^2)
            = x0_hat + A^T (A A^T + noise_std^2 / s I)^-1 r
 
-    and eps is that of this x0. Their zeta is the share of fresh noise in the sampler's step, as in
-    Ancestral(eta=...). Without noise x0 is the nearest of those with A x0 = y (or with the least
-    |y - A x0|, if none has), whatever lam is.
+    and eps is recomputed from this x0. The paper's zeta is the share of fresh noise in the
+    sampler's step, as in Ancestral(eta=...). For noise_std = 0, x0 is the nearest point with the
+    smallest |y - A x0|, for every lam.
 
     Args:
         model: any.
-        measurement: of which A must be linear.
+        measurement: one with a linear operator A.
         lam: lambda, the weight of the model against the measurement.
     """
 
@@ -93,16 +92,20 @@ class DiffPIR(Guided):
         return Prediction(x, x0 + spread * d, level, X0(), found.extra)
 
 
-def DPS(sampler: Sampler, measurement: Measurement, scale: float = 1.0) -> BackpropCorrection:
-    r"""Diffusion posterior sampling (Chung et al. 2023, Algorithm 1): x_s - scale d/dx_t |r|.
+@arguments
+def DPS(
+    sampler: Sampler,
+    measurement: Annotated[Measurement, Kind("a Measurement", "cost")],
+    scale: float = 1.0,
+) -> BackpropCorrection:
+    r"""Make a sampler of diffusion posterior sampling (Chung et al. 2023): x_s - scale d/dx_t |r|.
 
-    The gradient of the norm: that of its square, which their algorithm takes with a step size
-    zeta / |r|, is 2 |r| times this one, so scale = 2 zeta.
+    Algorithm 1 of the paper uses the gradient of |r|^2 with step size zeta / |r|. This gradient is
+    2 |r| times the gradient of |r|, so scale = 2 zeta.
     """
-    validate.kind("measurement", measurement, "a Measurement", "cost")
     return BackpropCorrection(sampler, measurement.cost, scale)
 
 
 def posterior_variance(level: Level, variance: float) -> Scalar:
-    """Variance of x0 given x for data of this variance in every direction."""
+    """Return the variance of x0 given x for data of this variance in every direction."""
     return level.sigma**2 * variance / (level.alpha**2 * variance + level.sigma**2)

@@ -1,8 +1,8 @@
 """Operators: linear maps from x0 (B, ...) to a measurement y (B, ...), as plain callables.
 
-Any other differentiable function of a batch does as well. One that holds something per sample is
-a dataclass whose field is marked by `models.per_sample_field`; one that leaves a part of y out has
-observed_part(y), y with 0 there.
+Any other differentiable function of a batch can be used too. If it contains one value per sample,
+make it a dataclass and mark this field with `models.per_sample_field`. If it leaves out a part of
+y, define observed_part(y), which sets this part to 0.
 """
 
 import math
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sde_diffusion import validate
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import per_sample_field
-from sde_diffusion.validate import Checked, Count, Positive
+from sde_diffusion.models.model import finite, per_sample_field
+from sde_diffusion.validate import Batch, Checked, Count, Positive
 
-__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "check_broadcast"]
+__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "broadcast", "check_fits"]
 
 
 def binary(name: str, mask: Any) -> Tensor:
-    """The rule that a mask holds 0 and 1, and both of them."""
+    """Return a mask if it contains 0 and 1, both and nothing else; a rule for annotations."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor of 0 and 1; got {mask!r:.80}")
     known = mask == 1
@@ -35,26 +34,42 @@ def binary(name: str, mask: Any) -> Tensor:
     return mask
 
 
-def finite_matrix(name: str, value: Any) -> Any:
-    """The rule that a matrix is (m, d) of finite numbers."""
-    validate.batch(name, value)
-    if value.ndim != 2 or not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be (m, d), of finite numbers; got {tuple(value.shape)}")
+def two_axes(name: str, value: Tensor) -> Tensor:
+    """Return a matrix if it is (m, d); a rule for annotations."""
+    if value.ndim != 2:
+        raise ValueError(f"{name} must be a matrix (m, d); got shape {tuple(value.shape)}")
     return value
+
+
+def broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> Tensor:
+    """Return a mask expanded to the shape of the images, if it broadcasts against them."""
+    try:
+        return mask.expand(images.shape)
+    except RuntimeError:
+        rule = f"broadcast against {images_name}, {tuple(images.shape)}"
+        raise ValueError(f"{mask_name} must {rule}; got {tuple(mask.shape)}") from None
+
+
+def check_fits(y: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return y if it is shaped like the batch x, called `name`, or like one sample of it."""
+    shape, got = tuple(x.shape), tuple(y.shape)
+    if got[1:] != shape[1:] or got[0] not in (1, shape[0]):
+        raise ValueError(f"y must be shaped like {name}, {shape}; got {got}")
+    return y
 
 
 @dataclass(frozen=True, eq=False)
 class Mask(Checked):
-    """mask * x0: some of the pixels, and 0 for the others.
+    """The known pixels of x0, and 0 for the others: mask * x0.
 
     Args:
-        mask: 1 where a pixel is known, 0 where not; broadcasts against x0.
+        mask: 1 where a pixel is known, 0 elsewhere; broadcasts against x0.
     """
 
     mask: Annotated[Tensor, binary] = per_sample_field(full_rank=True)
 
     def __call__(self, x0: Tensor) -> Tensor:
-        check_broadcast(self.mask, x0, "mask", "the images")
+        broadcast(self.mask, x0, "mask", "the images")
         return ordinary(self.mask.to(x0)) * x0
 
     def observed_part(self, y: Tensor) -> Tensor:
@@ -69,19 +84,17 @@ class Downsample(Checked):
 
     def __call__(self, x0: Tensor) -> Tensor:
         if x0.ndim != 4 or any(side % self.factor for side in x0.shape[2:]):
-            raise ValueError(
-                f"images must be (B, C, H, W) with sides divisible by {self.factor}; got "
-                f"{tuple(x0.shape)}"
-            )
+            wanted = f"(B, C, H, W) with sides divisible by {self.factor}"
+            raise ValueError(f"images must be {wanted}; got {tuple(x0.shape)}")
         return F.avg_pool2d(x0, self.factor)
 
 
 @dataclass(frozen=True)
 class Blur(Checked):
-    """Convolution with a Gaussian, images (B, C, H, W) continued by their border pixels.
+    """Convolution of images (B, C, H, W) with a Gaussian; border pixels are replicated.
 
     Args:
-        std: of the Gaussian, in pixels; it is cut at 3 std.
+        std: standard deviation of the Gaussian in pixels; it is truncated at 3 std.
     """
 
     std: Positive = 1.0
@@ -112,31 +125,16 @@ class Gray:
 
 @dataclass(frozen=True, eq=False)
 class Matrix(Checked):
-    """y = A x0 on the coordinates of a sample.
+    """The product y = A x0 with the flattened coordinates of each sample.
 
     Args:
         matrix: A, (m, d).
     """
 
-    matrix: Annotated[Tensor, finite_matrix]
+    matrix: Annotated[Tensor, Batch(), two_axes, finite]
 
     def __call__(self, x0: Tensor) -> Tensor:
-        if x0.shape[1:].numel() != self.matrix.shape[1]:
-            raise ValueError(
-                f"matrix must be (m, {x0.shape[1:].numel()}) for samples {tuple(x0.shape[1:])}; "
-                f"got {tuple(self.matrix.shape)}"
-            )
+        d, got = x0.shape[1:].numel(), tuple(self.matrix.shape)
+        if got[1] != d:
+            raise ValueError(f"matrix must be (m, {d}) for {tuple(x0.shape[1:])}; got {got}")
         return x0.flatten(1) @ ordinary(self.matrix.to(x0)).T
-
-
-def check_broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) -> None:
-    """Refuse a mask that does not broadcast against the images."""
-    try:
-        whole = torch.broadcast_shapes(mask.shape, images.shape) == images.shape
-    except RuntimeError:
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"{mask_name} must broadcast against {images_name}, {tuple(images.shape)}; got "
-            f"{tuple(mask.shape)}"
-        )

@@ -1,14 +1,14 @@
-r"""Samples of the posterior by sequential Monte Carlo: exact as the number of particles grows.
+r"""Posterior sampling by sequential Monte Carlo: exact in the limit of many particles.
 
-Twisted diffusion sampling (Wu et al. 2023). The chain p(x_s | x_t) = N(mean, v I) of the model is
-followed by particles that are drawn towards y, weighted for it, and drawn again by their weights.
-With any positive twist h(x), the ratio of what should have been drawn to what was,
+Twisted diffusion sampling (Wu et al. 2023). Particles follow the chain p(x_s | x_t) = N(mean, v I)
+of the model, with a proposal q that is shifted towards y. They are weighted to correct for the
+shift, and resampled by their weights. For any positive twist h(x), the weights
 
     w = p(x_s | x_t) h(x_s) / (q(x_s | x_t) h(x_t)),      h(x_0) = p(y | x_0),
 
-makes the weighted particles those of  p(x_0) p(y | x_0): of the chain's own law given y, for
-whatever twist and proposal; good ones need fewer particles. Here the twist is the likelihood of
-PiGDM, and q moves the mean by v times its gradient.
+make the weighted particles samples of  p(x_0) p(y | x_0), the chain's own distribution given y.
+This holds for every twist and proposal; good ones need fewer particles. Here the twist is the
+likelihood of PiGDM, and q shifts the mean by v times its gradient.
 """
 
 import math
@@ -24,21 +24,19 @@ from sde_diffusion.inverse.measurements import IS_OBSERVATION, Observation
 from sde_diffusion.inverse.methods import posterior_variance
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes import Level
-from sde_diffusion.processes.level import coordinates, posterior_kernel
-from sde_diffusion.samplers import Ancestral
-from sde_diffusion.samplers.sampler import Claims, Memory
+from sde_diffusion.processes.level import Level, coordinates, posterior_kernel
+from sde_diffusion.samplers import Ancestral, Claims, Memory
 from sde_diffusion.validate import Checked, Integer, NonNegative, Positive, Share
 
 __all__ = ["SMC", "Particles"]
 
 
 class Particles(NamedTuple):
-    """What SMC carries from step to step, and leaves at the end.
+    """Memory of SMC between steps, and its report at the end.
 
     Attributes:
-        log_weight: of each particle, but for h where it stands, (B,) float64.
-        effective: share of the particles that counted when a cloud was weighted, (clouds,).
+        log_weight: of each particle, without the factor h at its place, (B,) float64.
+        effective: effective number of particles, as a share of P, in each cloud, (clouds,).
     """
 
     log_weight: Tensor
@@ -47,24 +45,24 @@ class Particles(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SMC(Checked):
-    r"""A sampler whose batch is clouds of particles, each the posterior of one measurement.
+    r"""A sampler of the posterior, whose batch consists of clouds of particles.
 
-    Rows k P .. (k + 1) P - 1 are the cloud number k of P particles; y has one row per particle, or
-    one for all. At the end each cloud is drawn by its weights: its particles count the same, some
-    more than once. One call of the network a step, differentiated. The law is that of the chain's
-    posterior: more steps bring it to the data's, as they bring the chain. With little noise, or y
-    far out, few particles survive: `Particles.effective`, in the memory of a trajectory, tells. The
-    path must end at t = 0, where the last weights are drawn by.
+    Rows k P .. (k + 1) P - 1 are cloud number k of P particles; y has one row per particle, or one
+    for all. At the end each cloud is resampled, so that its particles have equal weight and some
+    occur more than once. Each step calls the network once and differentiates it. The samples are
+    from the posterior of the chain, which tends to the posterior of the data with more steps. If
+    noise_std is small or y is improbable, few particles remain: see `Particles.effective`, in the
+    memory of a trajectory. The path must end at t = 0, where the last resampling is done.
 
     Args:
         observation: a Measurement with noise_std > 0, or a LogLikelihood.
-        particles: P; the batch must hold a multiple of it.
-        variance: v of PiGDM's twist.
-        kernel_variance: that of the data in the chain's kernels, v by default: for data N(m, v I)
-            the chain is then theirs in any number of steps. 0 gives DDPM's small variance, and no
-            noise in the last step.
-        threshold: a cloud is drawn again by its weights when its effective number of particles
-            falls below this share of P.
+        particles: P; the size of the batch must be a multiple of it.
+        variance: v of PiGDM's likelihood.
+        kernel_variance: the variance of the data in the kernels of the chain, v by default: for
+            data N(m, v I) the chain is then exact in any number of steps. 0 is the smaller variance
+            of DDPM, without noise in the last step.
+        threshold: a cloud is resampled when its effective number of particles is below this share
+            of P.
     """
 
     observation: Annotated[Observation, IS_OBSERVATION]
@@ -80,12 +78,12 @@ class SMC(Checked):
 
     @property
     def claims(self) -> Claims:
-        """Those of Ancestral, whose chain this is."""
+        """The claims of Ancestral, whose chain this is."""
         return Ancestral().claims
 
     @property
     def grid(self) -> Grid:
-        """That of Ancestral."""
+        """The grid of Ancestral."""
         return Ancestral().grid
 
     def step(
@@ -93,9 +91,8 @@ class SMC(Checked):
         memory: Memory,
     ) -> tuple[Tensor, Particles]:  # fmt: skip
         if len(x) % self.particles:
-            raise ValueError(
-                f"the batch must hold clouds of {self.particles} particles; got {len(x)} samples"
-            )
+            clouds = f"clouds of {self.particles} particles"
+            raise ValueError(f"the batch must hold {clouds}; got {len(x)} samples")
         at = Differentiable.of(model, x, t)
         spread = posterior_variance(t, self.variance)
         log_twist, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
@@ -107,7 +104,7 @@ class SMC(Checked):
         of_data = self.variance if self.kernel_variance is None else self.kernel_variance
         std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
 
-        # Clouds of poor weights are drawn again; the twist where they stand counts until they move.
+        # Resample clouds of low effective number; the weights include h of the present places.
         log_weight = log_twist.double() + (0.0 if memory is None else memory.log_weight)
         share = self.effective(log_weight)
         poor = (share < self.threshold).repeat_interleave(self.particles)
@@ -128,12 +125,12 @@ class SMC(Checked):
         return x_s, Particles(log_weight, share)
 
     def effective(self, log_weight: Tensor) -> Tensor:
-        """1 / (P sum of squared weights), in each cloud."""
+        """Return 1 / (P sum of squared weights) of each cloud."""
         weight = log_weight.reshape(-1, self.particles).softmax(1)
         return 1 / (self.particles * weight.square().sum(1))
 
     def drawn(self, log_weight: Tensor, noise: Tensor) -> Tensor:
-        """Rows drawn by weight within each cloud, systematically: one uniform number a cloud."""
+        """Resample each cloud by weight: rows of a systematic draw, one uniform number a cloud."""
         weight = log_weight.reshape(-1, self.particles).softmax(1)
         uniform = torch.special.ndtr(coordinates(noise)[:: self.particles, :1].double())
         places = (torch.arange(self.particles, device=weight.device) + uniform) / self.particles

@@ -1,61 +1,53 @@
-r"""Models from elsewhere: networks trained by other programs, and models on another process.
+r"""Adapters: networks trained by other programs, and models moved to another process.
 
-What a model knows at a noise-to-signal ratio sigma / alpha does not depend on the process that
-led there: x / (alpha + sigma) has one law, and x0 and eps are the same. So a network trained on one
-process serves any other, by a change of time (log-SNR) and a rescaling of x.
+At equal noise-to-signal ratio sigma / alpha the distribution of x / (alpha + sigma) is the same on
+every process, and so are x0 and eps. So a network trained on one process can be used on any other,
+by a change of time (log-SNR) and a rescaling of x.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from sde_diffusion.models import conditions
 from sde_diffusion.models.denoiser import Denoiser
-from sde_diffusion.models.model import (
-    IS_MODEL,
-    LogSNRRange,
-    Model,
-    evaluate,
-    level_of,
-    null_of,
-    trained_range,
-)
+from sde_diffusion.models.model import IS_MODEL, LogSNRRange, Model, level_of, trained_range
 from sde_diffusion.models.noise_inputs import WholeTimestep
 from sde_diffusion.models.prediction import Parameterization, Prediction, Row
 from sde_diffusion.processes import Discrete, Level, Process
 from sde_diffusion.processes.level import double, enter, leave
 from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Cond, Integer, Kind
+from sde_diffusion.validate import Checked, Cond, Integer, Kind, arguments
 
 __all__ = ["Matched", "adopt", "match"]
 
 IS_CHAIN = Kind("a Discrete process", "betas")
+IS_FUNCTION = Kind("a network: a torch module or a function network(x, step)", "__call__")
 
 
+@arguments
 def adopt(
-    network: Callable[..., Any],
-    process: Discrete,
+    network: Annotated[Callable[..., Any], IS_FUNCTION],
+    process: Annotated[Discrete, IS_CHAIN],
     parameterization: Parameterization | None = None,
-    counts_from: int = 0,
+    counts_from: Annotated[int, Integer(0, 1)] = 0,
 ) -> Denoiser:
-    """The model of a network that another program trained on a chain.
+    """Make a model of a network that another program trained on a chain.
 
-    It is trained at the chain's own levels, i = 1 .. N. A step is fed as int64 at the chain's
-    times, as a real number between them.
+    Its trained range is the levels of the chain, i = 1 .. N. The timestep is an int64 at the times
+    of the chain and a real number between them.
 
     Args:
         network: called as network(x, step), step (B,): a torch module or any function. It returns
-            a tensor, or a tuple or a record that has it first or as `sample`, as diffusers'
-            `UNet2DModel` does.
-        process: the chain it was trained on, such as `Discrete(scheduler.betas)`.
-        parameterization: the meaning of its output, Eps() by default.
-        counts_from: index of its first step: 0 for steps 0 .. N - 1, our index less 1, as most
-            libraries count; 1 for 1 .. N.
+            a tensor, a tuple that has the tensor first, or an object that has it as `sample`, as
+            diffusers' `UNet2DModel` does.
+        process: the chain of the training, such as `Discrete(scheduler.betas)`.
+        parameterization: the meaning of the network's output, Eps() by default.
+        counts_from: index of the network's first step: 0 for steps 0 .. N - 1, as in most
+            libraries; 1 for 1 .. N.
     """
-    Kind("a network: a torch module or a function network(x, step)", "__call__")("network", network)
-    IS_CHAIN("process", process)
-    Integer(0, 1)("counts_from", counts_from)
     low, high = process.log_snr(1.0).item(), process.log_snr(1 / process.num_steps).item()
     return Denoiser(
         network if isinstance(network, nn.Module) else FunctionNetwork(network),
@@ -78,46 +70,45 @@ class FunctionNetwork(nn.Module):
 
 
 def match(model: Model, process: Process) -> "Matched":
-    r"""The same model on another process, by log-SNR time change and rescaling.
+    r"""Move a model to another process, by a change of time (log-SNR) and a rescaling of x.
 
-    At a level of `process` the model is evaluated at its own level of equal log-SNR, at
+    With alpha, sigma of a level of `process`, and alpha', sigma' of the level of the model's own
+    process at the same log-SNR, the model is evaluated there at
 
-        x (alpha' + sigma') / (alpha + sigma),        the primed ones its own,
+        x (alpha' + sigma') / (alpha + sigma),
 
-    and its x0 and eps are the result. Where `process` starts noisier than the model's own, sampling
-    starts at the largest common noise (see `sampling.prior`).
+    and its x0 and eps are the result. If `process` has higher noise at t = 1 than the model's own
+    process, sampling starts at the highest noise of the latter (see `sampling.prior`).
 
     Args:
         model: a Denoiser, an adopted network, an exact model, ...
         process: the other process.
     """
-    IS_MODEL("model", model)
-    IS_PROCESS("process", process)
     return Matched(model, process)
 
 
 @dataclass(frozen=True)
-class Matched:
-    """See `match`."""
+class Matched(Checked):
+    """A model on another process, made by `match`."""
 
-    model: Model
-    process: Process
+    model: Annotated[Model, IS_MODEL]
+    process: Annotated[Process, IS_PROCESS]
 
     @property
     def trained(self) -> LogSNRRange:
-        """The model's own range, cut at the end of its own path."""
+        """The model's own range, limited to the log-SNRs of its own process."""
         own = trained_range(self.model)
         end, ours = (float(p.log_snr(1.0)) for p in (self.model.process, self.process))
         return own & LogSNRRange(low=end) if ours < end - 1e-9 * (1 + abs(end)) else own
 
     def null_like(self, cond: Cond) -> Cond:
-        """The null of the model."""
-        return null_of(self.model, cond)
+        """The null condition of the inner model."""
+        return conditions.null_of(self.model, cond)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
         own = self._own_level(x, level)
-        prediction = evaluate(self.model, leave(enter(x, level), own), own, cond)
+        prediction = conditions.evaluate(self.model, leave(enter(x, level), own), own, cond)
         meaning = Elsewhere(prediction.meaning, own)
         return Prediction(prediction.first, prediction.second, level, meaning, prediction.extra)
 
@@ -125,7 +116,7 @@ class Matched:
         """The level of the model's process at the same log-SNR."""
         process, trained = self.model.process, trained_range(self.model)
         log_snr = double(level.log_snr)
-        if trained.only:  # a rounding beyond the last level is that level
+        if trained.only:  # a log-SNR above the last level by rounding is set to it
             slack = 1e-3 if isinstance(level.log_snr, Tensor) else 1e-9 * (1 + abs(trained.high))
             over = (log_snr > trained.high) & (log_snr < trained.high + slack)
             log_snr = log_snr.where(~over, trained.high)
@@ -137,7 +128,7 @@ class Matched:
 
 @dataclass(frozen=True)
 class Elsewhere(Parameterization):
-    """A meaning at the level at which its network was evaluated, not that of the prediction."""
+    """A parameterization at the level where the network ran, not the level of the prediction."""
 
     meaning: Parameterization
     level: Level
@@ -149,4 +140,4 @@ class Elsewhere(Parameterization):
         return self.meaning.eps(self.level)
 
     def target(self, prediction: Prediction) -> Tensor:
-        raise TypeError("a matched model must be trained on its own process; got another")
+        raise TypeError("model must be trained on its own process; got a matched model")

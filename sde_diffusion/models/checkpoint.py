@@ -1,7 +1,7 @@
-"""Denoisers in files: the stages of `Denoiser.save` and `Denoiser.load`.
+"""Denoisers in files: the steps of `Denoiser.save` and `Denoiser.load`.
 
-Loading parses the record, makes the parts that it describes (the network on the meta device, where
-it takes no memory), checks them against the header of the tensors, and only then reads the tensors.
+Loading parses the record, makes the parts that it describes (the network on the meta device, which
+allocates no memory), compares them with the header of the tensors, and only then reads the tensors.
 """
 
 import math
@@ -25,17 +25,16 @@ __all__ = ["PARTS", "load_parts", "save_parts"]
 
 PARTS = ("network", "process", "parameterization", "noise_input")  # of a description
 OPTIONAL = ("trained", "null")
-EXTRA = "+"  # before the names of tensors outside the network: +null.cond, +process.rate
-ADDED = {"dropout": 0.0}  # arguments that older files lack, with the values that they had then
+EXTRA = "+"  # prefix of tensors outside the network: +null.cond, +process.rate
+ADDED = {"dropout": 0.0}  # arguments that older files lack, with their values at that time
 
 
 def save_parts(path: Path, denoiser: Any, record: dict[str, object]) -> None:
-    """Write the tensors of a denoiser's network, and a record with its four parts."""
+    """Write the tensors of a denoiser, and a record of its network and other parts."""
     if "denoiser" in record:
         raise ValueError("record must not hold the reserved name denoiser")
-    parts: dict[str, Any] = {
-        name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]
-    }
+    parts: dict[str, Any]
+    parts = {name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]}
     parts["network"] = network_record(denoiser.network)
     if denoiser.trained is not None:
         low, high, only = denoiser.trained
@@ -43,10 +42,10 @@ def save_parts(path: Path, denoiser: Any, record: dict[str, object]) -> None:
     if denoiser.null is not None:
         learned = dict(denoiser.null.named_parameters())
         parts["null"] = {name: name in learned for name in denoiser.null.state_dict()}
-    tensors = dict(denoiser.network.state_dict())
-    for name, value in denoiser.state_dict().items():
-        if not name.startswith("network."):
-            tensors[EXTRA + name] = value
+    tensors = {
+        name.removeprefix("network.") if name.startswith("network.") else EXTRA + name: value
+        for name, value in denoiser.state_dict().items()
+    }
     storage.write(path, tensors, {"denoiser": parts, **record})
 
 
@@ -58,7 +57,7 @@ def load_parts(
     parameterization: Annotated[Parameterization, Kind("one such as Eps()", "x0", "target")] | None,
     noise_input: Annotated[NoiseInput, Kind("one such as ContinuousTime()", "__call__")] | None,
 ) -> dict[str, Any]:
-    """Return the parts of a saved denoiser by name; those given must be the saved ones."""
+    """Return the parts of a saved denoiser by name; given parts must equal the saved ones."""
     path = Path(path)
     saved = storage.examine(path)
     with storage.as_bad_record(path):
@@ -86,40 +85,38 @@ def load_parts(
         storage.check_fit(saved.outline, wanted | {name: saved.outline[name] for name in names})
     tensors = storage.load(saved)
     with storage.as_bad_file(path):
-        # Copied, as the bytes of a file are not aligned.
+        # Cloned, as the tensors of a file are not aligned in memory.
         own = {name: value.clone() if network is None else value
                for name, value in tensors.items() if not name.startswith(EXTRA)}  # fmt: skip
         filled.load_state_dict(own, assign=network is None)
         if state:
-            made["process"].load_state_dict(
-                {name: tensors[f"{EXTRA}process.{name}"] for name in state}
-            )
+            state = {name: tensors[f"{EXTRA}process.{name}"] for name in state}
+            made["process"].load_state_dict(state)
     null = {name: nn.Parameter(tensors[full].clone()) if learned[name] else tensors[full].clone()
             for name, full in zip(learned, names, strict=True)}  # fmt: skip
     return {"network": filled, **made, "trained": trained, "null": null or None}
 
 
 def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
-    """Return the range of log-SNRs that a record states, if it states one."""
+    """Return the range of log-SNRs in a record, or None."""
     given = parts.get("trained")
     if given is None:
         return None
-    low, high, only = given if isinstance(given, list) and len(given) == 3 else (None, None, None)
-    numbers = all(x is None or type(x) in (int, float) for x in (low, high))
-    if not numbers or not isinstance(only, bool):
+    if not describe.matches_type(given, tuple[float | None, float | None, bool]):
         raise ValueError("trained must be [low, high, only], numbers or null and a bool")
+    low, high, only = given
     return LogSNRRange(
         -math.inf if low is None else float(low), math.inf if high is None else float(high), only
     )
 
 
 def learned_of(parts: dict[str, Any]) -> dict[str, bool]:
-    """Return the names of the null's entries, and which are parameters."""
+    """Return the names of the null's entries, and whether each is a parameter."""
     given = parts.get("null", {})
-    if not isinstance(given, dict) or not all(isinstance(v, bool) for v in given.values()):
-        raise ValueError("null must map names to true (learned) or false")
-    if not all(name.isidentifier() for name in given):
-        raise ValueError("null must have names that are identifiers")
+    if not isinstance(given, dict) or not all(
+        name.isidentifier() and isinstance(learned, bool) for name, learned in given.items()
+    ):
+        raise ValueError("null must map identifiers to true (learned) or false")
     return given
 
 
@@ -129,7 +126,7 @@ def network_record(network: nn.Module) -> dict[str, Any]:
 
 
 def described_parts(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the descriptions of the four parts of a denoiser."""
+    """Return the descriptions of the parts of a denoiser in a record."""
     storage.check_names("entry", record, ["denoiser"], others=True)
     parts = record["denoiser"]
     describe.check_object("denoiser", parts)
@@ -141,7 +138,7 @@ def described_parts(record: dict[str, Any]) -> dict[str, Any]:
 def empty_network(description: Any) -> nn.Module:
     """Make the network that a record describes, its parameters on the meta device.
 
-    Its constructor limits its integers, so that this takes less than a second and no memory.
+    The constructors of networks limit their integers, so this takes less than a second.
     """
     kind, given = describe.class_and_arguments("network", public(networks), description, ADDED)
     with torch.device("meta"):
@@ -149,7 +146,7 @@ def empty_network(description: Any) -> nn.Module:
 
 
 def check_same(network: nn.Module, description: Any) -> None:
-    """Refuse a network whose class or arguments are not the saved ones."""
+    """Refuse a network whose class or arguments differ from the saved ones."""
     ours = network_record(network)
     older = {name: value for name, value in ADDED.items() if name in ours}
     if isinstance(description, dict):
@@ -160,14 +157,14 @@ def check_same(network: nn.Module, description: Any) -> None:
 def check_levels(
     process: Process, parameterization: Parameterization, noise_input: NoiseInput
 ) -> None:
-    """Refuse settings that are each in range and together give levels that are not finite."""
+    """Refuse settings that are valid one by one but together give levels that are not finite."""
     try:
         end = float(process.variance(torch.ones((), dtype=torch.float64)))
         level = process.levels(torch.tensor([0.1], dtype=torch.float64))[0]
         values = [end, process.prior_std, parameterization.input_scale(level), noise_input(level)]
         values += [*parameterization.x0(level), *parameterization.eps(level)]
         finite = all(map(math.isfinite, values)) and level.alpha > 0 and level.sigma > 0
-    except ArithmeticError:  # floats of Python overflow by raising
+    except ArithmeticError:  # Python floats raise an exception when they overflow
         finite = False
     if not finite:
         raise ValueError("its process and parameterization give levels that are not finite, or 0")

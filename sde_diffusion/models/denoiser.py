@@ -1,23 +1,22 @@
-"""The denoiser: a network with what is needed to read it, and its file."""
+"""The denoiser: a network, the meaning of its inputs and output, and its file."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from sde_diffusion import validate
-from sde_diffusion.models import checkpoint, prediction
+from sde_diffusion.models import checkpoint, conditions, prediction
 from sde_diffusion.models.derivatives import ordinary
-from sde_diffusion.models.model import LogSNRRange, level_of, zero_null
+from sde_diffusion.models.model import LogSNRRange, level_of
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
-from sde_diffusion.processes import Level, Process, Scalar
-from sde_diffusion.processes.level import per_sample
-from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Cond, Kind
+from sde_diffusion.processes.level import Level, Scalar, per_sample
+from sde_diffusion.processes.process import IS_PROCESS, Process
+from sde_diffusion.validate import Cond, Kind, arguments
 
 __all__ = ["Denoiser", "pretrained"]
 
@@ -28,47 +27,46 @@ IS_NOISE_INPUT = Kind("a noise input such as ContinuousTime()", "__call__")
 
 
 class Denoiser(nn.Module):
-    """A network with what is needed to interpret it: process, parameterization, noise input.
+    """A network with its process, parameterization and noise input.
 
     Args:
-        network: called as network(x, c), network(x, c, cond) for a tensor, or
-            network(x, c, **cond) for a mapping; x (B, ...), c (B,). It returns a tensor shaped
-            like x or with twice the channels (see `prediction.from_network`), or a tuple or a
-            record that has it first or as `sample`.
-        process: the process it is trained on.
-        parameterization: the meaning of its output, Eps() by default.
-        noise_input: the number that it is fed for the noise level, ContinuousTime() by default.
-        null: the condition that stands for none: a tensor shaped like one sample's condition (a
-            buffer), a Parameter (learned), or a mapping of these. Zeros by default where cond is
-            a float vector (B, width); other conditions need one.
-        trained: the log-SNRs it was trained at; None stands for everywhere.
+        network: called as network(x, c), network(x, c, cond) if cond is a tensor, or
+            network(x, c, **cond) if it is a mapping; x (B, ...), c (B,). It returns a tensor
+            shaped like x or with twice the channels (see `prediction.from_network`), a tuple that
+            has this tensor first, or an object that has it as `sample`.
+        process: the process of the training data.
+        parameterization: the meaning of the network's output, Eps() by default.
+        noise_input: the network's input c for a noise level, ContinuousTime() by default.
+        null: the condition that replaces a dropped one: a tensor shaped like one sample's
+            condition (a buffer), a Parameter (learned), or a mapping of these. Zeros by default
+            if cond is a float vector (B, width); required for other conditions.
+        trained: the log-SNRs at which the network was trained; None means all.
     """
 
+    @arguments
     def __init__(
         self,
-        network: nn.Module,
-        process: Process,
-        parameterization: Parameterization | None = None,
-        noise_input: NoiseInput | None = None,
+        network: Annotated[nn.Module, IS_NETWORK],
+        process: Annotated[Process, IS_PROCESS],
+        parameterization: Annotated[Parameterization, IS_MEANING] | None = None,
+        noise_input: Annotated[NoiseInput, IS_NOISE_INPUT] | None = None,
         *,
         null: Cond | None = None,
-        trained: LogSNRRange | None = None,
+        trained: Annotated[LogSNRRange, IS_RANGE] | None = None,
     ) -> None:
         super().__init__()
-        IS_NETWORK("network", network)
-        IS_PROCESS("process", process)
         self.network = network
         self.process = process
-        self.parameterization = IS_MEANING("parameterization", parameterization or Eps())
-        self.noise_input = IS_NOISE_INPUT("noise_input", noise_input or ContinuousTime())
+        self.parameterization = parameterization or Eps()
+        self.noise_input = noise_input or ContinuousTime()
         self.null = None if null is None else NullCond(null)
-        self.trained = trained if trained is None else IS_RANGE("trained", trained)
+        self.trained = trained
 
     def forward(self, x: Tensor, level: Level | Scalar, cond: Cond | None = None) -> Prediction:
-        """The prediction for x (B, ...) at `level`, or at a time in [0, 1].
+        """Predict x0 and eps for x (B, ...) at `level`, or at a time in [0, 1].
 
-        The network runs in its own dtype, to which floating-point conditions are cast; integers
-        and bools are not. The prediction has the dtype of x.
+        The network runs in its own dtype. Floating-point conditions are cast to it; integers and
+        bools are not. The prediction has the dtype of x.
         """
         validate.batch("x", x)
         level = level_of(self.process, level, x)
@@ -81,42 +79,45 @@ class Denoiser(nn.Module):
         else:
             c = torch.full((len(x),), c, dtype=dtype, device=x.device)
         scale = self.parameterization.input_scale(level)
-        scaled = (x if is_one(scale) else x * scale).to(dtype)
+        unscaled = isinstance(scale, float) and scale == 1.0
+        scaled = (x if unscaled else x * scale).to(dtype)
         if cond is None:
             out = self.network(scaled, c)
-        elif isinstance(cond, Tensor):
-            out = self.network(scaled, c, fitted("cond", cond, x, dtype))
         else:
-            entries = {k: fitted(f"cond[{k!r}]", v, x, dtype) for k, v in cond.items()}
-            out = self.network(scaled, c, **entries)
+            cond = conditions.map_entries(lambda name, value: fitted(name, value, x, dtype), cond)
+            named = isinstance(cond, Mapping)
+            out = self.network(scaled, c, **cond) if named else self.network(scaled, c, cond)
         return prediction.from_network(x, out, level, self.parameterization)
 
     def with_null(self, cond: Cond, keep: Tensor) -> Cond:
-        """The conditions where `keep`, and the null elsewhere: whole samples, whatever the shape.
+        """Replace the conditions of the samples where `keep` is False by the null.
 
         Args:
             cond: a tensor, or a mapping of tensors, of first axis B.
             keep: (B,) bool.
         """
-        if isinstance(cond, Tensor):
-            return replaced(cond, keep, self._null_of("cond", cond))
-        return {k: replaced(v, keep, self._null_of(k, v)) for k, v in cond.items()}
+
+        def kept(name: str, value: Tensor) -> Tensor:
+            null = self._null_of(name, value).to(value.device, value.dtype)
+            return torch.where(per_sample(keep, value), value, null)
+
+        return conditions.map_entries(kept, cond)
 
     def null_like(self, cond: Cond) -> Cond:
-        """The null for as many samples as cond has."""
-        first = cond if isinstance(cond, Tensor) else next(iter(cond.values()))
+        """Return the null condition for as many samples as cond has."""
+        first = next(iter(conditions.entries(cond).values()))
         return self.with_null(cond, torch.zeros(len(first), dtype=torch.bool, device=first.device))
 
     def _null_of(self, name: str, cond: Tensor) -> Tensor:
         if self.null is not None:
             return self.null.entry(name, cond)
-        return zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
+        return conditions.zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
 
     def save(self, path: str | Path, **record: object) -> None:
-        """Write `path` (.safetensors) and, beside it, a JSON that describes it with its SHA-256.
+        """Write `path` (.safetensors) and, beside it, a JSON file with metadata and SHA-256.
 
         Args:
-            record: facts for the JSON, such as the command that trained the network.
+            record: more metadata for the JSON file, such as the command that trained the network.
         """
         checkpoint.save_parts(Path(path), self, record)
 
@@ -131,14 +132,16 @@ class Denoiser(nn.Module):
     ) -> "Denoiser":
         """Read a file of `save`, in eval mode. Never runs code from the file.
 
-        Memory and time are bounded by the size of the file, whatever its record describes.
+        Memory and time are bounded by the size of the file, whatever the JSON file contains.
 
         Args:
-            path: the .safetensors file; its JSON stands beside it.
-            network: the network to fill, needed if it is not one of this package's.
-            process, parameterization, noise_input: likewise; they must be the saved ones.
+            path: the .safetensors file; the JSON file is beside it.
+            network: a network that receives the weights; required if its class is not in
+                `sde_diffusion.networks`.
+            process, parameterization, noise_input: required in the same way; must equal the saved
+                ones.
         Raises:
-            storage.BadFile: naming the file and the reason, if anything is missing or damaged; a
+            storage.BadFile: if anything is missing or damaged; it names the file and the reason. A
                 given network is then unchanged.
         """
         parts = checkpoint.load_parts(path, network, process, parameterization, noise_input)
@@ -146,48 +149,34 @@ class Denoiser(nn.Module):
 
 
 class NullCond(nn.Module):
-    """The condition that stands for none, by name: parameters are learned, tensors are kept.
+    """The null condition: parameters (learned) and buffers (fixed) by name.
 
     Args:
-        null: one tensor, under the name "cond", or a mapping.
+        null: one tensor, stored as "cond", or a mapping.
     """
 
     def __init__(self, null: Cond) -> None:
         super().__init__()
-        entries = dict(null) if isinstance(null, Mapping) else {"cond": null}
-        for name, value in entries.items():
+        for name, value in conditions.entries(null).items():
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, validate.kind(name, value, "a tensor", "dtype"))
 
     def entry(self, name: str, cond: Tensor) -> Tensor:
-        """The null of one entry of the condition; it must be shaped like one sample's."""
+        """Return the null of one entry of the condition, shaped like one sample of it."""
         value: Any = getattr(self, name, None)
-        if value is None or value.shape != cond.shape[1:]:
-            shape = None if value is None else tuple(value.shape)
-            raise ValueError(
-                f"null of {name} must have shape {tuple(cond.shape[1:])}, that of one sample's "
-                f"condition; got {shape}"
-            )
+        wanted, got = tuple(cond.shape[1:]), None if value is None else tuple(value.shape)
+        if value is None or got != wanted:
+            raise ValueError(f"null of {name} must have shape {wanted}, as one sample; got {got}")
         return value
 
 
-def replaced(cond: Tensor, keep: Tensor, null: Tensor) -> Tensor:
-    """cond (B, ...) where keep (B,), and the null (...) elsewhere, in the dtype of cond."""
-    return torch.where(per_sample(keep, cond), cond, null.to(cond.device, cond.dtype))
-
-
 def fitted(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A condition with one entry per sample of x; floats in the dtype of the network."""
+    """Return a condition with one entry per sample of x, floats in the dtype of the network."""
     cond = validate.cond(name, cond, len(x))
     cond = ordinary(cond.to(x.device, dtype) if cond.is_floating_point() else cond.to(x.device))
     return cond if len(cond) == len(x) else cond.expand(len(x), *cond.shape[1:])
-
-
-def is_one(scalar: Scalar) -> bool:
-    """True for the float 1, by which a batch need not be multiplied."""
-    return isinstance(scalar, float) and scalar == 1.0
 
 
 def pretrained(name: str) -> Denoiser:

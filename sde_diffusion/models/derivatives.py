@@ -1,24 +1,24 @@
-"""Derivatives at a point, in whatever gradient mode a sampler runs."""
+"""Derivatives with respect to a batch, in whatever gradient mode a sampler runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["leaf", "ordinary", "recorded"]
+__all__ = ["gradient", "leaf", "one_per_sample", "ordinary", "recorded"]
 
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Operations in it can be differentiated, whatever mode it is entered in."""
+    """Record operations for differentiation, even inside no_grad or inference_mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def ordinary(x: Any) -> Any:
-    """x; a copy that back-propagation may hold, if it is a tensor made in torch.inference_mode."""
+    """Return x; a copy that autograd may save, if it is a tensor made in torch.inference_mode."""
     if not isinstance(x, Tensor) or not x.is_inference():
         return x
     with torch.inference_mode(False):
@@ -26,5 +26,22 @@ def ordinary(x: Any) -> Any:
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x as the point to differentiate at; to be asked for within `recorded`."""
+    """Return x as a leaf that requires a gradient; to be called within `recorded`."""
     return ordinary(x.detach()).requires_grad_()
+
+
+def gradient(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values (B,) of a function of each sample, and its gradient, shaped like x."""
+    with recorded():
+        point = leaf(x)
+        value = function(point)
+        if not value.requires_grad:
+            raise ValueError(f"{name} must be differentiable in x; got a constant")
+        return value.detach(), torch.autograd.grad(value.sum(), point)[0]
+
+
+def one_per_sample(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """Return `value`, which the function `name` returned for x (B, ...), if it is (B,)."""
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"{name} must return shape {tuple(x.shape[:1])}; got {tuple(value.shape)}")
+    return value

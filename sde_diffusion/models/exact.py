@@ -1,21 +1,24 @@
-r"""Models known in closed form: what a perfect network would say, to hold everything else against.
+r"""Exact models in closed form: the reference for networks and samplers.
 
-If x0 is a mixture of N(m_k, S_k), then x_t is one of N(alpha m_k, alpha^2 S_k + sigma^2 I), and the
-posterior means of x0 and eps are closed-form. Data of any shape are flattened to d coordinates.
+If x0 is a mixture of N(m_k, S_k), then x_t is a mixture of N(alpha m_k, alpha^2 S_k + sigma^2 I),
+and the posterior means of x0 and eps have a closed form. Data of any shape are flattened to d
+coordinates.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import LogSNRRange, level_of
+from sde_diffusion.models.model import LogSNRRange, finite, level_of
 from sde_diffusion.models.prediction import Prediction, truth
-from sde_diffusion.processes import Level, Process, Scalar
+from sde_diffusion.noise.sources import Generated
+from sde_diffusion.processes import Level, Process
+from sde_diffusion.processes.level import per_sample
 
 __all__ = ["Gaussian", "GaussianMixture"]
 
@@ -24,9 +27,9 @@ class GaussianMixture:
     r"""The exact model of data drawn from  sum_k w_k N(m_k, S_k).
 
     Args:
-        process: how the data are noised.
+        process: the process that noises the data.
         weights: (K,), positive; normalized to sum to 1.
-        means: (K, *shape). With shape () the law is that of each coordinate of x, independently.
+        means: (K, *shape). With shape () the coordinates of x are independent draws.
         covariances: (K,) isotropic, (K, d) diagonal or (K, d, d) full; positive definite.
     """
 
@@ -39,23 +42,17 @@ class GaussianMixture:
         means: Tensor | Sequence[float],
         covariances: Tensor | Sequence[float],
     ) -> None:
-        weights, means, covariances = (
-            torch.as_tensor(value, dtype=torch.float64) for value in (weights, means, covariances)
-        )
-        if weights.ndim != 1 or not len(weights) == len(means) == len(covariances):
-            raise ValueError(
-                f"weights, means and covariances must agree in their first dimension; got shapes "
-                f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(covariances.shape)}"
-            )
-        if not len(weights):
-            raise ValueError("a mixture needs at least one component")
-        for name, value in (("means", means), ("covariances", covariances)):
-            if not bool(value.isfinite().all()):
-                raise ValueError(f"{name} must be finite; got {value.tolist()}")
-        if covariances.ndim == 3 and not torch.allclose(covariances, covariances.mT):
-            raise ValueError("covariances must be symmetric")
+        weights = finite("weights", torch.as_tensor(weights, dtype=torch.float64))
+        means = finite("means", torch.as_tensor(means, dtype=torch.float64))
+        covariances = finite("covariances", torch.as_tensor(covariances, dtype=torch.float64))
+        if weights.ndim != 1 or not 0 < len(weights) == len(means) == len(covariances):
+            got = [tuple(value.shape) for value in (weights, means, covariances)]
+            wanted = "agree in their first dimension, at least 1"
+            raise ValueError(f"weights, means and covariances must {wanted}; got shapes {got}")
         if not bool((weights > 0).all()):
             raise ValueError(f"weights must be positive; got {weights.tolist()}")
+        if covariances.ndim == 3 and not torch.allclose(covariances, covariances.mT):
+            raise ValueError("covariances must be symmetric; got one that is not")
         self.process = process
         self.shape = means.shape[1:]
         self.log_weights = (weights / weights.sum()).log()
@@ -66,52 +63,48 @@ class GaussianMixture:
         else:
             self.variances = covariances.reshape(len(means), -1)  # (K, d) or (K, 1)
         if self.variances.shape[1] not in (1, self.means.shape[1]):
-            raise ValueError(
-                f"covariances of shape {tuple(covariances.shape)} do not fit samples of shape "
-                f"{tuple(self.shape)}"
-            )
+            got = tuple(covariances.shape)
+            raise ValueError(f"covariances must fit means {tuple(means.shape)}; got shape {got}")
         if not bool((self.variances > 0).all()):
-            raise ValueError("covariances must be positive definite")
+            least = float(self.variances.min())
+            raise ValueError(f"covariances must be positive definite; got eigenvalue {least:g}")
 
     def __call__(self, x: Tensor, level: Level | float) -> Prediction:
         """E[x0 | x] and E[eps | x] at a level, or at a time in [0, 1]; x (B, *shape)."""
         level = level_of(self.process, level, x)
-        alpha, sigma = flat(level.alpha), flat(level.sigma)
         z, variances = self._standardize(x, level)
         weight = self._log_joint(z, variances).softmax(1)[:, :, None]
         pull = z / variances  # minus the score of each component, in its own axes
-        noise, signal = sigma * pull, alpha * self.variances.to(x) * pull
-        if self.axes is not None:
-            axes = self.axes.to(x)
-            noise = torch.einsum("bkj,kij->bki", noise, axes)
-            signal = torch.einsum("bkj,kij->bki", signal, axes)
-        eps = (weight * noise).sum(1)
-        x0 = (weight * (self.means.to(x) + signal)).sum(1)
+        noise = per_sample(level.sigma, z) * pull
+        signal = per_sample(level.alpha, z) * self.variances.to(x) * pull
+        eps = (weight * self._from_axes(noise)).sum(1)
+        x0 = (weight * (self.means.to(x) + self._from_axes(signal))).sum(1)
         return truth(x0.reshape(x.shape), eps.reshape(x.shape), level)
 
     def on(self, process: Process) -> Self:
-        """The same data on another process."""
-        other = copy.copy(self)
-        other.process = process
-        return other
+        """Return the model of this data on another process."""
+        return self._with(process=process)
 
     def ranged(self, trained: LogSNRRange) -> Self:
-        """The same model as one that was trained at these log-SNRs only."""
+        """Return a copy with this trained range, for tests of partly trained models."""
+        return self._with(trained=trained)
+
+    def _with(self, **changes: Any) -> Self:
+        """Return a copy with other attributes."""
         other = copy.copy(self)
-        other.trained = trained
+        vars(other).update(changes)
         return other
 
     @property
     def covariances(self) -> Tensor:
         """S_k, (K, d, d)."""
-        k, d = self.means.shape
-        axes = torch.eye(d).double().expand(k, d, d) if self.axes is None else self.axes
-        return axes * self.variances.expand(k, d)[:, None, :] @ axes.mT
+        axes = self._all_axes()
+        return axes * self.variances.expand(self.means.shape)[:, None, :] @ axes.mT
 
     def given(
         self, matrix: Tensor, y: Tensor, noise_std: float, onto: Tensor | None = None
     ) -> "GaussianMixture":
-        r"""The law of x0 given  y = A x0 + noise_std eps,  a mixture again (Bishop 2006, 2.116).
+        r"""The posterior of x0 given  y = A x0 + noise_std eps,  a mixture (Bishop 2006, 2.116).
 
         With S_y = A S A^T + noise_std^2 I and K = S A^T S_y^-1, each component becomes
         N(m + K (y - A m), (I - K A) S), its weight times N(y; A m, S_y).
@@ -119,27 +112,23 @@ class GaussianMixture:
         Args:
             matrix: A, (m, d), on the flat coordinates of a sample.
             y: (m,).
-            noise_std: above 0; 0 with `onto`, where the rows of A are independent.
-            onto: (d, k); the law is then that of onto^T x0, of shape (k,). What a measurement
-                without noise leaves open has no density but in directions orthogonal to A's rows.
+            noise_std: above 0; may be 0 if `onto` is given and the rows of A are independent.
+            onto: (d, k); the result is then the posterior of onto^T x0, of shape (k,). The
+                posterior of a measurement without noise has a density only in directions
+                orthogonal to the rows of A.
         """
         validate.number("noise_std", noise_std, 0, strict=onto is None)
-        validate.batch("matrix", matrix)
-        validate.batch("y", y)
-        matrix, y = matrix.double(), y.double()
-        for name, value in (("matrix", matrix), ("y", y)):
-            if not bool(value.isfinite().all()) or not len(value):
-                raise ValueError(f"{name} must hold finite numbers; got {value.tolist()!r:.80}")
-        d = self.means.shape[1]
-        if matrix.ndim != 2 or matrix.shape[1] != d or y.shape != matrix.shape[:1]:
-            raise ValueError(
-                f"matrix must be (m, {d}) and y (m,); got {tuple(matrix.shape)}, {tuple(y.shape)}"
-            )
+        matrix, y = finite("matrix", matrix).double(), finite("y", y).double()
+        d, shapes = self.means.shape[1], (tuple(matrix.shape), tuple(y.shape))
+        if y.ndim != 1 or not len(y) or matrix.shape != (len(y), d):
+            raise ValueError(f"matrix must be (m, {d}) and y (m,), m >= 1; got {shapes}")
         covariances = self.covariances
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
         if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
-            raise ValueError("matrix must have independent rows where noise_std is 0")
+            raise ValueError(
+                "matrix must have independent rows for noise_std=0; got dependent ones"
+            )
         root = torch.linalg.cholesky(of_y)
         gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
         off = y - self.means @ matrix.T
@@ -148,35 +137,28 @@ class GaussianMixture:
         rest = torch.eye(d, dtype=torch.float64) - gain @ matrix
         covariances = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
         z = torch.linalg.solve_triangular(root, off[:, :, None], upper=False)[..., 0]
-        log_weights = (
-            self.log_weights - z.square().sum(1) / 2 - root.diagonal(dim1=1, dim2=2).log().sum(1)
-        )
-        weights = log_weights.softmax(0)
+        half_log_det = root.diagonal(dim1=1, dim2=2).log().sum(1)
+        weights = (self.log_weights - z.square().sum(1) / 2 - half_log_det).softmax(0)
         shape = self.shape
         if onto is not None:
             onto = onto.double()
             means, covariances = means @ onto, onto.T @ covariances @ onto
             shape = means.shape[1:]
-        heard = weights > 0  # a weight that underflows is none
-        return GaussianMixture(
-            self.process,
-            weights[heard],
-            means[heard].reshape(-1, *shape),
-            (covariances + covariances.mT)[heard] / 2,
-        )
+        kept = weights > 0  # components whose weight underflows are dropped
+        means, covariances = means[kept].reshape(-1, *shape), covariances[kept]
+        symmetric = (covariances + covariances.mT) / 2
+        return GaussianMixture(self.process, weights[kept], means, symmetric)
 
     def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
         """log p_t(x) in nats, (B,); x (B, *shape)."""
-        level = self.process.levels(torch.tensor([t], dtype=torch.float64))[0]
+        level = level_of(self.process, t, x)
         return self._log_joint(*self._standardize(x, level)).logsumexp(1)
 
     def sample(
         self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64
     ) -> Tensor:
-        """n draws of x0, (n, *shape)."""
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
+        """Draw n samples of x0, (n, *shape)."""
+        generator = Generated(generator).generator
         k = self.log_weights.exp().multinomial(n, replacement=True, generator=generator)
         eps = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         eps = eps * self.variances[k].sqrt()
@@ -187,15 +169,24 @@ class GaussianMixture:
     def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
         validate.batch("x", x)
-        if self.shape and x.shape[1:] != self.shape:
-            raise ValueError(
-                f"samples must have shape {tuple(self.shape)}; got {tuple(x.shape[1:])}"
-            )
-        alpha, sigma = flat(level.alpha), flat(level.sigma)
-        z = x.reshape(len(x), 1, x.shape[1:].numel()) - alpha * self.means.to(x)
+        wanted, got = tuple(self.shape), tuple(x.shape[1:])
+        if wanted and got != wanted:
+            raise ValueError(f"x must have samples of shape {wanted}; got {got}")
+        z = x.reshape(len(x), 1, x.shape[1:].numel())
+        alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
+        z = z - alpha * self.means.to(x)
         if self.axes is not None:
             z = torch.einsum("bki,kij->bkj", z, self.axes.to(x))
         return z, (alpha**2 * self.variances.to(x) + sigma**2).expand_as(z)
+
+    def _from_axes(self, z: Tensor) -> Tensor:
+        """z (B, K, d), from the axes of each component back to the coordinates of x."""
+        return z if self.axes is None else torch.einsum("bkj,kij->bki", z, self.axes.to(z))
+
+    def _all_axes(self) -> Tensor:
+        """The axes of each component, (K, d, d)."""
+        k, d = self.means.shape
+        return torch.eye(d).double().expand(k, d, d) if self.axes is None else self.axes
 
     def _log_joint(self, z: Tensor, variances: Tensor) -> Tensor:
         """log(w_k N(x; component k)), (B, K)."""
@@ -204,11 +195,11 @@ class GaussianMixture:
 
 
 class Gaussian(GaussianMixture):
-    r"""The exact model of data drawn from N(m, S): every chain, flow and likelihood is affine.
+    r"""The exact model of data drawn from N(m, S). Its sampling steps and its flow are affine.
 
     Args:
-        process: how the data are noised.
-        mean: (*shape,); with shape () each coordinate of x is N(m, S) independently.
+        process: the process that noises the data.
+        mean: (*shape,); with shape () the coordinates of x are independent draws from N(m, S).
         covariance: () isotropic, (d,) diagonal or (d, d) full; positive definite.
     """
 
@@ -226,26 +217,22 @@ class Gaussian(GaussianMixture):
     @property
     def covariance(self) -> Tensor:
         """S, (d, d)."""
-        if self.axes is None:
-            return torch.diag(self.variances[0].expand(self.means.shape[1]))
-        return self.axes[0] * self.variances[0] @ self.axes[0].T
+        return self.covariances[0]
 
     def marginal(self, level: Level[float]) -> Self:
-        """The law of x_t at a level, N(alpha m, alpha^2 S + sigma^2 I), with the same axes."""
-        noised = copy.copy(self)
-        noised.means = level.alpha * self.means
-        noised.variances = level.alpha**2 * self.variances + level.sigma**2
-        return noised
+        """The distribution of x_t at a level, N(alpha m, alpha^2 S + sigma^2 I)."""
+        variances = level.alpha**2 * self.variances + level.sigma**2
+        return self._with(means=level.alpha * self.means, variances=variances)
 
     def eps_loss(self, level: Level[float]) -> float:
-        """E |eps - E[eps | x]|^2 per coordinate: the least eps-loss that any model can have."""
+        """E |eps - E[eps | x]|^2 per coordinate: the minimum of the eps-loss over all models."""
         noised = self.marginal(level).variances[0]
         return float((level.alpha**2 * self.variances[0] / noised).mean())
 
     def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
         r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.
 
-        The SDE carries x_t to a draw of x_0 given x_t, so with K = alpha S (alpha^2 S + sigma^2)^-1
+        The SDE maps x_t to a draw of x_0 given x_t, so with K = alpha S (alpha^2 S + sigma^2)^-1
 
             mean = m - K alpha m,   covariance = (1 - K alpha) S + prior_std^2 K^2
         """
@@ -253,24 +240,20 @@ class Gaussian(GaussianMixture):
         variances = self.variances[0].expand(self.means.shape[1])
         gain = level.alpha * variances / self.marginal(level).variances[0]
         spread = (1 - gain * level.alpha) * variances + (self.process.prior_std * gain) ** 2
-        axes = torch.eye(len(spread), dtype=torch.float64) if self.axes is None else self.axes[0]
+        axes = self._all_axes()[0]
         mean = self.mean - axes * (gain * level.alpha) @ axes.T @ self.mean
         return mean, axes * spread @ axes.T
 
     def flow(self, x: Tensor, t: float, s: float) -> Tensor:
-        r"""The exact probability-flow map from time t to time s, either way; x (B, *shape).
+        r"""The exact probability-flow map from time t to time s, in either direction.
 
         x_s = alpha_s m + (C_s / C_t)^(1/2) (x - alpha_t m),    C = alpha^2 S + sigma^2 I
+
+        Args:
+            x: (B, *shape).
         """
         start, end = self.process.levels(torch.tensor([t, s], dtype=torch.float64))
         z, before = self._standardize(x, start)
         after = end.alpha**2 * self.variances.to(x) + end.sigma**2
-        z = (after / before).sqrt() * z
-        if self.axes is not None:
-            z = torch.einsum("bkj,kij->bki", z, self.axes.to(x))
+        z = self._from_axes((after / before).sqrt() * z)
         return (end.alpha * self.means.to(x) + z[:, 0]).reshape(x.shape)
-
-
-def flat(scalar: Scalar) -> Scalar:
-    """A field of a level, broadcast against (B, K, d)."""
-    return scalar.reshape(-1, 1, 1) if isinstance(scalar, Tensor) else scalar

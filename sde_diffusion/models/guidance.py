@@ -1,4 +1,4 @@
-r"""Guidance: a model turned towards a condition. Model -> Model, so it works with every sampler.
+r"""Guidance: a model modified by a condition. Model -> Model, so it works with every sampler.
 
 Convention: with scale w every quantity of the guided model is
 
@@ -17,122 +17,100 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.derivatives import leaf, ordinary, recorded
-from sde_diffusion.models.model import (
-    IS_MODEL,
-    LogSNRRange,
-    evaluate,
-    expanded,
-    level_of,
-    null_of,
-    per_sample_field,
-    takes_cond,
-    trained_range,
-)
+from sde_diffusion.models import conditions
+from sde_diffusion.models.derivatives import gradient, one_per_sample, ordinary
+from sde_diffusion.models.model import IS_MODEL, Wrapper, finite, level_of, per_sample_field
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
-from sde_diffusion.processes import Level, Process, Scalar
-from sde_diffusion.processes.level import per_sample
-from sde_diffusion.validate import Checked, Cond, Integer, Kind, Number, Share, shown
+from sde_diffusion.noise.sources import Generated
+from sde_diffusion.processes.level import Level, Scalar, per_sample
+from sde_diffusion.validate import Checked, Cond, Each, Integer, Kind, Number, Share, shown
 
 __all__ = ["ClassifierFree", "ClassifierGuided", "Clipped", "Guided", "get_context_mask"]
 
 Finite = Annotated[float, Number()]
+Interval = Annotated[tuple[float, float], Each(Kind("a number", "__float__"), 2, 2)]
 
 
 @validate.arguments
 def get_context_mask(
     batch: Annotated[int, Integer(0)], p: Share, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Which conditions a training step keeps, (batch, 1) float32: 0 drops, with probability p.
+    """Draw a mask (batch, 1) for condition dropout in training: 0 with probability p, else 1.
 
-    Multiply float conditions (batch, width) by it: a dropped one is the zero vector.
-    `training.Recipe(cond_dropout=p)` drops conditions of any kind, with masks that a resumed run
-    draws again.
+    Multiply float conditions (batch, width) by it: a dropped condition becomes the zero vector.
+    `training.Recipe(cond_dropout=p)` drops conditions of any kind, and a resumed run draws the
+    same masks again.
     """
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
+    generator = Generated(generator).generator
     return (torch.rand(batch, 1, generator=generator, device=generator.device) >= p).float()
 
 
+def check_scale(name: str, value: Any) -> None:
+    """Refuse a guidance scale that is neither a finite number nor finite numbers (B,)."""
+    if not isinstance(value, Tensor):
+        validate.number(name, value)
+    elif finite(name, value).ndim != 1:
+        raise ValueError(f"{name} must be a number, or numbers (B,); got {shown(value)}")
+
+
 @dataclass(frozen=True, eq=False)
-class Guided(Checked):
+class Guided(Checked, Wrapper):
     """Base of models around another model.
 
     Args:
-        model: the other one.
+        model: the inner model.
     """
 
     model: Annotated[Any, IS_MODEL]
-
-    @property
-    def process(self) -> Process:
-        return self.model.process
-
-    @property
-    def trained(self) -> LogSNRRange:
-        """The range of the model."""
-        return trained_range(self.model)
-
-    def null_like(self, cond: Cond) -> Cond:
-        """The null of the model."""
-        return null_of(self.model, cond)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassifierFree(Guided):
     r"""Classifier-free guidance (Ho & Salimans 2022), one call of the network a step.
 
-    With scale w every quantity is  null + w (cond - null): w = 1 is the conditional model, to the
-    bit, and w = 0 that of the null. Both are evaluated in one batch of 2 B; where w is 0 or 1, and
-    outside the interval, only the one that counts is. The condition comes with the call:
+    With scale w every quantity is  null + w (cond - null): w = 1 is bit-equal to the conditional
+    model, and w = 0 to the model with the null condition. Both are evaluated in one batch of 2 B.
+    Where one number w is 0 or 1, as outside the interval, only the model that counts is evaluated.
+    The condition comes with the call:
 
         sample(ClassifierFree(model, scale=2.0), sampler, x, steps=20, cond=labels)
 
-    With `null` the condition of what is not wanted this is negative guidance; with another
-    condition it goes from one to the other.
+    If `null` is an undesired condition, this is negative guidance. If it is any other condition,
+    the scale interpolates between the two conditions.
 
     Args:
         model: a Denoiser of a conditional network, or any model called as (x, level, cond).
         scale: w; a number, or (B,), one per sample.
-        null: the condition in contrast, of the kind of cond, first axis B or 1; the model's own
+        null: the condition at w = 0, of the same type as cond, first axis B or 1; the model's own
             null by default, which condition dropout trains.
-        interval: of r = sigma / alpha, the noise in a unit of signal: outside of it w is 1
-            (Kynkaanniemi et al. 2024).
+        interval: the range of the noise-to-signal ratio sigma / alpha in which the scale is w;
+            outside it is 1 (Kynkaanniemi et al. 2024).
     """
 
-    scale: float | Tensor = per_sample_field(default=2.0)
+    scale: Annotated[float | Tensor, check_scale] = per_sample_field(default=2.0)
     null: Cond | None = per_sample_field(default=None)
-    interval: tuple[float, float] = (0.0, math.inf)
+    interval: Interval = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not takes_cond(self.model):
+        if not conditions.takes_cond(self.model):
             raise TypeError(
                 f"model must be called as model(x, level, cond); got {shown(self.model)}"
             )
-        if isinstance(self.scale, Tensor):
-            if self.scale.ndim != 1 or not bool(self.scale.isfinite().all()):
-                raise ValueError(
-                    f"scale must be a finite number, or finite numbers (B,); got {self.scale!r:.80}"
-                )
-        else:
-            validate.number("scale", self.scale)
-        if len(validate.kind("interval", self.interval, "(low, high)", "__len__")) != 2:
-            raise ValueError(f"interval must be (low, high); got {self.interval!r}")
         low, high = self.interval
-        if not validate.number("the low end of interval", low, 0) < high:
+        if not 0 <= low < high:
             raise ValueError(f"interval must be 0 <= low < high; got {self.interval}")
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         if cond is None:
             raise ValueError("cond must be given for ClassifierFree; got None; sample(..., cond=)")
         level = level_of(self.process, level, x)
-        w, cond = self.weight(level, x), expanded(cond, len(x))
+        w, cond = self.weight(level, x), conditions.expanded(cond, len(x))
         if not isinstance(w, Tensor) and w == 1:
             return self.model(x, level, cond)
-        null = null_of(self.model, cond) if self.null is None else expanded(self.null, len(x))
+        null = conditions.null_of(self.model, cond) if self.null is None else self.null
+        null = conditions.expanded(null, len(x))
         if not isinstance(w, Tensor) and w == 0:
             return self.model(x, level, null)
         twice = torch.cat([x, x])
@@ -143,7 +121,7 @@ class ClassifierFree(Guided):
         return Prediction(first, second, level, both.meaning, extra)
 
     def weight(self, level: Level, x: Tensor) -> Scalar:
-        """w at this level, 1 outside the interval; per sample (B, 1, ..., 1) where need be."""
+        """w at this level, 1 outside the interval; a number, or (B, 1, ..., 1)."""
         w = self.scale
         if isinstance(w, Tensor):
             if len(w) not in (1, len(x)):
@@ -163,13 +141,14 @@ class ClassifierFree(Guided):
 class ClassifierGuided(Guided):
     r"""Classifier guidance (Dhariwal & Nichol 2021): score + w grad_x log p(y | x, level).
 
-    With the classifier of the noisy data and w = 1 it is the model of the data given y, by Bayes'
-    rule. Where alpha = 0 the score does not depend on y, and x0 is left as it is: a path is
-    better begun a little lower.
+    With an exact classifier of noisy data and w = 1 it is the model of the data given y, by Bayes'
+    rule. Where alpha = 0 the score does not depend on y and x0 is unchanged; it is better to start
+    a path at a slightly lower level.
 
     Args:
         model: any.
-        log_prob: log p(y | x, level), (B,) of (x, level, y); differentiable in x.
+        log_prob: a function of (x, level, y) that returns log p(y | x, level), (B,);
+            differentiable in x.
         y: the target, first axis B or 1.
         scale: w.
     """
@@ -182,33 +161,27 @@ class ClassifierGuided(Guided):
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
-        found = evaluate(self.model, x, level, cond)
+        found = conditions.evaluate(self.model, x, level, cond)
         if self.scale == 0:
             return found
         if len(self.y) not in (1, len(x)):
-            raise ValueError(f"y must hold one per sample, {len(x)}; got {len(self.y)}")
-        with recorded():
-            point = leaf(x)
-            value = self.log_prob(point, Level(*map(ordinary, level)), ordinary(self.y))
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"log_prob must return shape {tuple(x.shape[:1])}; got {tuple(value.shape)}"
-                )
-            if not value.requires_grad:
-                raise ValueError("log_prob must be differentiable in x; got a constant")
-            (gradient,) = torch.autograd.grad(value.sum(), point)
-        return turned(found, level, self.scale * gradient)
+            raise ValueError(f"y must hold one entry per sample, {len(x)}; got {len(self.y)}")
+        fixed = Level(*map(ordinary, level)), ordinary(self.y)
+        _, slope = gradient(
+            "log_prob", lambda point: one_per_sample("log_prob", self.log_prob(point, *fixed), x), x
+        )
+        return with_added_score(found, level, self.scale * slope)
 
 
 @dataclass(frozen=True, eq=False)
 class Clipped(Guided):
-    """A model whose x0 is clamped to [low, high]; eps is recomputed, so that both belong to x.
+    """A model whose x0 is clamped to [low, high]; eps is recomputed to be consistent with x.
 
-    It is no law's exact model: for chains that would leave the range of their data.
+    It is the exact model of no distribution; use it for chains that leave the range of the data.
 
     Args:
         model: any.
-        low, high: the range.
+        low, high: the range of the data.
     """
 
     low: Finite = -1.0
@@ -220,15 +193,18 @@ class Clipped(Guided):
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)
-        found = evaluate(self.model, x, level, cond)
+        found = conditions.evaluate(self.model, x, level, cond)
         return Prediction(x, found.x0.clamp(self.low, self.high), level, X0(), found.extra)
 
 
-def turned(
+def with_added_score(
     found: Prediction, level: Level, score: Tensor, at_noise: Tensor | float = 0.0
 ) -> Prediction:
-    """The prediction whose score is larger by `score`: x0 + sigma^2 / alpha score, eps - sigma
-    score. Where alpha = 0 no score moves x0, and `at_noise` does."""
+    """Return a prediction with `score` added to its score.
+
+    x0 grows by sigma^2 / alpha score and eps by -sigma score. Where alpha = 0 the score does not
+    change x0, and `at_noise` is added to it.
+    """
     if isinstance(level.alpha, Tensor):
         alpha = level.alpha
         of_x0 = level.sigma**2 / torch.where(alpha > 0, alpha, 1)
@@ -238,31 +214,28 @@ def turned(
     return truth(found.x0 + shift, found.eps - level.sigma * score, level)
 
 
-def interpolate(pair: Tensor, w: Any) -> Tensor:
-    """first + w (second - first) of two batches in one; each of them to the bit at w = 0 and 1."""
-    first, second = pair.chunk(2)
+def interpolate(both: Tensor, w: Any) -> Tensor:
+    """Interpolate between the halves of a batch; bit-equal to one half at w = 0 and w = 1."""
+    first, second = both.chunk(2)
     return torch.lerp(first, second, w)
 
 
 def repeated(level: Level) -> Level:
-    """The level of a batch that comes twice."""
+    """Return the level of a batch that is concatenated with itself."""
     fields: Any = (torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level)
     return Level(*fields)
 
 
 def stacked(null: Cond, cond: Cond) -> Cond:
-    """The two conditions of a batch that comes twice, null first."""
-    if isinstance(cond, Mapping) and isinstance(null, Mapping):
-        return {name: torch.cat(pair(name, null[name], value)) for name, value in cond.items()}
-    if isinstance(cond, Tensor) and isinstance(null, Tensor):
-        return torch.cat(pair("cond", null, cond))
-    raise ValueError("null must be a tensor or a mapping as cond is; got the other")
+    """Concatenate null and condition, entry by entry, null first."""
+    if isinstance(null, Mapping) != isinstance(cond, Mapping):
+        raise ValueError("null must be a tensor or a mapping as cond is; got the other")
 
+    def both(name: str, value: Tensor) -> Tensor:
+        other = null[name] if isinstance(null, Mapping) else null
+        if other.shape != value.shape:
+            wanted, got = tuple(value.shape), tuple(other.shape)
+            raise ValueError(f"null of {name} must be shaped like it, {wanted}; got {got}")
+        return torch.cat([ordinary(other.to(value.device, value.dtype)), ordinary(value)])
 
-def pair(name: str, null: Tensor, cond: Tensor) -> list[Tensor]:
-    """null and cond, of one shape."""
-    if null.shape != cond.shape:
-        raise ValueError(
-            f"null of {name} must be shaped like it, {tuple(cond.shape)}; got {tuple(null.shape)}"
-        )
-    return [ordinary(null.to(cond.device, cond.dtype)), ordinary(cond)]
+    return conditions.map_entries(both, cond)

@@ -1,26 +1,25 @@
-"""Noise inputs: the number that a network is fed for its noise level."""
+"""Noise inputs: the number with which a network is conditioned on the noise level."""
 
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 from torch import Tensor
 
-from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import double
+from sde_diffusion.processes.level import Level, Scalar, double
 from sde_diffusion.validate import Checked, Count, Integer
 
 __all__ = ["CNoise", "ContinuousTime", "LogSNR", "NoiseInput", "TimestepIndex", "WholeTimestep"]
 
 
 class NoiseInput(Protocol):
-    """A function of the level. Implementations are frozen dataclasses."""
+    """Interface of a function of the level. Implementations are frozen dataclasses."""
 
     def __call__(self, level: Level) -> Scalar: ...
 
 
 @dataclass(frozen=True)
 class ContinuousTime:
-    """t in [0, 1]: finite at both ends. On a Discrete process it is i/N."""
+    """The time t in [0, 1], finite at both ends; i/N on a Discrete process."""
 
     def __call__(self, level: Level) -> Scalar:
         return level.t
@@ -28,9 +27,9 @@ class ContinuousTime:
 
 @dataclass(frozen=True)
 class LogSNR:
-    """log(alpha^2 / sigma^2), the same on every process; clamped to [-20, 20].
+    """log(alpha^2 / sigma^2), clamped to [-20, 20]; comparable between processes.
 
-    It is infinite at both ends; beyond 20 a level is signal alone or noise alone to float32.
+    Unclamped it is infinite at both ends. Beyond 20, x is pure signal or pure noise in float32.
     """
 
     def __call__(self, level: Level) -> Scalar:
@@ -41,7 +40,7 @@ class LogSNR:
 
 @dataclass(frozen=True)
 class CNoise:
-    """c_noise = log(sigma / alpha) / 4 of Karras et al. 2022, Table 1: -1/8 of LogSNR."""
+    """c_noise = log(sigma / alpha) / 4 of Karras et al. 2022, Table 1: LogSNR / -8."""
 
     def __call__(self, level: Level) -> Scalar:
         return LogSNR()(level) / -8
@@ -49,10 +48,10 @@ class CNoise:
 
 @dataclass(frozen=True)
 class TimestepIndex(Checked):
-    """t N - 1 + counts_from: the index of a chain's step, a real number.
+    """The index of a chain's step, t N - 1 + counts_from, a real number.
 
     Args:
-        num_steps: N.
+        num_steps: N, the number of steps of the chain.
         counts_from: index of the first step, 0 (most libraries) or 1 (the papers).
     """
 
@@ -65,19 +64,17 @@ class TimestepIndex(Checked):
 
 @dataclass(frozen=True)
 class WholeTimestep(TimestepIndex):
-    """TimestepIndex as int64 at the chain's own times, as networks with a table of steps need it.
+    """TimestepIndex, as int64 at the times of the chain, for networks with a table of steps.
 
-    Between them it is a real number. Below the first step there is none.
+    Between these times it is a real number. Below the first step it is not defined.
     """
 
     def __call__(self, level: Level) -> Scalar:
         step = double(super().__call__(level))
-        near = 1e-6 if isinstance(level.t, float) else 1e-3  # float32 times have fewer digits
+        near = 1e-6 if isinstance(level.t, float) else 1e-3  # times of tensors may be float32
         if bool((step < self.counts_from - near).any()):
-            raise ValueError(
-                f"t must be at least 1/N = {1 / self.num_steps:g}, the first step of the network; "
-                f"got t={float(double(level.t).min()):g}"
-            )
+            first, got = 1 / self.num_steps, float(double(level.t).min())
+            raise ValueError(f"t must be at least 1/N = {first:g}, the first step; got t={got:g}")
         whole = step.round()
         if bool(((step - whole).abs() <= near).all()):
             return whole.long()

@@ -1,12 +1,12 @@
-r"""Predictions: what a model says of the clean data and the noise in a noisy batch.
+r"""Predictions: a model's estimate of the clean data and the noise in a noisy batch.
 
-Convention: x = alpha x0 + sigma eps. Every quantity in use is a combination of x0 and eps:
+Convention: x = alpha x0 + sigma eps. All other quantities are linear combinations of x0 and eps:
 
     score = -eps / sigma,    v = alpha eps - sigma x0,    velocity = eps - x0.
 
-A parameterization says how x0 and eps follow from what the network puts out. They are linear in
-(x, out), so a prediction keeps only that pair and the coefficients: any quantity costs two fused
-operations, and none is computed that is not asked for.
+A parameterization defines how x0 and eps follow from the network's output. They are linear in
+(x, out), so a prediction stores only this pair and the coefficients. Each quantity is computed when
+it is used, in two fused operations.
 """
 
 from dataclasses import dataclass
@@ -23,35 +23,36 @@ Row = tuple[Scalar, Scalar]  # (a, b) stands for  a first + b second
 
 
 class Parameterization(Protocol):
-    """What the network's output means. Implementations are frozen dataclasses."""
+    """Interface of the meaning of a network's output. Implementations are frozen dataclasses."""
 
     def input_scale(self, level: Level) -> Scalar:
-        """The network sees this times x; 1 unless the parameterization says otherwise."""
+        """The factor of x in the network's input; 1 by default."""
         return 1.0
 
     def x0(self, level: Level) -> Row:
-        """x0 as a combination of (x, out)."""
+        """The coefficients of x0 as a combination of (x, out)."""
         ...
 
     def eps(self, level: Level) -> Row:
-        """eps as a combination of (x, out)."""
+        """The coefficients of eps as a combination of (x, out)."""
         ...
 
     def target(self, prediction: "Prediction") -> Tensor:
-        """What the network should have put out, were `prediction` the truth."""
+        """The network's regression target if `prediction` is exact."""
         ...
 
 
 class Prediction:
-    """x0, eps, score, v and velocity of a batch, each computed when asked for.
+    """x0, eps, score, v and velocity of a batch, each computed at every access.
 
-    Every one is a fresh tensor, which a sampler may work on in place.
+    Each access returns a new tensor, which a sampler may change in place.
 
     Args:
-        first, second: two tensors (B, ...) that span the prediction, usually x and the output.
-        level: where the batch stands.
-        meaning: how x0 and eps are combined from them.
-        extra: what else the network put out (B, ...), such as the variance's interpolation.
+        first, second: two tensors (B, ...) of which all quantities are linear combinations,
+            usually x and the network's output.
+        level: the noise level of the batch.
+        meaning: the coefficients of x0 and eps in these combinations.
+        extra: further output of the network (B, ...), such as the interpolation of the variance.
     """
 
     __slots__ = ("extra", "first", "level", "meaning", "second")
@@ -68,7 +69,7 @@ class Prediction:
         self.extra = extra
 
     def combine(self, of_x0: Scalar, of_eps: Scalar) -> Tensor:
-        """of_x0 * x0 + of_eps * eps, without forming either."""
+        """Return of_x0 * x0 + of_eps * eps, without computing x0 and eps themselves."""
         a, b = 0.0, 0.0
         if not is_zero(of_x0):
             c, d = self.meaning.x0(self.level)
@@ -86,17 +87,17 @@ class Prediction:
 
     @property
     def x0(self) -> Tensor:
-        """The clean data: E[x0 | x] for the best model."""
+        """The clean data: E[x0 | x] for an exact model."""
         return self.combine(1.0, 0.0)
 
     @property
     def eps(self) -> Tensor:
-        """The noise: E[eps | x]."""
+        """The noise: E[eps | x] for an exact model."""
         return self.combine(0.0, 1.0)
 
     @property
     def score(self) -> Tensor:
-        """grad log p_t(x) = -eps / sigma; refused at sigma = 0."""
+        """grad log p_t(x) = -eps / sigma; a ValueError at sigma = 0."""
         return self.combine(0.0, -1.0 / nonzero(self.level.sigma, "the score", "sigma"))
 
     @property
@@ -106,13 +107,13 @@ class Prediction:
 
     @property
     def velocity(self) -> Tensor:
-        """eps - x0 = dy/du, the flow's slope in the straight frame."""
+        """eps - x0 = dy/du, the slope of the probability flow in the straight frame."""
         return self.combine(-1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Pair(Parameterization):
-    """The span is (x0, eps) itself: what is known in closed form, or known because it was drawn."""
+    """Meaning of a prediction whose two tensors are x0 and eps themselves."""
 
     def x0(self, level: Level) -> Row:
         return 1.0, 0.0
@@ -125,16 +126,16 @@ class Pair(Parameterization):
 
 
 def truth(x0: Tensor, eps: Tensor, level: Level) -> Prediction:
-    """The prediction that is right: the x0 and eps a noisy batch was made from."""
+    """Return the prediction with this x0 and eps, e.g. those that a noisy batch was made of."""
     return Prediction(x0, eps, level, Pair())
 
 
 def from_network(x: Tensor, out: Any, level: Level, meaning: Parameterization) -> Prediction:
-    """The prediction of a network that returned `out` for x (B, C, ...).
+    """Return the prediction of a network with output `out` for x (B, C, ...).
 
     Args:
-        out: shaped like x; or (B, 2 C, ...), whose second half is then `extra`; or a tuple or a
-            record that has such a tensor first or as `sample`.
+        out: a tensor shaped like x, or (B, 2 C, ...) with `extra` as second half; or a tuple that
+            has such a tensor first, or an object that has it as `sample`.
     """
     out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
     if not isinstance(out, Tensor):
@@ -143,21 +144,19 @@ def from_network(x: Tensor, out: Any, level: Level, meaning: Parameterization) -
     if out.shape == x.shape:
         return Prediction(x, out, level, meaning)
     if x.ndim < 2 or out.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
-        raise ValueError(
-            f"the output of the network must be shaped like x, {tuple(x.shape)}, or have twice "
-            f"the channels; got {tuple(out.shape)}"
-        )
+        wanted = f"shaped like x, {tuple(x.shape)}, or have twice the channels"
+        raise ValueError(f"the output of the network must be {wanted}; got {tuple(out.shape)}")
     out, extra = out.chunk(2, dim=1)
     return Prediction(x, out, level, meaning, extra)
 
 
 def is_zero(scalar: Scalar) -> bool:
-    """True for the float 0; a tensor is never inspected, which on a GPU would wait for it."""
+    """Return True for the float 0; tensors are not read, as this would synchronize a GPU."""
     return isinstance(scalar, float) and scalar == 0.0
 
 
 def nonzero(scalar: Scalar, what: str, name: str) -> Scalar:
-    """The scalar, or a named refusal where it is 0."""
+    """Return the scalar `name` if it is not 0, as `what` needs; a tensor on a GPU is not read."""
     if isinstance(scalar, Tensor):
         zero = scalar.device.type == "cpu" and bool((scalar == 0).any())
     else:

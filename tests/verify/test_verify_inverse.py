@@ -187,10 +187,10 @@ def test_it_prints_what_was_measured():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: Problem(GAUSSIAN, MATRIX, -0.1, Y), "noise_std"),
-    (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y * math.nan), "y must hold finite"),
+    (lambda: Problem(GAUSSIAN, MATRIX, 0.1, Y * math.nan), "y must be finite"),
     (lambda: Problem(GAUSSIAN, MATRIX * math.nan, 0.0, Y), "matrix must be"),
     (lambda: Problem(GAUSSIAN, MATRIX.tolist(), 0.1, Y), "matrix must be a tensor"),
-    (lambda: Problem(GAUSSIAN, MATRIX[:0], 0.1, Y[:0]), "must hold finite"),
+    (lambda: Problem(GAUSSIAN, MATRIX[:0], 0.1, Y[:0]), "matrix must be"),
     (lambda: Problem(GAUSSIAN, drawn(3, 1) @ drawn(1, 3), 0.0, drawn(3)), "independent rows"),
     (lambda: inverse(lambda m, z, x, g: x.tolist(), PROBLEMS["gaussian"]), "method's result"),
     (lambda: Problem(GAUSSIAN, MATRIX[[0, 0]], 0.0, Y), "independent rows"),

@@ -150,8 +150,9 @@ def test_ranges_intersect_and_wrappers_pass_them_on():
     assert a & b == LogSNRRange(-3.0, 2.0, True)
     model = gaussian(sd.VP()).ranged(a)
     measured = sd.inverse.Measurement(torch.nn.Identity(), 0.1, torch.zeros(1, 1))
+    conditional = sd.Denoiser(sd.networks.MLP((1,), cond=2), sd.VP(), trained=a)
     for wrapped in (
-        sd.models.Clipped(model), sd.ClassifierFree(model), sd.match(model, sd.VP()),
+        sd.models.Clipped(model), sd.ClassifierFree(conditional), sd.match(model, sd.VP()),
         sd.inverse.PiGDM(model, measured), sd.inverse.DiffPIR(model, measured),
     ):  # fmt: skip
         assert wrapped.trained == a

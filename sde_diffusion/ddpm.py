@@ -9,6 +9,7 @@ alpha_i = 1 - beta_i and abar_i = alpha_1 ... alpha_i,
 Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of the process's alpha.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,12 +21,9 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.losses.denoising import L2, Penalty
-from sde_diffusion.models.guidance import Clipped
-from sde_diffusion.models.model import Model
-from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.noise.brownian import Brownian
-from sde_diffusion.noise.sources import Generated, Noise
+from sde_diffusion.losses import L2, Penalty
+from sde_diffusion.models import Clipped, Model, Prediction
+from sde_diffusion.noise import Brownian, Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
@@ -242,11 +240,10 @@ class DDPM:
         `sampling.sample` with `Ancestral` has the same law, on any sub-chain too.
         """
         x = self.process.prior(shape, generator=generator, seeds=seeds, dtype=dtype, device=device)
-        for state in self.p_chain(
+        path = self.p_chain(
             x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
-        ):
-            x = state  # one at a time in memory
-        return x
+        )
+        return deque(path, maxlen=1).pop()  # one state at a time in memory
 
     # ---- losses --------------------------------------------------------------------------------
 
@@ -288,11 +285,9 @@ class DDPM:
         prediction = self.model(x, self.level(i, x))
         of_p = self._model_variance(variance, prediction, x, i)
         gap, of_q = self.q_posterior(x0 - prediction.x0, torch.zeros_like(x), i)  # of the two means
-        distance = gap**2 / of_p
-        ratio = of_q / of_p
-        first = per_sample(i == 1, x)
+        ratio, first = of_q / of_p, per_sample(i == 1, x)
         divergence = ratio - 1 - torch.where(first, 1, ratio).log()
-        cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
+        cost = gap**2 / of_p + torch.where(first, (2 * pi * of_p).log(), divergence)
         return coordinates(cost).sum(1) / 2
 
     @arguments
@@ -314,11 +309,9 @@ class DDPM:
     ) -> Bound:
         """All terms of the variational bound, by N calls of the model: see `Bound`."""
         source, n = chosen_noise(x0, generator, seeds, noise), self.num_steps
-        terms = [
-            self.bound_term(x0, i, source(i / n, 0.0, x0), variance=variance)
-            for i in range(1, n + 1)
-        ]
-        return Bound(self.prior_term(x0), torch.stack(terms, dim=1)[:, 1:], terms[0])
+        term = partial(self.bound_term, x0, variance=variance)
+        first, *terms = (term(i, source(i / n, 0.0, x0)) for i in range(1, n + 1))
+        return Bound(self.prior_term(x0), torch.stack([first, *terms], dim=1)[:, 1:], first)
 
     # ---- indices -------------------------------------------------------------------------------
 
@@ -358,10 +351,8 @@ class DDPM:
         return of_x0, of_x, self.process.posterior_variances
 
     def _predict(self, x: Tensor, i: Index, clamp: float | None) -> Prediction:
-        level = self.level(i, x)
-        if clamp is None:
-            return self.model(x, level)
-        return Clipped(self.model, -clamp, clamp)(x, level)
+        model = self.model if clamp is None else Clipped(self.model, -clamp, clamp)
+        return model(x, self.level(i, x))
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
@@ -369,9 +360,7 @@ class DDPM:
         if variance != "learned":
             return entry(self.process.model_variances(variance), i, x)
         if prediction.extra is None:
-            raise ValueError(
-                "variance 'learned' needs a network with twice the channels of x in its output"
-            )
+            raise ValueError("variance 'learned' needs a network with twice the channels of x")
         low = entry(self.process.model_variances("posterior").log(), i, x)
         high = entry(self.betas.log(), i, x)
         return torch.lerp(low, high, (prediction.extra + 1) / 2).exp()
@@ -384,7 +373,6 @@ def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:
     """Refuse a batch of another shape than x0."""
-    if given.shape != like.shape:
-        raise ValueError(
-            f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"
-        )
+    own, shape = tuple(like.shape), tuple(given.shape)
+    if shape != own:
+        raise ValueError(f"{name} must be shaped like x0, {own}; got {shape}")

@@ -145,7 +145,7 @@ def steps_for(
             break
         else:
             high = n
-    steps = bisect_left(range(high), True, low + 1, key=meets)
+    steps = bisect_left(range(high), True, min(low + 1, high), key=meets)
     some, found = runs(steps, spectra.check_along)
     departure = worst([each.departures for each in found])
     name, on, own = ladders.of_family(some), type(there.process).__name__, found[0]

@@ -211,14 +211,11 @@ class Law(report.Report):
             return self.data
         if mean is None or covariance is None:
             raise TypeError("mean and covariance must be given together, or neither for the data's")
-        for name, value, own in (
-            ("mean", mean, self.mean),
-            ("covariance", covariance, self.covariance),
-        ):
+        both = (("mean", mean, self.mean), ("covariance", covariance, self.covariance))
+        for name, value, own in both:
             if getattr(value, "shape", None) != own.shape:
-                raise ValueError(
-                    f"{name} must be a tensor of shape {tuple(own.shape)}; got {value!r:.80}"
-                )
+                shape = tuple(own.shape)
+                raise ValueError(f"{name} must be a tensor of shape {shape}; got {value!r:.80}")
         if not bool((torch.linalg.eigvalsh(covariance) >= 0).all()):
             raise ValueError("covariance must be positive semi-definite")
         return mean.double(), covariance.double()
@@ -264,9 +261,8 @@ def measured(
     d = prod(shape)
     trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
     calls, draws = len(trial.calls), len(trial.draws)
-    check_size(
-        (1 + d + d * draws) * d * (calls + 1), f"{d} coordinates, {calls} calls, {draws} draws"
-    )
+    numbers = (1 + d + d * draws) * d * (calls + 1)
+    check_size(numbers, f"{d} coordinates, {calls} calls, {draws} draws")
     eye = torch.eye(d, dtype=torch.float64)
     made = probe.run(sampler, data, probe.Basis(eye, draws), shape, steps, times)
     first, last = data.process.levels(path_of(data, sampler, steps, None, times)[[0, -1]])
@@ -284,10 +280,8 @@ def measured(
 def check_size(numbers: int, parts: str) -> None:
     """Refuse a law that does not fit into memory."""
     if numbers > MOST:
-        raise ValueError(
-            f"a law must have at most {MOST:.0e} numbers; got {numbers:.1e} ({parts}); use fewer "
-            f"coordinates or steps"
-        )
+        got = f"{numbers:.1e} ({parts}); use fewer coordinates or steps"
+        raise ValueError(f"a law must have at most {MOST:.0e} numbers; got {got}")
 
 
 class Parts(NamedTuple):

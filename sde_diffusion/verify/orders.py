@@ -139,8 +139,8 @@ def fitted(
 ) -> Order:  # fmt: skip
     """`order` from laws already computed."""
     claimed: Any = some.claims.order if declared is None else declared
-    name, rounding, last = ladders.of_family(some), ladders.rounding(data, some), laws[-1]
     distances = tuple(each.departure for each in laws)
+    name, rounding, last = ladders.of_family(some), ladders.rounding(data, some), laws[-1]
     return Order(name, claimed, sizes, distances, rounding, last.left, last.remark)
 
 

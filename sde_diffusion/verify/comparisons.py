@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +92,10 @@ def identities(
     own = getattr(first, "process", None) or getattr(second, "process", None)
     data = probe.on_process_of(data, None, process or own)
     shape, inputs = probe.sizes(data, shape), probe.Trial((1, 2, 3))
+    given: dict[str, Any] = {"steps": steps, "times": times}
     runs = [
-        probe.run(sampler, data, inputs, shape)
-        if sampler.claims.adaptive
-        else probe.run(sampler, data, inputs, shape, steps, times)
-        for sampler in (first, second)
+        probe.run(each, data, inputs, shape, **({} if each.claims.adaptive else given))
+        for each in (first, second)
     ]
     (a, b), calls = runs, (len(runs[0].calls), len(runs[1].calls))
     same = calls[0] == calls[1]

@@ -257,16 +257,12 @@ class Known:
 
     def mmd(self, x: Tensor) -> float:
         """MMD between the empirical law of the points and the mixture."""
-        n, h2 = len(x), self.std**2
-        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum()
-        eye = torch.eye(x.shape[1], dtype=torch.float64)
-        parts = list(zip(self.weights, self.means, self.covariances, strict=True))
-        cross = sum(w * smoothed(x - m, c, h2, eye).mean() for w, m, c in parts)
-        pairs = [(a, b) for a in parts for b in parts]
-        inner = sum(
-            a * b * smoothed((m - q)[None], c + e, h2, eye)[0] for (a, m, c), (b, q, e) in pairs
-        )
-        return math.sqrt(max(float(own / n**2 - 2 * cross + inner), 0.0))
+        w, m, S, h2 = self.weights, self.means, self.covariances, self.std**2
+        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).mean()
+        cross = w @ smoothed(x - m[:, None], S, h2).mean(1)
+        parts = zip(m, S, strict=True)
+        inner = torch.cat([w @ smoothed((a - m)[:, None], S + A, h2) for a, A in parts])
+        return math.sqrt(max(float(own - 2 * cross + w @ inner), 0.0))
 
 
 def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tensor:
@@ -281,11 +277,12 @@ def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tens
     return high
 
 
-def smoothed(z: Tensor, covariance: Tensor, h2: float, eye: Tensor) -> Tensor:
-    """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, covariance), z (n, d)."""
-    root = torch.linalg.cholesky(covariance / h2 + eye)
-    scaled = torch.linalg.solve_triangular(root, z.T, upper=False)
-    return torch.exp(-scaled.square().sum(0) / (2 * h2)) / root.diagonal().prod()
+def smoothed(z: Tensor, covariances: Tensor, h2: float) -> Tensor:
+    """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, S_k), (K, n), for z (K, n, d)."""
+    root = torch.linalg.cholesky(covariances / h2 + torch.eye(z.shape[2]).double())
+    scaled = torch.linalg.solve_triangular(root, z.mT, upper=False)
+    volume = root.diagonal(dim1=1, dim2=2).prod(1)
+    return torch.exp(-scaled.square().sum(1) / (2 * h2)) / volume[:, None]
 
 
 def fixed_directions(d: int) -> Tensor:

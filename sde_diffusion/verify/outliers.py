@@ -22,7 +22,7 @@ def odd_draws(draws: Sequence[Any], steps: Sequence[Any]) -> list[str]:
     reported only if it is nearly missing.
     """
     shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
-    if any(math.isnan(share) for share in shares) or max(shares, default=0.0) < -20:
+    if any(map(math.isnan, shares)) or max(shares, default=0.0) < -20:
         return []
     found = spikes(shares, least=-MISSING if unjudged(steps) else 0.1)
     if len(shares) >= SMOOTH:  # at the ends shares bend, but none is missing

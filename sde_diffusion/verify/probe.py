@@ -138,6 +138,9 @@ class Call(NamedTuple):
 class Probe:
     """A model and a noise source in one, that supplies `inputs` and records the calls.
 
+    Args:
+        keep: False drops the batches of the calls, to save memory.
+
     Attributes:
         calls: the network calls.
         draws: for each noise draw, the number of calls before it.
@@ -145,6 +148,7 @@ class Probe:
 
     model: Model
     inputs: Inputs
+    keep: bool = True
     calls: list[Call] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
 
@@ -157,7 +161,7 @@ class Probe:
         if len(x) != self.inputs.rows:
             raise NotAffine("a sampler that splits its batch has steps of its own: no affine map")
         index = len(self.calls)
-        self.calls.append(Call(level, coordinates(x).clone()))
+        self.calls.append(Call(level, coordinates(x if self.keep else x[:0]).clone()))
         prediction = self.model(x, level)
         more = self.inputs.shift(index, x.shape[1:].numel())
         if more is None or level.sigma == 0:

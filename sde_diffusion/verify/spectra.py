@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models import Prediction
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.processes import VP, Level, Process
+from sde_diffusion.processes import VP, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import path_of, trajectory
@@ -45,17 +44,6 @@ class Mixed(probe.Inputs):
 
     def amounts(self, index: int, d: int) -> Tensor:
         return torch.from_numpy(stream(1, Purpose.PATH, step=index).standard_normal(d))
-
-
-@dataclass
-class CountingProbe(probe.Probe):
-    """A probe that keeps no batch, to save memory."""
-
-    number: int = 0
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        self.number += 1
-        return self.model(x, level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +108,8 @@ def along(
     exact = [spectrum(data.marginal(level))[:2] for level in levels]
     last, (_, target) = levels[-1], exact[-1]
 
-    def run(draws: int) -> tuple[CountingProbe, list[Tensor], Tensor]:
-        made, way = CountingProbe(data, probe.Basis(direction[None], draws)), []
+    def run(draws: int) -> tuple[probe.Probe, list[Tensor], Tensor]:
+        made, way = probe.Probe(data, probe.Basis(direction[None], draws), keep=False), []
         start = end = made.inputs.draw(-1, len(mean)).reshape(2 + draws, *shape)
         path = trajectory(made, sampler, start, times=grid, noise=made.noise)
         for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
@@ -141,7 +129,7 @@ def along(
         made, way, end = run(draws)
     gains = end[1:] - end[0]
     return Along(
-        grid, made.number, end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
+        grid, len(made.calls), end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
         torch.stack(way),
     )  # fmt: skip
 

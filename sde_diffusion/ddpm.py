@@ -27,15 +27,14 @@ from sde_diffusion.noise import Brownian, Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
-from sde_diffusion.validate import Batch, Choice, Positive, arguments
 
 __all__ = ["DDPM", "Bound", "Variance"]
 
 Variance = Annotated[
-    Literal["beta", "posterior", "learned"], Choice("beta", "posterior", "learned")
+    Literal["beta", "posterior", "learned"], validate.Choice("beta", "posterior", "learned")
 ]
 Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
-ABatch = Annotated[Tensor, Batch()]
+ABatch = Annotated[Tensor, validate.Batch()]
 
 
 class Bound(NamedTuple):
@@ -72,11 +71,8 @@ class DDPM:
     def __post_init__(self) -> None:
         process = getattr(self.model, "process", None)
         if not hasattr(process, "posterior_variances"):
-            raise ValueError(
-                f"model must be on a Discrete process, such as Denoiser(network, "
-                f"Discrete.linear()) or the result of `match`; got {type(self.model).__name__} on "
-                f"{type(process).__name__}"
-            )
+            got = f"{type(self.model).__name__} on {type(process).__name__}"
+            raise ValueError(f"model must be on a Discrete process, as by `match`; got {got}")
 
     @property
     def process(self) -> Discrete:
@@ -104,13 +100,13 @@ class DDPM:
 
     # ---- forward -------------------------------------------------------------------------------
 
-    @arguments
+    @validate.arguments
     def q_sample(self, x0: ABatch, i: Index, eps: ABatch) -> Tensor:
         """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
         same_shape("eps", eps, x0)
         return self.process.perturb(x0, self.level(i, x0), eps)
 
-    @arguments
+    @validate.arguments
     def q_chain(
         self,
         x0: ABatch,
@@ -129,7 +125,7 @@ class DDPM:
             x = torch.where(j <= last, sqrt(1 - beta) * x + sqrt(beta) * z, x)
         return x
 
-    @arguments
+    @validate.arguments
     def q_posterior(self, x0: ABatch, x: ABatch, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
 
@@ -147,9 +143,9 @@ class DDPM:
 
     # ---- backward ------------------------------------------------------------------------------
 
-    @arguments
+    @validate.arguments
     def predict_x0(
-        self, x: ABatch, i: Index, *, clamp: Positive | None = None
+        self, x: ABatch, i: Index, *, clamp: validate.Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
 
@@ -159,9 +155,14 @@ class DDPM:
         prediction = self._predict(x, i, clamp)
         return prediction.x0, prediction.eps
 
-    @arguments
+    @validate.arguments
     def p_mean_variance(
-        self, x: ABatch, i: Index, *, variance: Variance = "beta", clamp: Positive | None = None
+        self,
+        x: ABatch,
+        i: Index,
+        *,
+        variance: Variance = "beta",
+        clamp: validate.Positive | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_(i-1) | x_i): q's posterior at the model's x_0.
 
@@ -180,14 +181,14 @@ class DDPM:
             return mean, posterior
         return mean, self._model_variance(variance, prediction, x, i)
 
-    @arguments
+    @validate.arguments
     def p_sample(
         self,
         x: ABatch,
         i: Index,
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
@@ -203,14 +204,14 @@ class DDPM:
         z = source(last / self.num_steps, (last - 1) / self.num_steps, x)
         return torch.where(per_sample(i > 1, x), mean + of_step.sqrt() * z, mean)
 
-    @arguments
+    @validate.arguments
     def p_chain(
         self,
         x: ABatch,
         i: int,
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -223,13 +224,13 @@ class DDPM:
         step = partial(self.p_sample, variance=variance, clamp=clamp, noise=source)
         return islice(accumulate(steps, torch.no_grad()(step), initial=x), 1, None)
 
-    @arguments
+    @validate.arguments
     def sample(
         self,
         shape: Sequence[int],
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -259,7 +260,7 @@ class DDPM:
         error = self.model(x, self.level(i, x)).eps - eps
         return coordinates((penalty or L2())(error)).mean(1)
 
-    @arguments
+    @validate.arguments
     def negative_elbo(self, x0: ABatch, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
@@ -272,7 +273,7 @@ class DDPM:
         eps = source(1.0, 0.0, x0)
         return self.p_loss(x0, i, eps) * x0[:1].numel()
 
-    @arguments
+    @validate.arguments
     def bound_term(
         self, x0: Tensor, i: Index, eps: Tensor, *, variance: Variance = "beta"
     ) -> Tensor:
@@ -290,14 +291,14 @@ class DDPM:
         cost = gap**2 / of_p + torch.where(first, (2 * pi * of_p).log(), divergence)
         return coordinates(cost).sum(1) / 2
 
-    @arguments
+    @validate.arguments
     def prior_term(self, x0: ABatch) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
         abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
         return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
 
     @torch.no_grad()
-    @arguments
+    @validate.arguments
     def bound(
         self,
         x0: ABatch,

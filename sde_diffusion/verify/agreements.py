@@ -10,7 +10,6 @@ from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers import Ancestral
-from sde_diffusion.validate import Number, Positive, arguments
 from sde_diffusion.verify import probe, report
 from sde_diffusion.verify.ladders import slope
 from sde_diffusion.verify.laws import Law, law, measured
@@ -64,7 +63,7 @@ class Agreement(report.Report):
 FLOORS = {"marginals": 1e-12, "transitions": 1e-12, "losses": 1e-12, "laws": 1e-7}
 
 
-@arguments
+@validate.arguments
 def agreement(
     a: probe.AProcess,
     b: Annotated[
@@ -73,8 +72,8 @@ def agreement(
     ],
     *,
     sizes: Sequence[int] = (1024, 2048, 4096),
-    mean: Annotated[float, Number()] = 1.0,
-    variance: Positive = 0.25,
+    mean: Annotated[float, validate.Number()] = 1.0,
+    variance: validate.Positive = 0.25,
     sampler: probe.ASampler | None = None,
 ) -> Agreement:
     """Distances of b from a on the grids i/N, and the rate at which they shrink.

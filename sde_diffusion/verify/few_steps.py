@@ -14,7 +14,6 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.samplers import Sampler
-from sde_diffusion.validate import Count, Positive, arguments
 from sde_diffusion.verify import ladders, probe, report, spectra
 
 __all__ = ["Guarantee", "steps_for"]
@@ -89,15 +88,15 @@ class Guarantee(report.Report):
         )
 
 
-@arguments
+@validate.arguments
 def steps_for(
-    tol: Positive,
+    tol: validate.Positive,
     data: Gaussian | Tensor,
     sampler: ladders.Family,
     process: probe.AProcess | None = None,
     *,
     narrowest: float | None = None,
-    most: Count = 1024,
+    most: validate.Count = 1024,
 ) -> Guarantee:
     """Find the least number of steps whose exact W2 to Gaussian data is at most `tol`.
 

@@ -9,7 +9,6 @@ without Monte Carlo.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -258,7 +257,7 @@ def measured(
     times: Tensor | Sequence[float] | None = None,
 ) -> Law:
     """`law` without its checks, for a sampler that passed them at another number of steps."""
-    d = prod(shape)
+    d = math.prod(shape)
     trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
     calls, draws = len(trial.calls), len(trial.draws)
     numbers = (1 + d + d * draws) * d * (calls + 1)

@@ -15,7 +15,6 @@ from sde_diffusion.models import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.processes.level import log_snr_at
 from sde_diffusion.samplers import Sampler
-from sde_diffusion.validate import NonNegative, Number, arguments
 from sde_diffusion.verify import ladders, probe, report
 from sde_diffusion.verify.laws import Law
 
@@ -109,14 +108,14 @@ class Order(report.Report):
         )
 
 
-@arguments
+@validate.arguments
 def order(
     sampler: ladders.Family,
     data: probe.AModel,
     process: probe.AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256),
-    declared: NonNegative | None = None,
+    declared: validate.NonNegative | None = None,
 ) -> Order:
     """Fit the order at which a sampler's law approaches the data's, on the sampler's own grids.
 
@@ -218,7 +217,7 @@ class LocalOrder(report.Report):
         )
 
 
-@arguments
+@validate.arguments
 def local_order(
     sampler: Annotated[
         Sampler | Callable[[Tensor], Sampler],
@@ -227,11 +226,11 @@ def local_order(
     data: probe.AModel,
     process: probe.AProcess | None = None,
     *,
-    start: Annotated[float, Number(0, 1, strict=True)] = 0.6,
+    start: Annotated[float, validate.Number(0, 1, strict=True)] = 0.6,
     spans: Sequence[float] = (0.04, 0.02, 0.01, 0.005, 0.0025, 0.00125),
     ratios: Sequence[float] = (2.0, 1.0, 0.5),
-    declared: NonNegative | None = None,
-    of_one_step: NonNegative | None = None,
+    declared: validate.NonNegative | None = None,
+    of_one_step: validate.NonNegative | None = None,
 ) -> LocalOrder:
     """Fit the order of single steps, also of a multistep formula between steps of unequal size.
 

@@ -17,7 +17,6 @@ from sde_diffusion.inverse.measurements import Measurement
 from sde_diffusion.inverse.operators import Matrix
 from sde_diffusion.models import Model
 from sde_diffusion.models.exact import GaussianMixture
-from sde_diffusion.validate import Batch, Checked, Kind, NonNegative, arguments
 from sde_diffusion.verify import mixtures, report
 from sde_diffusion.verify.mixtures import Samples, Seed
 
@@ -31,7 +30,7 @@ Method = Callable[[Model, Measurement, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem(Checked):
+class Problem(validate.Checked):
     """An inverse problem: the law of the data, and a measurement y = A x0 + noise_std eps.
 
     Args:
@@ -42,10 +41,10 @@ class Problem(Checked):
         y: (m,).
     """
 
-    data: Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "given")]
-    matrix: Annotated[Tensor, Batch()]
-    noise_std: NonNegative
-    y: Annotated[Tensor, Batch()]
+    data: Annotated[GaussianMixture, validate.Kind("an exact.GaussianMixture", "log_prob", "given")]
+    matrix: Annotated[Tensor, validate.Batch()]
+    noise_std: validate.NonNegative
+    y: Annotated[Tensor, validate.Batch()]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,9 +100,8 @@ class Inverse(report.Report):
     @property
     def holds(self) -> bool:
         """True if every distance is within 4.5 standard deviations of that of exact samples."""
-        floors = {
-            n: float(v.mean() + mixtures.DEVIATIONS * v.std()) for n, v in self.floors.items()
-        }
+        k = mixtures.DEVIATIONS
+        floors = {name: float(v.mean() + k * v.std()) for name, v in self.floors.items()}
         return all(value <= floors[name] for name, value in self.distances.items())
 
     @property
@@ -119,10 +117,12 @@ class Inverse(report.Report):
         )
 
 
-@arguments
+@validate.arguments
 def inverse(
-    method: Annotated[Method, Kind("a function of (model, measurement, x, generator)", "__call__")],
-    problem: Annotated[Problem, Kind("a Problem", "posterior", "measurement")],
+    method: Annotated[
+        Method, validate.Kind("a function of (model, measurement, x, generator)", "__call__")
+    ],
+    problem: Annotated[Problem, validate.Kind("a Problem", "posterior", "measurement")],
     *,
     samples: Samples = 2048,
     seed: Seed = 0,

@@ -21,7 +21,6 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import trajectory
-from sde_diffusion.validate import Kind
 
 T = TypeVar("T")
 
@@ -37,12 +36,12 @@ COUPLED = (
 )
 
 # Arguments of the checks, with their rules.
-ASampler = Annotated[Sampler, Kind("a Sampler", "claims", "grid", "step")]
-AModel = Annotated[Model, Kind("a Model, such as exact.Gaussian", "process", "__call__")]
-AProcess = Annotated[Process, Kind("a Process", "log_alpha", "variance")]
+ASampler = Annotated[Sampler, validate.Kind("a Sampler", "claims", "grid", "step")]
+AModel = Annotated[Model, validate.Kind("a Model, such as exact.Gaussian", "process", "__call__")]
+AProcess = Annotated[Process, validate.Kind("a Process", "log_alpha", "variance")]
 
 
-class OrMaker(Kind):
+class OrMaker(validate.Kind):
     """An object of a kind, or a function that makes one."""
 
     def __call__(self, name: str, value: T) -> T:

@@ -130,7 +130,7 @@ def test_what_couples_remembers_draws_or_bends_is_refused_by_name_and_place(name
 
 @pytest.mark.parametrize(
     "sampler",
-    [sd.TorchODE(), sd.samplers.ScipyODE(), sd.samplers.AdaptiveTorchSDE()],
+    [sd.TorchODE(), sd.samplers.ScipyODE(), sd.samplers.AdaptiveSDE()],
     ids=lambda s: type(s).__name__,
 )
 def test_solvers_with_steps_of_their_own_are_refused_with_the_check_to_use(sampler):
@@ -239,7 +239,7 @@ MORE = {
     "tolerance": lambda: verify.identities(sd.Heun(), sd.Heun(), DATA, steps=3, tolerance="x"),
     "values": lambda: verify.tolerances(sd.TorchODE(), DATA, values=()),
     "draws its path": lambda: verify.tolerances(
-        sd.samplers.AdaptiveTorchSDE(), DATA, values=(1e-1,), samples=2
+        sd.samplers.AdaptiveSDE(), DATA, values=(1e-1,), samples=2
     ),
     "data": lambda: verify.flow(None, torch.zeros(2, 1).double()),
     "x must": lambda: verify.flow(DATA, "x"),

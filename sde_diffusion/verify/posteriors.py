@@ -50,10 +50,12 @@ class Problem(validate.Checked):
         super().__post_init__()
         if len(self.data.shape) != 1:
             raise ValueError(f"data must be of shape (d,); got {tuple(self.data.shape)}")
-        self.data.given(self.matrix, self.y, self.noise_std or 1.0)  # checks that the parts fit
+        if self.matrix.ndim != 2 or not bool(self.matrix.isfinite().all()):
+            got = tuple(self.matrix.shape)
+            raise ValueError(f"matrix must be (m, d), of finite numbers; got {got}")
         if not self.open.shape[1]:
             raise ValueError("matrix must leave a direction open where noise_std is 0")
-        _ = self.posterior  # checks that rows are independent where noise_std is 0
+        _ = self.posterior  # checks that the parts fit together
 
     @property
     def open(self) -> Tensor:

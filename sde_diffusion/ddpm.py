@@ -9,6 +9,7 @@ alpha_i = 1 - beta_i and abar_i = alpha_1 ... alpha_i,
 Ho et al.'s alpha_i is the square of one kernel's scale, abar_i the square of the process's alpha.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,24 +21,20 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.losses.denoising import L2, Penalty
-from sde_diffusion.models.guidance import Clipped
-from sde_diffusion.models.model import Model
-from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.noise.brownian import Brownian
-from sde_diffusion.noise.sources import Generated, Noise
+from sde_diffusion.losses import L2, Penalty
+from sde_diffusion.models import Clipped, Model, Prediction
+from sde_diffusion.noise import Brownian, Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
-from sde_diffusion.validate import Batch, Choice, Positive, arguments
 
 __all__ = ["DDPM", "Bound", "Variance"]
 
 Variance = Annotated[
-    Literal["beta", "posterior", "learned"], Choice("beta", "posterior", "learned")
+    Literal["beta", "posterior", "learned"], validate.Choice("beta", "posterior", "learned")
 ]
 Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
-ABatch = Annotated[Tensor, Batch()]
+ABatch = Annotated[Tensor, validate.Batch()]
 
 
 class Bound(NamedTuple):
@@ -74,11 +71,8 @@ class DDPM:
     def __post_init__(self) -> None:
         process = getattr(self.model, "process", None)
         if not hasattr(process, "posterior_variances"):
-            raise ValueError(
-                f"model must be on a Discrete process, such as Denoiser(network, "
-                f"Discrete.linear()) or the result of `match`; got {type(self.model).__name__} on "
-                f"{type(process).__name__}"
-            )
+            got = f"{type(self.model).__name__} on {type(process).__name__}"
+            raise ValueError(f"model must be on a Discrete process, as by `match`; got {got}")
 
     @property
     def process(self) -> Discrete:
@@ -106,13 +100,13 @@ class DDPM:
 
     # ---- forward -------------------------------------------------------------------------------
 
-    @arguments
+    @validate.arguments
     def q_sample(self, x0: ABatch, i: Index, eps: ABatch) -> Tensor:
         """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
         same_shape("eps", eps, x0)
         return self.process.perturb(x0, self.level(i, x0), eps)
 
-    @arguments
+    @validate.arguments
     def q_chain(
         self,
         x0: ABatch,
@@ -131,7 +125,7 @@ class DDPM:
             x = torch.where(j <= last, sqrt(1 - beta) * x + sqrt(beta) * z, x)
         return x
 
-    @arguments
+    @validate.arguments
     def q_posterior(self, x0: ABatch, x: ABatch, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
 
@@ -149,9 +143,9 @@ class DDPM:
 
     # ---- backward ------------------------------------------------------------------------------
 
-    @arguments
+    @validate.arguments
     def predict_x0(
-        self, x: ABatch, i: Index, *, clamp: Positive | None = None
+        self, x: ABatch, i: Index, *, clamp: validate.Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
 
@@ -161,9 +155,14 @@ class DDPM:
         prediction = self._predict(x, i, clamp)
         return prediction.x0, prediction.eps
 
-    @arguments
+    @validate.arguments
     def p_mean_variance(
-        self, x: ABatch, i: Index, *, variance: Variance = "beta", clamp: Positive | None = None
+        self,
+        x: ABatch,
+        i: Index,
+        *,
+        variance: Variance = "beta",
+        clamp: validate.Positive | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance of p(x_(i-1) | x_i): q's posterior at the model's x_0.
 
@@ -182,14 +181,14 @@ class DDPM:
             return mean, posterior
         return mean, self._model_variance(variance, prediction, x, i)
 
-    @arguments
+    @validate.arguments
     def p_sample(
         self,
         x: ABatch,
         i: Index,
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
@@ -205,14 +204,14 @@ class DDPM:
         z = source(last / self.num_steps, (last - 1) / self.num_steps, x)
         return torch.where(per_sample(i > 1, x), mean + of_step.sqrt() * z, mean)
 
-    @arguments
+    @validate.arguments
     def p_chain(
         self,
         x: ABatch,
         i: int,
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -225,13 +224,13 @@ class DDPM:
         step = partial(self.p_sample, variance=variance, clamp=clamp, noise=source)
         return islice(accumulate(steps, torch.no_grad()(step), initial=x), 1, None)
 
-    @arguments
+    @validate.arguments
     def sample(
         self,
         shape: Sequence[int],
         *,
         variance: Variance = "beta",
-        clamp: Positive | None = None,
+        clamp: validate.Positive | None = None,
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -242,11 +241,10 @@ class DDPM:
         `sampling.sample` with `Ancestral` has the same law, on any sub-chain too.
         """
         x = self.process.prior(shape, generator=generator, seeds=seeds, dtype=dtype, device=device)
-        for state in self.p_chain(
+        path = self.p_chain(
             x, self.num_steps, variance=variance, clamp=clamp, generator=generator, seeds=seeds
-        ):
-            x = state  # one at a time in memory
-        return x
+        )
+        return deque(path, maxlen=1).pop()  # one state at a time in memory
 
     # ---- losses --------------------------------------------------------------------------------
 
@@ -262,7 +260,7 @@ class DDPM:
         error = self.model(x, self.level(i, x)).eps - eps
         return coordinates((penalty or L2())(error)).mean(1)
 
-    @arguments
+    @validate.arguments
     def negative_elbo(self, x0: ABatch, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
@@ -275,7 +273,7 @@ class DDPM:
         eps = source(1.0, 0.0, x0)
         return self.p_loss(x0, i, eps) * x0[:1].numel()
 
-    @arguments
+    @validate.arguments
     def bound_term(
         self, x0: Tensor, i: Index, eps: Tensor, *, variance: Variance = "beta"
     ) -> Tensor:
@@ -288,21 +286,19 @@ class DDPM:
         prediction = self.model(x, self.level(i, x))
         of_p = self._model_variance(variance, prediction, x, i)
         gap, of_q = self.q_posterior(x0 - prediction.x0, torch.zeros_like(x), i)  # of the two means
-        distance = gap**2 / of_p
-        ratio = of_q / of_p
-        first = per_sample(i == 1, x)
+        ratio, first = of_q / of_p, per_sample(i == 1, x)
         divergence = ratio - 1 - torch.where(first, 1, ratio).log()
-        cost = distance + torch.where(first, (2 * pi * of_p).log(), divergence)
+        cost = gap**2 / of_p + torch.where(first, (2 * pi * of_p).log(), divergence)
         return coordinates(cost).sum(1) / 2
 
-    @arguments
+    @validate.arguments
     def prior_term(self, x0: ABatch) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
         abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
         return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
 
     @torch.no_grad()
-    @arguments
+    @validate.arguments
     def bound(
         self,
         x0: ABatch,
@@ -314,11 +310,9 @@ class DDPM:
     ) -> Bound:
         """All terms of the variational bound, by N calls of the model: see `Bound`."""
         source, n = chosen_noise(x0, generator, seeds, noise), self.num_steps
-        terms = [
-            self.bound_term(x0, i, source(i / n, 0.0, x0), variance=variance)
-            for i in range(1, n + 1)
-        ]
-        return Bound(self.prior_term(x0), torch.stack(terms, dim=1)[:, 1:], terms[0])
+        term = partial(self.bound_term, x0, variance=variance)
+        first, *terms = (term(i, source(i / n, 0.0, x0)) for i in range(1, n + 1))
+        return Bound(self.prior_term(x0), torch.stack([first, *terms], dim=1)[:, 1:], first)
 
     # ---- indices -------------------------------------------------------------------------------
 
@@ -358,10 +352,8 @@ class DDPM:
         return of_x0, of_x, self.process.posterior_variances
 
     def _predict(self, x: Tensor, i: Index, clamp: float | None) -> Prediction:
-        level = self.level(i, x)
-        if clamp is None:
-            return self.model(x, level)
-        return Clipped(self.model, -clamp, clamp)(x, level)
+        model = self.model if clamp is None else Clipped(self.model, -clamp, clamp)
+        return model(x, self.level(i, x))
 
     def _model_variance(
         self, variance: Variance, prediction: Prediction, x: Tensor, i: Tensor
@@ -369,9 +361,7 @@ class DDPM:
         if variance != "learned":
             return entry(self.process.model_variances(variance), i, x)
         if prediction.extra is None:
-            raise ValueError(
-                "variance 'learned' needs a network with twice the channels of x in its output"
-            )
+            raise ValueError("variance 'learned' needs a network with twice the channels of x")
         low = entry(self.process.model_variances("posterior").log(), i, x)
         high = entry(self.betas.log(), i, x)
         return torch.lerp(low, high, (prediction.extra + 1) / 2).exp()
@@ -384,7 +374,6 @@ def entry(table: Tensor, i: Tensor, like: Tensor) -> Tensor:
 
 def same_shape(name: str, given: Tensor, like: Tensor) -> None:
     """Refuse a batch of another shape than x0."""
-    if given.shape != like.shape:
-        raise ValueError(
-            f"{name} must be shaped like x0, {tuple(like.shape)}; got {tuple(given.shape)}"
-        )
+    own, shape = tuple(like.shape), tuple(given.shape)
+    if shape != own:
+        raise ValueError(f"{name} must be shaped like x0, {own}; got {shape}")

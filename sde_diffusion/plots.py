@@ -57,9 +57,7 @@ def scatter(axes: Any, x: Tensor, title: str = "", limit: float = 2.5) -> Any:
     """Plot points (N, 2)."""
     x = x.detach().cpu()
     axes.scatter(x[:, 0], x[:, 1], s=1.0, alpha=0.5, linewidths=0)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
-    axes.set(xticks=[], yticks=[])
-    return axes
+    return square(axes, title, limit)
 
 
 def paths(axes: Any, states: Tensor, title: str = "", limit: float = 2.5) -> Any:
@@ -68,7 +66,12 @@ def paths(axes: Any, states: Tensor, title: str = "", limit: float = 2.5) -> Any
     axes.plot(states[:, :, 0], states[:, :, 1], color="0.6", linewidth=0.4, alpha=0.6)
     axes.scatter(*states[0].T, s=2.0, color="C1", linewidths=0, label="t = 1")
     axes.scatter(*states[-1].T, s=2.0, color="C0", linewidths=0, label="t = 0")
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=title)
-    axes.set(xticks=[], yticks=[])
     axes.legend(loc="upper right", frameon=False, markerscale=3)
+    return square(axes, title, limit)
+
+
+def square(axes: Any, title: str, limit: float) -> Any:
+    """Show [-limit, limit]^2 without ticks."""
+    ends = (-limit, limit)
+    axes.set(xlim=ends, ylim=ends, aspect="equal", title=title, xticks=[], yticks=[])
     return axes

@@ -4,23 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 
 from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes import Process
 from sde_diffusion.samplers import Ancestral
-from sde_diffusion.validate import Number, Positive, arguments
+from sde_diffusion.verify import probe, report
+from sde_diffusion.verify.ladders import slope
 from sde_diffusion.verify.laws import Law, law, measured
-from sde_diffusion.verify.probe import AProcess, ASampler, OrMaker
-from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Agreement", "agreement"]
 
 
 @dataclass(frozen=True, repr=False)
-class Agreement(Report):
+class Agreement(report.Report):
     """Distances of chains from a process; 0 up to rounding where they agree.
 
     Attributes:
@@ -41,19 +39,18 @@ class Agreement(Report):
     @property
     def rates(self) -> dict[str, float | None]:
         """Fitted p of distance ~ N^-p; None where it is rounding, or there is one size only."""
-        return {name: self._rate(getattr(self, name), floor) for name, floor in FLOORS.items()}
+        many, found = len(self.sizes) > 1, {name: getattr(self, name) for name in FLOORS}
+        return {
+            name: -slope(self.sizes, found[name]) if many and min(found[name]) >= floor else None
+            for name, floor in FLOORS.items()
+        }
 
-    def _rate(self, distances: Sequence[float], floor: float) -> float | None:
-        if len(self.sizes) < 2 or min(distances) < floor:
-            return None
-        return -float(np.polyfit(np.log(self.sizes), np.log(distances), 1)[0])
-
-    def page(self) -> Page:
+    def page(self) -> report.Page:
         rows = zip(self.sizes, *(getattr(self, name) for name in FLOORS), strict=True)
-        return Page(
+        return report.Page(
             "distances of two processes on the grids i / N",
             "anything of other data, or of times between those of the grids",
-            Table({"N": "d", **dict.fromkeys(FLOORS, ".2e")}, rows),
+            report.Table({"N": "d", **dict.fromkeys(FLOORS, ".2e")}, rows),
         )
 
     @property
@@ -66,18 +63,18 @@ class Agreement(Report):
 FLOORS = {"marginals": 1e-12, "transitions": 1e-12, "losses": 1e-12, "laws": 1e-7}
 
 
-@arguments
+@validate.arguments
 def agreement(
-    a: AProcess,
+    a: probe.AProcess,
     b: Annotated[
         Process | Callable[[int], Process],
-        OrMaker("a Process or a function of N", "log_alpha", "variance"),
+        probe.OrMaker("a Process or a function of N", "log_alpha", "variance"),
     ],
     *,
     sizes: Sequence[int] = (1024, 2048, 4096),
-    mean: Annotated[float, Number()] = 1.0,
-    variance: Positive = 0.25,
-    sampler: ASampler | None = None,
+    mean: Annotated[float, validate.Number()] = 1.0,
+    variance: validate.Positive = 0.25,
+    sampler: probe.ASampler | None = None,
 ) -> Agreement:
     """Distances of b from a on the grids i/N, and the rate at which they shrink.
 
@@ -118,4 +115,4 @@ def agreement(
 
     # The sampler is checked once, at the smallest N.
     rows = [distances(n, law if n == min(sizes) else measured) for n in sizes]
-    return Agreement(tuple(sizes), *zip(*rows, strict=True))
+    return Agreement(sizes, *zip(*rows, strict=True))

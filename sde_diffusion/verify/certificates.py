@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import arguments
-from sde_diffusion.verify.ladders import Family, checked_sizes, ladder, of_family
+from sde_diffusion.verify import ladders, probe
 from sde_diffusion.verify.laws import Law
 from sde_diffusion.verify.limits import Limit, extrapolated
 from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
-from sde_diffusion.verify.probe import AModel, AProcess
 
 __all__ = ["Certificate", "certificate"]
 
@@ -56,9 +53,9 @@ class Certificate:
 
 @arguments
 def certificate(
-    sampler: Family,
-    data: AModel,
-    process: AProcess | None = None,
+    sampler: ladders.Family,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256, 512),
 ) -> Certificate:
@@ -72,15 +69,11 @@ def certificate(
         process: as in `law`.
         sizes: four numbers of steps, each twice the one before.
     """
-    sizes = checked_sizes(sizes, 4)
-    some, laws = ladder(sampler, data, process, sizes)
-    on: Any = process or getattr(some, "process", None) or data.process
-    own: Sampler | None = None if some.claims.adaptive else some
-    return Certificate(
-        of_family(some),
-        type(on).__name__,
-        laws[-1],
-        fitted(some, data, sizes[:3], laws[:3]),
-        None if own is None else local_order(own, data, process),
-        None if on.chain_steps else extrapolated(some, data, sizes, laws),
-    )
+    sizes = ladders.checked_sizes(sizes, 4)
+    some, laws = ladders.ladder(sampler, data, process, sizes)
+    on = process or getattr(some, "process", data.process)
+    single = None if some.claims.adaptive else local_order(some, data, process)
+    tends = None if on.chain_steps else extrapolated(some, data, sizes, laws)
+    converges = fitted(some, data, sizes[:3], laws[:3])
+    name = ladders.of_family(some)
+    return Certificate(name, type(on).__name__, laws[-1], converges, single, tends)

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.validate import NonNegative, arguments
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import on_process_of
-from sde_diffusion.verify.probe import AModel, AProcess, ASampler, NotAffine, Trial
-from sde_diffusion.verify.report import Page, Report, Table, thinned
+from sde_diffusion.verify import probe, report
 
 __all__ = ["Identities", "identities"]
 
 
 @dataclass(frozen=True, repr=False)
-class Identities(Report):
+class Identities(report.Report):
     """Differences between two samplers at each network call and at the end.
 
     Attributes:
@@ -40,37 +38,33 @@ class Identities(Report):
 
     @property
     def verdict(self) -> str:
-        worst = max(self.differences)
-        if self.calls[0] != self.calls[1]:
-            return (
-                f"NOT THE SAME SCHEME: {self.calls[0]} calls and {self.calls[1]}; the ends differ "
-                f"by {worst:.1e}"
-            )
+        first, second = self.calls
+        worst = f"{max(self.differences):.1e}"
+        if first != second:
+            return f"NOT THE SAME SCHEME: {first} calls and {second}; the ends differ by {worst}"
         if self.holds:
-            return f"equal to {worst:.1e} at all {self.calls[0]} calls and at the end"
+            return f"equal to {worst} at all {first} calls and at the end"
         index = next(i for i, d in enumerate(self.differences) if not d <= self.tolerance)
-        where = f"call {index + 1} of {self.calls[0]}" if index < self.calls[0] else "the end"
-        return (
-            f"DIFFERENT from {where} on, at t={self.times[index]:.4g}, there by "
-            f"{self.differences[index]:.1e}"
-        )
+        where = f"call {index + 1} of {first}" if index < first else "the end"
+        t, by = self.times[index], self.differences[index]
+        return f"DIFFERENT from {where} on, at t={t:.4g}, there by {by:.1e}"
 
-    def page(self) -> Page:
-        shown = thinned(len(self.times), 12)
+    def page(self) -> report.Page:
+        shown = report.thinned(len(self.times), 12)
         rows = ((self.times[index], self.differences[index]) for index in shown)
-        return Page(
+        return report.Page(
             f"{self.first} against {self.second}",
             "that either is right; both may share a fault",
-            Table({"t": ".4g", "difference": ".2e"}, rows),
+            report.Table({"t": ".4g", "difference": ".2e"}, rows),
         )
 
 
 @arguments
 def identities(
-    first: ASampler,
-    second: ASampler,
-    data: AModel,
-    process: AProcess | None = None,
+    first: probe.ASampler,
+    second: probe.ASampler,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
@@ -94,28 +88,23 @@ def identities(
     """
     for sampler in (first, second):
         if sampler.claims.order is None:
-            raise NotAffine(f"{sampler} chooses its own steps: it shares none with another")
+            raise probe.NotAffine(f"{sampler} chooses its own steps: it shares none with another")
     own = getattr(first, "process", None) or getattr(second, "process", None)
-    data = on_process_of(data, None, process or own)
-    shape = probe.sizes(data, shape)
-    runs: list[probe.Run] = []
-    for sampler in (first, second):
-        if sampler.claims.adaptive:
-            runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape))
-        else:
-            runs.append(probe.run(sampler, data, Trial((1, 2, 3)), shape, steps, times))
-        tolerance = max(tolerance, sampler.claims.rounding)
-    calls = len(runs[0].calls), len(runs[1].calls)
-    last = 0.0 if times is None else float(times[-1])
-    pairs = [(runs[0].end, runs[1].end)]
-    at = [last]
-    if calls[0] == calls[1]:
-        together = list(zip(runs[0].calls, runs[1].calls, strict=True))
-        pairs = [(a.x, b.x) for a, b in together] + pairs
-        at = [a.level.t for a, _ in together] + at
+    data = probe.on_process_of(data, None, process or own)
+    shape, inputs = probe.sizes(data, shape), probe.Trial((1, 2, 3))
+    given: dict[str, Any] = {"steps": steps, "times": times}
+    runs = [
+        probe.run(each, data, inputs, shape, **({} if each.claims.adaptive else given))
+        for each in (first, second)
+    ]
+    (a, b), calls = runs, (len(runs[0].calls), len(runs[1].calls))
+    same = calls[0] == calls[1]
+    pairs = zip(a.states, b.states, strict=True) if same else [(a.end, b.end)]
+    at = [call.level.t for call in a.calls] if same else []
     return Identities(
-        probe.one_line(first), probe.one_line(second), tuple(at),
-        tuple(apart(a, b) for a, b in pairs), calls, tolerance,
+        probe.one_line(first), probe.one_line(second),
+        (*at, 0.0 if times is None else float(times[-1])), tuple(apart(*pair) for pair in pairs),
+        calls, max(tolerance, first.claims.rounding, second.claims.rounding),
     )  # fmt: skip
 
 

@@ -4,28 +4,25 @@ The W2 between a sampler's output and Gaussian data is known exactly from one or
 data's spectrum (see spectra.py), so the least number of steps can be searched for.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
-from sde_diffusion.processes import Process
-from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.validate import Count, Positive, arguments
-from sde_diffusion.verify import spectra
-from sde_diffusion.verify.ladders import Family, made_from, of_family
-from sde_diffusion.verify.probe import AProcess
-from sde_diffusion.verify.report import Page, Report, Table
+from sde_diffusion.samplers import Sampler
+from sde_diffusion.verify import ladders, probe, report, spectra
 
 __all__ = ["Guarantee", "steps_for"]
 
+Along = Callable[[Sampler, Gaussian, int | None], spectra.Along]
+
 
 @dataclass(frozen=True, repr=False)
-class Guarantee(Report):
+class Guarantee(report.Report):
     """The number of steps with which a sampler reaches a tolerance on Gaussian data.
 
     Every W2 is in the units of the data and over all coordinates: W2^2 is the sum of theirs.
@@ -76,32 +73,30 @@ class Guarantee(Report):
         floor = "; the prior alone leaves more" if self.departure <= self.tol else ""
         return f"NOT REACHED by {self.steps} steps{floor}"
 
-    def page(self) -> Page:
+    def page(self) -> report.Page:
         facts = [f"W2 if started from the data's own law {self.departure:.3e}"]
         if self.narrowest is not None:
             facts.append(f"worst of the Gaussians with no std below {self.narrowest:g}")
-        rows = (
-            (n, w2, w2 / self.d**0.5, "<-" if n == self.steps else None)
-            for n, w2 in self.tried.items()
-        )
-        return Page(
+        marks = {self.steps: "<-"}
+        rows = ((n, w2, w2 / self.d**0.5, marks.get(n)) for n, w2 in self.tried.items())
+        return report.Page(
             f"steps of {self.sampler} on {self.process} for W2 {self.tol:g}, d = {self.d}",
             "anything of data that are not Gaussian, mixtures took up to six times the steps (see "
             "verify.steps_for); nor of the network's own error, or of steps that were not tried",
-            Table({"steps": "d", "W2": ".3e", "per coordinate": ".3e", "": ""}, rows),
+            report.Table({"steps": "d", "W2": ".3e", "per coordinate": ".3e", "": ""}, rows),
             facts,
         )
 
 
-@arguments
+@validate.arguments
 def steps_for(
-    tol: Positive,
+    tol: validate.Positive,
     data: Gaussian | Tensor,
-    sampler: Family,
-    process: AProcess | None = None,
+    sampler: ladders.Family,
+    process: probe.AProcess | None = None,
     *,
     narrowest: float | None = None,
-    most: Count = 1024,
+    most: validate.Count = 1024,
 ) -> Guarantee:
     """Find the least number of steps whose exact W2 to Gaussian data is at most `tol`.
 
@@ -125,43 +120,37 @@ def steps_for(
     Raises:
         NotAffine: naming the sampler, if it is no affine map of each row, or mixes eigenvectors.
     """
-    some, there, steps = sampler_and_data(sampler, data, process, 1)
-    between = None if narrowest is None else banded(there, narrowest)
-    spectra.check_along(some, there, steps)
+    some, _ = ladders.member(sampler, 1)
+    there = spectra.on_process(data, some, process)
+    between = [] if narrowest is None else [banded(there, narrowest)]
     most = min(most, there.process.chain_steps or most)  # a chain has no more
     tried: dict[int, float] = {}
 
+    def runs(n: int, along: Along = spectra.along) -> tuple[Sampler, list[spectra.Along]]:
+        some, steps = ladders.member(sampler, n)
+        own = along(some, spectra.on_process(data, some, process), steps)
+        return some, [own, *(spectra.along(some, each, steps) for each in between)]
+
     def meets(n: int) -> bool:
-        some, there, steps = sampler_and_data(sampler, data, process, n)
-        found = spectra.along(some, there, steps)
-        tried[n] = float(found.errors.norm())
-        if between is not None:
-            rest = spectra.along(some, between, steps)
-            tried[n] = worst(found.errors, rest.errors)
+        tried[n] = worst([found.errors for found in runs(n)[1]])
         return tried[n] <= tol
 
+    runs(1, spectra.check_along)
     low, high = 0, most  # largest number that fails; one that meets tol, or `most`
-    for n in powers_of_two(most):
+    for n in [*(2**k for k in range((most - 1).bit_length())), most]:
         if not meets(n):
             low, high = n, most
         elif high < n:
             break
         else:
             high = n
-    while high - low > 1:
-        middle = (low + high) // 2
-        if meets(middle):
-            high = middle
-        else:
-            low = middle
-    some, there, steps = sampler_and_data(sampler, data, process, high)
-    found = spectra.check_along(some, there, steps)
-    departure = float(found.departures.norm())
-    if between is not None:
-        departure = worst(found.departures, spectra.along(some, between, steps).departures)
+    steps = bisect_left(range(high), True, min(low + 1, high), key=meets)
+    some, found = runs(steps, spectra.check_along)
+    departure = worst([each.departures for each in found])
+    name, on, own = ladders.of_family(some), type(there.process).__name__, found[0]
     return Guarantee(
-        of_family(some), type(there.process).__name__, len(found.offset), tol,
-        dict(sorted(tried.items())), high, found.times, found.calls, departure, narrowest,
+        name, on, len(own.offset), tol, dict(sorted(tried.items())), steps, own.times, own.calls,
+        departure, narrowest,
     )  # fmt: skip
 
 
@@ -172,24 +161,7 @@ def banded(data: Gaussian, narrowest: float) -> Gaussian:
     return spectra.centred(spectra.band(narrowest**2, largest), data.process)
 
 
-def worst(own: Tensor, between: Tensor) -> float:
-    """W2 over as many coordinates as `own` has, if all had the largest error."""
-    return float(torch.cat([own, between]).max()) * len(own) ** 0.5
-
-
-def powers_of_two(most: int) -> Iterator[int]:
-    """1, 2, 4, ... and `most`."""
-    n = 1
-    while n < most:
-        yield n
-        n *= 2
-    yield most
-
-
-def sampler_and_data(
-    sampler: Any, data: Gaussian | Tensor, process: Process | None, n: int
-) -> tuple[Sampler, Gaussian, int | None]:
-    """The sampler for n steps, the data on its process, and the argument `steps` of its run."""
-    some: Sampler = sampler if hasattr(sampler, "step") else made_from(sampler, n)
-    steps = None if some.claims.adaptive else n  # a peer in an adapter has its levels
-    return some, spectra.on_process(data, some, process), steps
+def worst(errors: list[Tensor]) -> float:
+    """W2 over the coordinates of the first; if there are more, as if all had the largest error."""
+    own, *others = errors
+    return float(torch.cat(errors).max()) * len(own) ** 0.5 if others else float(own.norm())

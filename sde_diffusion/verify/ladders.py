@@ -5,64 +5,58 @@ law at its first level, and the data's exact law at its last. It tends to 0 for 
 sampler, whether of the flow, the reverse SDE or anything between: all have the data's marginals.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
+from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import Model
+from sde_diffusion.models import Model
 from sde_diffusion.processes import Process
-from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import Law, measured, on_process_of
-from sde_diffusion.verify.probe import OrMaker
-from sde_diffusion.verify.report import Table
-
-__all__ = [
-    "Family",
-    "checked_sizes",
-    "errors_table",
-    "ladder",
-    "made_from",
-    "of_family",
-    "rounding",
-    "slope",
-    "slopes",
-]
+from sde_diffusion.samplers import Sampler
+from sde_diffusion.verify import probe, report
+from sde_diffusion.verify.laws import Law, measured
 
 ROUNDING = 1e-12  # W2 below this is 0, times the scale of the data
 
 Family = Annotated[
     Sampler | Callable[[int], Sampler],
-    OrMaker("a Sampler, or a function of the number of steps", "step", "grid"),
+    probe.OrMaker("a Sampler, or a function of the number of steps", "step", "grid"),
 ]
 
 
-def made_from(family: Any, what: Any) -> Sampler:
-    """The sampler that a function makes from a number of steps, or from times."""
-    return validate.kind(
-        "what the function makes", family(what), "a Sampler", "claims", "grid", "step"
-    )
+def member(family: Any, given: Any) -> tuple[Sampler, Any]:
+    """The sampler for a number of steps or for times, and the argument of its run.
+
+    Args:
+        family: a Sampler, whose run takes `given`; or a function that makes one from it. One with
+            levels of its own, as an adapter has, then takes no argument.
+        given: the number of steps, or the times.
+    """
+    if hasattr(family, "step"):
+        return family, given
+    some = family(given)
+    validate.kind("what the function makes", some, "a Sampler", "claims", "grid", "step")
+    return some, None if some.claims.adaptive else given
 
 
 def ladder(
-    sampler: Any, data: Model, process: Process | None, sizes: Sequence[int]
+    sampler: Any, data: Model, process: Process | None, runs: Sequence[Any]
 ) -> tuple[Sampler, list[Law]]:
-    """The sampler at its finest and its laws at all sizes; the coarsest is checked for affinity."""
-    shape = probe.sizes(data, None)
-    laws: list[Law] = []
-    some = sampler
-    for n in sizes:
-        count: int | None = n
-        if not hasattr(sampler, "step"):
-            some, count = made_from(sampler, n), None
-        there = on_process_of(data, some, process)
+    """The last sampler and the laws of all; the first is checked for affinity.
+
+    Args:
+        runs: numbers of steps, or the times of each run.
+    """
+    some, shape, laws = sampler, probe.sizes(data, None), list[Law]()
+    for given in runs:
+        some, left = member(sampler, given)
+        there = probe.on_process_of(data, some, process)
+        steps, times = (None, left) if isinstance(given, Tensor) else (left, None)
         if not laws:
-            probe.check_affine(some, there, shape, count)
-        laws.append(measured(some, there, shape, count))
+            probe.check_affine(some, there, shape, steps, times)
+        laws.append(measured(some, there, shape, steps, times))
     return some, laws
 
 
@@ -72,8 +66,9 @@ def of_family(some: Any) -> str:
 
 
 def checked_sizes(sizes: Sequence[int], least: int) -> tuple[int, ...]:
+    """Return `sizes` if they are integers that grow."""
     sizes = tuple(validate.integer("each of sizes", n) for n in validate.shape("sizes", sizes))
-    if len(sizes) < least or any(a >= b for a, b in pairwise(sizes)):
+    if len(sizes) < least or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"sizes must hold {least} or more growing integers; got {sizes}")
     return sizes
 
@@ -84,20 +79,24 @@ def rounding(data: Any, sampler: Any) -> float:
     return max(ROUNDING, 0.1 * sampler.claims.rounding) * scale
 
 
+def logs(values: Sequence[float]) -> Any:
+    """Natural logarithms; of 0, that of the least number."""
+    return np.log(np.maximum(values, np.finfo(np.float64).tiny))
+
+
 def slope(sizes: Sequence[float], distances: Sequence[float]) -> float:
     """Least-squares slope of log distance against log size."""
-    tiny = np.finfo(np.float64).tiny
-    return float(np.polyfit(np.log(sizes), np.log(np.maximum(distances, tiny)), 1)[0])
+    return float(np.polyfit(np.log(sizes), logs(distances), 1)[0])
 
 
 def slopes(sizes: Sequence[float], distances: Sequence[float]) -> list[float]:
     """Orders between neighbouring sizes."""
-    pairs = zip(pairwise(sizes), pairwise(distances), strict=True)
-    return [math.log(max(a, 1e-300) / max(b, 1e-300)) / math.log(n / m) for (m, n), (a, b) in pairs]
+    found = logs(distances)
+    return ((found[:-1] - found[1:]) / np.diff(np.log(sizes))).tolist()
 
 
-def errors_table(sizes: Sequence[int], distances: Sequence[float]) -> Table:
+def errors_table(sizes: Sequence[int], distances: Sequence[float]) -> report.Table:
     """The error at each number of steps, with the rate since the one before."""
     rates = [None, *slopes(sizes, distances)]
     columns = {"steps": "d", "W2": ".3e", "rate": ".2f"}
-    return Table(columns, zip(sizes, distances, rates, strict=True))
+    return report.Table(columns, zip(sizes, distances, rates, strict=True))

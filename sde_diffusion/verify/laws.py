@@ -9,25 +9,21 @@ without Monte Carlo.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.models.model import Model
-from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import forward_kernel
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.models import Model
+from sde_diffusion.processes import Level, forward_kernel
+from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import path_of
 from sde_diffusion.validate import arguments
-from sde_diffusion.verify import probe
+from sde_diffusion.verify import probe, report
 from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
-from sde_diffusion.verify.probe import AModel, AProcess, ASampler, Call
-from sde_diffusion.verify.report import Page, Report, Table, listed_numbers, thinned
 
-__all__ = ["Draw", "Law", "Step", "law", "measured", "on_process_of"]
+__all__ = ["Draw", "Law", "Step", "law", "measured"]
 
 MOST = 10**8  # numbers that a law may hold, 0.8 GB
 
@@ -108,7 +104,7 @@ class Draw(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Law(Report):
+class Law(report.Report):
     """The Gaussian law of a sampler's output, and the parts that it consists of.
 
     Attributes:
@@ -120,7 +116,6 @@ class Law(Report):
         steps: the state at each call and at the end.
         draws: each noise draw.
         data: mean and covariance of the data's exact law at the last time, if the model has one.
-        finish: sigma / alpha at the last call, if the end is at sigma = 0, else 0.
         remark: a warning of an adapter.
     """
 
@@ -132,8 +127,13 @@ class Law(Report):
     steps: tuple[Step, ...]
     draws: tuple[Draw, ...]
     data: tuple[Tensor, Tensor] | None
-    finish: float = 0.0
     remark: str = ""
+
+    @property
+    def finish(self) -> float:
+        """sigma / alpha at the last call, if the end is at sigma = 0, else 0."""
+        before, end = self.steps[-2:]
+        return math.exp(-before.log_snr / 2) if end.log_snr == math.inf else 0.0
 
     def w2(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
         """Wasserstein-2 distance to N(mean, covariance), by default to the data."""
@@ -159,14 +159,13 @@ class Law(Report):
         if self.data is None:
             return math.nan
         values = torch.linalg.eigvalsh(self.data[1])
-        lacking = values.sqrt() * (1 - torch.rsqrt(1 + self.finish**2 / values))
-        return float(lacking.norm())
+        return float((values.sqrt() * (1 - torch.rsqrt(1 + self.finish**2 / values))).norm())
 
     @property
     def faults(self) -> list[str]:
         """Draws and steps that differ from their neighbours by more than a smooth scheme can."""
-        remarks = [self.remark] if self.remark else []
-        return [*remarks, *odd_draws(self.draws, self.steps), *odd_steps(self.steps)]
+        odd = [*odd_draws(self.draws, self.steps), *odd_steps(self.steps)]
+        return [self.remark, *odd] if self.remark else odd
 
     @property
     def holds(self) -> bool:
@@ -181,25 +180,23 @@ class Law(Report):
         steps = unjudged(self.steps) or "no step stands out (the first and last three not judged)"
         return f"affine, each sample by itself; {steps}"
 
-    def page(self) -> Page:
-        draws, variances = [d for d in self.draws if d.added > 0], self.covariance.diagonal()
-        facts = [f"mean {listed_numbers(self.mean)}   variance {listed_numbers(variances)}"]
+    def page(self) -> report.Page:
+        draws = [draw for draw in self.draws if draw.added > 0]
+        facts = [report.moments(self.mean, self.covariance)]
         if self.data is not None:
             facts.append(f"W2 to the data {self.w2():.3e}   KL {self.kl():.3e} nats")
             facts.append(f"W2 if started from the data's own law {self.departure:.3e}")
         if draws and draws[-1].t == self.steps[-2].t:
             facts.append(f"the last step adds noise, std {draws[-1].added:.3e}")
         by_call = {draw.t: (draw.added, draw.share, draw.gain) for draw in draws}
-        rows = (
-            (step.t, step.departure, *by_call.get(step.t, (None, None, None)))
-            for step in (self.steps[index] for index in thinned(len(self.steps), 12))
-        )
+        shown = [self.steps[index] for index in report.thinned(len(self.steps), 12)]
+        rows = ((s.t, s.departure, *by_call.get(s.t, (None, None, None))) for s in shown)
         columns = {"t": ".4g", "departure": ".2e", "draw adds": ".3e", "share": ".3f"}
-        return Page(
+        return report.Page(
             f"law of {self.sampler}: {len(self.steps) - 1} calls, {len(draws)} draws",
             "that more steps would come nearer (order, limit), that each step is the published one "
             "(identities), nor anything of data that are not Gaussian",
-            Table({**columns, "gain": ".3e"}, rows),
+            report.Table({**columns, "gain": ".3e"}, rows),
             facts,
         )
 
@@ -207,26 +204,27 @@ class Law(Report):
         self, mean: Tensor | None = None, covariance: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The law to compare with: the one given, or the data's."""
-        if mean is not None and covariance is not None:
-            d = self.mean.numel()
-            for name, value, shape in (("mean", mean, (d,)), ("covariance", covariance, (d, d))):
-                if tuple(getattr(value, "shape", ("a number",))) != shape:
-                    raise ValueError(f"{name} must be a tensor of shape {shape}; got {value!r:.80}")
-            if not bool((torch.linalg.eigvalsh(covariance) >= 0).all()):
-                raise ValueError("covariance must be positive semi-definite")
-            return mean.double(), covariance.double()
-        if mean is not None or covariance is not None:
+        if mean is None and covariance is None:
+            if self.data is None:
+                raise TypeError("data must be an exact.Gaussian; the model has no mean, covariance")
+            return self.data
+        if mean is None or covariance is None:
             raise TypeError("mean and covariance must be given together, or neither for the data's")
-        if self.data is None:
-            raise TypeError("data must be an exact.Gaussian; the model has no mean, covariance")
-        return self.data
+        both = (("mean", mean, self.mean), ("covariance", covariance, self.covariance))
+        for name, value, own in both:
+            if getattr(value, "shape", None) != own.shape:
+                shape = tuple(own.shape)
+                raise ValueError(f"{name} must be a tensor of shape {shape}; got {value!r:.80}")
+        if not bool((torch.linalg.eigvalsh(covariance) >= 0).all()):
+            raise ValueError("covariance must be positive semi-definite")
+        return mean.double(), covariance.double()
 
 
 @arguments
 def law(
-    sampler: ASampler,
-    data: AModel,
-    process: AProcess | None = None,
+    sampler: probe.ASampler,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
@@ -245,7 +243,7 @@ def law(
     Raises:
         NotAffine: naming the sampler and the first state that shows it, see `probe.check_affine`.
     """
-    data = on_process_of(data, sampler, process)
+    data = probe.on_process_of(data, sampler, process)
     shape = probe.sizes(data, shape)
     probe.check_affine(sampler, data, shape, steps, times)
     return measured(sampler, data, shape, steps, times)
@@ -259,39 +257,30 @@ def measured(
     times: Tensor | Sequence[float] | None = None,
 ) -> Law:
     """`law` without its checks, for a sampler that passed them at another number of steps."""
-    d = prod(shape)
+    d = math.prod(shape)
     trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
-    draws = len(trial.draws)
-    needed = (1 + d + d * draws) * d * (len(trial.calls) + 1)
-    if needed > MOST:
-        raise ValueError(
-            f"the law of {d} coordinates over {len(trial.calls)} calls and {draws} draws has "
-            f"{needed:.1e} numbers, more than {MOST:.0e}; use fewer coordinates or steps"
-        )
-    made = probe.run(sampler, data, probe.Basis(d, draws), shape, steps, times)
+    calls, draws = len(trial.calls), len(trial.draws)
+    numbers = (1 + d + d * draws) * d * (calls + 1)
+    check_size(numbers, f"{d} coordinates, {calls} calls, {draws} draws")
+    eye = torch.eye(d, dtype=torch.float64)
+    made = probe.run(sampler, data, probe.Basis(eye, draws), shape, steps, times)
+    first, last = data.process.levels(path_of(data, sampler, steps, None, times)[[0, -1]])
+    walk, begin = [*made.calls, probe.Call(last, made.end)], marginal(data, first, d)
+    states = tuple(step(call, data, begin, d) for call in walk)
+    drawn = tuple(draw_of(walk, made.draws, index, d) for index in range(draws))
     end = Parts.of(made.end, d)
-    first, last = edges(sampler, data, steps, times)
-    begin = marginal(data, first, d)
-    walk = [*made.calls, Call(last, made.end)]
-    prior = torch.zeros(d).double(), data.process.prior_std**2 * torch.eye(d).double()
-    mean, covariance = end.law(*prior)
+    mean, covariance = end.law(0 * eye[0], data.process.prior_std**2 * eye)
     return Law(
-        probe.one_line(sampler),
-        mean,
-        covariance,
-        end.start,
-        end.noises,
-        tuple(step(call, data, begin, d) for call in walk),
-        tuple(draw_of(walk, made.draws, index, d) for index in range(draws)),
-        marginal(data, last, d),
-        noise_ratio(made.calls[-1].level) if last.sigma == 0 else 0.0,
-        made.remark,
-    )
+        probe.one_line(sampler), mean, covariance, end.start, end.noises, states, drawn,
+        marginal(data, last, d), made.remark,
+    )  # fmt: skip
 
 
-def noise_ratio(level: Level[float]) -> float:
-    """sigma / alpha."""
-    return level.sigma / level.alpha if level.alpha else math.inf
+def check_size(numbers: int, parts: str) -> None:
+    """Refuse a law that does not fit into memory."""
+    if numbers > MOST:
+        got = f"{numbers:.1e} ({parts}); use fewer coordinates or steps"
+        raise ValueError(f"a law must have at most {MOST:.0e} numbers; got {got}")
 
 
 class Parts(NamedTuple):
@@ -313,45 +302,24 @@ class Parts(NamedTuple):
         return self.offset + self.start @ mean, spread + noise
 
 
-def on_process_of(data: Any, sampler: Any, process: Process | None) -> Model:
-    """The data on `process`, or else on the sampler's own if it has one, or else on their own."""
-    if process is not None and not hasattr(data, "on"):
-        raise TypeError(
-            f"data must be an exact.Gaussian to change its process; got {type(data).__name__}; "
-            f"leave out process"
-        )
-    process = process or getattr(sampler, "process", None)
-    return data.on(process) if process is not None and hasattr(data, "on") else data
-
-
-def edges(
-    sampler: Sampler, data: Model, steps: int | None, times: Tensor | Sequence[float] | None
-) -> tuple[Level[float], Level[float]]:
-    """The levels at which a run starts and ends."""
-    grid = path_of(data, sampler, steps, None, times)
-    first, last = data.process.levels(grid[[0, -1]])
-    return first, last
-
-
 def marginal(data: Any, level: Level[float], d: int) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance of the data's exact law at a level, if the model has one."""
     if not hasattr(data, "marginal"):
         return None
     law = data.marginal(level)
-    if len(law.mean) == 1:  # the law of each coordinate, independently
-        return law.mean.expand(d), law.covariance * torch.eye(d, dtype=torch.float64)
-    return law.mean, law.covariance
+    if len(law.mean) == d:
+        return law.mean, law.covariance
+    return law.mean.expand(d), law.covariance * torch.eye(d).double()  # of each coordinate
 
 
-def step(call: Call, data: Model, begin: tuple[Tensor, Tensor] | None, d: int) -> Step:
+def step(call: probe.Call, data: Model, begin: tuple[Tensor, Tensor] | None, d: int) -> Step:
     """The state at a network call, or at the end."""
-    parts = Parts.of(call.x, d)
+    parts, exact = Parts.of(call.x, d), marginal(data, call.level, d)
     start = begin or (torch.zeros(d).double(), torch.eye(d).double())
-    exact = marginal(data, call.level, d) if begin is not None else None
     return Step(call.level.t, *parts.law(*start), parts.start, exact, call.level.log_snr)
 
 
-def draw_of(walk: list[Call], draws: list[int], index: int, d: int) -> Draw:
+def draw_of(walk: list[probe.Call], draws: list[int], index: int, d: int) -> Draw:
     """Noise draw number `index`, made after draws[index] calls."""
     before, began = draws[index], draws[index - 1] if index else 0
     gains = [

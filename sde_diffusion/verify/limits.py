@@ -3,35 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.models.model import Model
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.models import Model
+from sde_diffusion.samplers import Sampler
 from sde_diffusion.validate import arguments
+from sde_diffusion.verify import ladders, probe, report
 from sde_diffusion.verify.gaussians import gaussian_w2, matrix_root
-from sde_diffusion.verify.ladders import (
-    Family,
-    checked_sizes,
-    errors_table,
-    ladder,
-    of_family,
-    rounding,
-)
 from sde_diffusion.verify.laws import Law
-from sde_diffusion.verify.probe import AModel, AProcess
-from sde_diffusion.verify.report import Page, Report, listed_numbers
 
-__all__ = ["Limit", "extrapolated", "limit"]
+__all__ = ["Limit", "limit"]
 
 FAR = 4.0  # times the uncertainty: a limit further off is not the data's
 SLOWEST = 0.45  # a lower rate allows no extrapolation
 
 
 @dataclass(frozen=True, repr=False)
-class Limit(Report):
+class Limit(report.Report):
     """The law that a sampler's law tends to as its steps shrink, by Richardson extrapolation.
 
     Attributes:
@@ -74,9 +64,8 @@ class Limit(Report):
     def near(self) -> bool:
         """True if the limit is the data's law, or misses it by the error of the last step."""
         allowed = max(FAR * self.uncertainty, self.rounding)
-        return self.distance <= allowed or (
-            abs(self.distance - self.left) <= max(allowed, 0.1 * self.left)
-        )
+        off = abs(self.distance - self.left)
+        return self.distance <= allowed or off <= max(allowed, 0.1 * self.left)
 
     @property
     def holds(self) -> bool:
@@ -84,9 +73,8 @@ class Limit(Report):
 
     @property
     def verdict(self) -> str:
-        text = (
-            f"W2 of the limit to the data {self.distance:.1e} (uncertainty {self.uncertainty:.1e})"
-        )
+        distance, error = f"{self.distance:.1e}", f"{self.uncertainty:.1e}"
+        text = f"W2 of the limit to the data {distance} (uncertainty {error})"
         if not self.near:
             return f"TENDS TO ANOTHER LAW: {text}"
         if not self.shown:
@@ -95,25 +83,22 @@ class Limit(Report):
         left = f", as an Euler step from its last level leaves {self.left:.1e}" if known else ""
         return f"tends to the data: {text}{left}"
 
-    def page(self) -> Page:
-        found, wanted = (
-            f"mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
-            for mean, covariance in ((self.mean, self.covariance), self.data)
-        )
-        return Page(
+    def page(self) -> report.Page:
+        found = report.moments(self.mean, self.covariance)
+        return report.Page(
             f"limit of {self.sampler}",
             "how good any finite number of steps is, nor a limit of a rate that these sizes do not "
             "show yet",
-            errors_table(self.sizes, self.distances),
-            [f"limit: {found}", f"data:  {wanted}"],
+            ladders.errors_table(self.sizes, self.distances),
+            [f"limit: {found}", f"data:  {report.moments(*self.data)}"],
         )
 
 
 @arguments
 def limit(
-    sampler: Family,
-    data: AModel,
-    process: AProcess | None = None,
+    sampler: ladders.Family,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256, 512),
 ) -> Limit:
@@ -129,35 +114,33 @@ def limit(
         sampler, data, process: as in `order`.
         sizes: four or more numbers of steps, each twice the one before.
     """
-    sizes = checked_sizes(sizes, 4)
-    some, laws = ladder(sampler, data, process, sizes)
+    sizes = ladders.checked_sizes(sizes, 4)
+    some, laws = ladders.ladder(sampler, data, process, sizes)
     return extrapolated(some, data, sizes, laws)
 
 
 def extrapolated(some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law]) -> Limit:
     """`limit` from laws already computed."""
-    if any(b != 2 * a for a, b in pairwise(sizes)):
+    if any(n != sizes[0] * 2**k for k, n in enumerate(sizes)):
         raise ValueError(f"sizes must double from one to the next; got {sizes}")
-    ends = [each.steps[-1] for each in laws]
-    theta = [torch.cat([end.mean[None], matrix_root(end.covariance)]) for end in ends]
-    last, rate = richardson(theta[-3:])
-    before, _ = richardson(theta[-4:-1])
-    mean, root = last[0], last[1:]
-    departures = tuple(each.departure for each in laws)
+    distances = tuple(each.departure for each in laws)
     target = laws[-1].data
     assert target is not None  # departure has refused models that know no law
+    ends = [each.steps[-1] for each in laws]
+    theta = [torch.cat([end.mean[None], matrix_root(end.covariance)]) for end in ends]
+    (last, rate), (before, _) = richardson(theta[-3:]), richardson(theta[-4:-1])
     return Limit(
-        of_family(some), sizes, departures, mean, root @ root.T, target, rate,
-        float((last - before).norm()), rounding(data, some), laws[-1].left,
+        ladders.of_family(some), sizes, distances, last[0], last[1:] @ last[1:].T, target, rate,
+        float((last - before).norm()), ladders.rounding(data, some), laws[-1].left,
     )  # fmt: skip
 
 
 def richardson(theta: Sequence[Tensor]) -> tuple[Tensor, float]:
     """The limit of three values at N, 2 N, 4 N, and their rate."""
-    first, second = float((theta[1] - theta[0]).norm()), float((theta[2] - theta[1]).norm())
-    if second == 0:
-        return theta[2], math.inf
-    rate = math.log2(max(first / second, 1e-300))
-    if rate < SLOWEST:  # they do not come nearer as a power of N
-        return theta[2], rate
-    return theta[2] + (theta[2] - theta[1]) / (2**rate - 1), rate
+    first, second, third = theta
+    change = third - second
+    if not bool(change.any()):
+        return third, math.inf
+    rate = math.log2(max(float((second - first).norm() / change.norm()), 1e-300))
+    near = rate >= SLOWEST  # they come nearer as a power of N
+    return third + change / (2**rate - 1) if near else third, rate

@@ -4,9 +4,8 @@ The end of a deterministic sampler is compared with the exact flow from the same
 sample; the samples of any sampler with the mixture's law, beside the figures of exact samples.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -14,20 +13,15 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from sde_diffusion.models import Model, Prediction
 from sde_diffusion.models.exact import GaussianMixture
-from sde_diffusion.models.model import Model
-from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.noise.sources import Purpose, stream
+from sde_diffusion.noise import Purpose, stream
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers import ScipyODE
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.samplers import Sampler, ScipyODE
 from sde_diffusion.sampling import path_of, sample
 from sde_diffusion.validate import Batch, Integer, Kind, arguments
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import on_process_of
-from sde_diffusion.verify.probe import AProcess, ASampler, NotAffine
-from sde_diffusion.verify.report import Page, Report, Table
+from sde_diffusion.verify import probe, report
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
 
@@ -42,7 +36,7 @@ Seed = Annotated[int, Integer(0)]
 
 
 @dataclass(frozen=True, repr=False)
-class Endpoint(Report):
+class Endpoint(report.Report):
     """Errors of a sampler's samples against the exact flow, from the same starts.
 
     Attributes:
@@ -71,8 +65,8 @@ class Endpoint(Report):
     def verdict(self) -> str:
         return f"RMS {self.rms:.2e}, median {self.median:.2e}, worst {self.worst:.2e}"
 
-    def page(self) -> Page:
-        return Page(
+    def page(self) -> report.Page:
+        return report.Page(
             f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples",
             "anything of another number of steps or of other data; an RMS above the median is that "
             "of a few samples far off",
@@ -82,9 +76,9 @@ class Endpoint(Report):
 
 @arguments
 def endpoint(
-    sampler: ASampler,
+    sampler: probe.ASampler,
     data: AMixture,
-    process: AProcess | None = None,
+    process: probe.AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
@@ -109,11 +103,11 @@ def endpoint(
 
 def none(t: float, s: float, like: Tensor) -> Tensor:
     """Noise source of a sampler that must draw none."""
-    raise NotAffine("the solver draws noise, so its end is no function of its start")
+    raise probe.NotAffine("the solver draws noise, so its end is no function of its start")
 
 
 @dataclass(frozen=True, repr=False)
-class Distribution(Report):
+class Distribution(report.Report):
     """Distances of a sampler's samples to the data's law, beside those of exact samples.
 
     Attributes:
@@ -146,31 +140,29 @@ class Distribution(Report):
     def verdict(self) -> str:
         if self.holds:
             return f"indistinguishable from {self.samples} exact samples"
-        worst = max(self.excess, key=lambda name: self.excess[name])
-        return f"NOT THE DATA: {worst} is {self.excess[worst]:.1f} standard deviations above"
+        by, name = max((by, name) for name, by in self.excess.items())
+        return f"NOT THE DATA: {name} is {by:.1f} standard deviations above"
 
-    def page(self) -> Page:
-        return Page(
+    def page(self) -> report.Page:
+        return report.Page(
             f"samples of {self.sampler}: {self.samples}",
             "that an error smaller than that of as many exact samples is 0",
             beside_floors(self.distances, self.floors),
         )
 
 
-def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> Table:
+def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> report.Table:
     """Each distance beside the mean and standard deviation of those of exact samples."""
-    rows = (
-        (name, value, float(floors[name].mean()), float(floors[name].std()))
-        for name, value in distances.items()
-    )
-    return Table({"distance": "", "samples": ".3e", "exact": ".3e", "+-": ".1e"}, rows)
+    means, stds = ([f(floors[n]).item() for n in distances] for f in (torch.mean, torch.std))
+    rows = zip(distances, distances.values(), means, stds, strict=True)
+    return report.Table({"distance": "", "samples": ".3e", "exact": ".3e", "+-": ".1e"}, rows)
 
 
 @arguments
 def distribution(
-    sampler: ASampler,
+    sampler: probe.ASampler,
     data: AMixture,
-    process: AProcess | None = None,
+    process: probe.AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
@@ -195,15 +187,18 @@ def distribution(
     model, x, _ = begun(sampler, data, process, times, steps, samples, seed)
     source = torch.Generator().manual_seed(seed)
     made = coordinates(sample(model, sampler, x, steps=steps, times=times, generator=source))
-    apart = torch.Generator().manual_seed(seed + 2**31)  # the floor is that of the data alone
-    exact = [coordinates(model.sample(samples, apart)) for _ in range(FLOORS)]
     law = Known.of(model, samples)
-    measures = {"W2" if made.shape[1] == 1 else "sliced W2": law.w2, "MMD": law.mmd}
-    return Distribution(
-        probe.one_line(sampler), samples,
-        {name: measure(made) for name, measure in measures.items()},
-        {name: torch.tensor([measure(e) for e in exact]) for name, measure in measures.items()},
-    )  # fmt: skip
+    name, floors = probe.one_line(sampler), floors_of(model, samples, seed, law.distances)
+    return Distribution(name, samples, law.distances(made), floors)
+
+
+def floors_of(
+    data: GaussianMixture, samples: int, seed: int, measure: Callable[[Tensor], dict[str, float]]
+) -> dict[str, Tensor]:
+    """The distances of independent batches of exact samples, by name."""
+    apart = torch.Generator().manual_seed(seed + 2**31)  # the floor is that of the data alone
+    found = [measure(coordinates(data.sample(samples, apart))) for _ in range(FLOORS)]
+    return {name: torch.tensor([each[name] for each in found]) for name in found[0]}
 
 
 @dataclass(frozen=True)
@@ -250,6 +245,11 @@ class Known:
         """Root of the mean variance of a coordinate."""
         return float(self.covariance.diagonal().mean().sqrt())
 
+    def distances(self, x: Tensor) -> dict[str, float]:
+        """Both distances of samples x (n, d) to the law, by name."""
+        name = "W2" if x.shape[1] == 1 else "sliced W2"
+        return {name: self.w2(x), "MMD": self.mmd(x)}
+
     def w2(self, x: Tensor) -> float:
         """Root of the mean over directions of W2^2 between the projections, x (n, d)."""
         lines = (x @ self.directions.T).sort(0).values.T
@@ -257,17 +257,12 @@ class Known:
 
     def mmd(self, x: Tensor) -> float:
         """MMD between the empirical law of the points and the mixture."""
-        n, h2 = len(x), self.std**2
-        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).sum()
-        eye = torch.eye(x.shape[1], dtype=torch.float64)
-        parts = list(zip(self.weights, self.means, self.covariances, strict=True))
-        cross = sum(w * smoothed(x - m, c, h2, eye).mean() for w, m, c in parts)
-        inner = sum(
-            a * b * smoothed((m - q)[None], c + e, h2, eye)[0]
-            for a, m, c in parts
-            for b, q, e in parts
-        )
-        return math.sqrt(max(float(own / n**2 - 2 * cross + inner), 0.0))
+        w, m, S, h2 = self.weights, self.means, self.covariances, self.std**2
+        own = torch.exp(-torch.cdist(x, x).square() / (2 * h2)).mean()
+        cross = w @ smoothed(x - m[:, None], S, h2).mean(1)
+        parts = zip(m, S, strict=True)
+        inner = torch.cat([w @ smoothed((a - m)[:, None], S + A, h2) for a, A in parts])
+        return math.sqrt(max(float(own - 2 * cross + w @ inner), 0.0))
 
 
 def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tensor:
@@ -282,11 +277,12 @@ def line_quantiles(weights: Tensor, means: Tensor, stds: Tensor, n: int) -> Tens
     return high
 
 
-def smoothed(z: Tensor, covariance: Tensor, h2: float, eye: Tensor) -> Tensor:
-    """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, covariance), z (n, d)."""
-    root = torch.linalg.cholesky(covariance / h2 + eye)
-    scaled = torch.linalg.solve_triangular(root, z.T, upper=False)
-    return torch.exp(-scaled.square().sum(0) / (2 * h2)) / root.diagonal().prod()
+def smoothed(z: Tensor, covariances: Tensor, h2: float) -> Tensor:
+    """E exp(-|z - y|^2 / 2 h^2) over y ~ N(0, S_k), (K, n), for z (K, n, d)."""
+    root = torch.linalg.cholesky(covariances / h2 + torch.eye(z.shape[2]).double())
+    scaled = torch.linalg.solve_triangular(root, z.mT, upper=False)
+    volume = root.diagonal(dim1=1, dim2=2).prod(1)
+    return torch.exp(-scaled.square().sum(1) / (2 * h2)) / volume[:, None]
 
 
 def fixed_directions(d: int) -> Tensor:
@@ -297,7 +293,7 @@ def fixed_directions(d: int) -> Tensor:
 
 # ---- the reference flow --------------------------------------------------------------------------
 
-FLOWS: dict[bytes, Tensor] = {}
+FLOWS: dict[Any, Tensor] = {}
 
 
 @arguments
@@ -306,14 +302,11 @@ def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
     # Levels distinguish two processes of one name, such as an edited class.
     levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
-    text = repr((data.process, levels, t, s, x.dtype, x.shape)).encode()
-    for part in parts:
-        text += b"|" if part is None else part.contiguous().numpy().tobytes()
-    key = hashlib.sha256(text).digest()
+    shapes = repr((data.process, levels, t, s, x.dtype, x.shape))
+    key = (shapes, *(None if part is None else part.numpy().tobytes() for part in parts))
     if key not in FLOWS:
-        solver = ScipyODE("DOP853", rtol=1e-10, atol=1e-10)
-        FLOWS[key] = sample(data, solver, x, times=[t, s])
-    while len(FLOWS) > KEPT:
+        FLOWS[key] = sample(data, ScipyODE("DOP853", rtol=1e-10, atol=1e-10), x, times=[t, s])
+    if len(FLOWS) > KEPT:
         del FLOWS[next(iter(FLOWS))]
     return FLOWS[key].clone()
 
@@ -339,7 +332,7 @@ def begun(
     times: Tensor | Sequence[float] | None, steps: int | None, samples: int, seed: int = 0,
 ) -> tuple[Any, Tensor, tuple[float, float]]:  # fmt: skip
     """The model, starts from its prior, and the first and the last time of the sampler."""
-    model = on_process_of(data, sampler, process)
+    model = probe.on_process_of(data, sampler, process)
     grid = path_of(model, sampler, steps, None, times)
     seeds = range(seed * samples, (seed + 1) * samples)
     shape = (samples, *probe.sizes(model, None))

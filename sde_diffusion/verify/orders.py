@@ -11,27 +11,14 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import Model
+from sde_diffusion.models import Model
 from sde_diffusion.processes import Process
-from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.validate import Number, arguments
-from sde_diffusion.verify import probe
-from sde_diffusion.verify.ladders import (
-    Family,
-    checked_sizes,
-    errors_table,
-    ladder,
-    made_from,
-    of_family,
-    rounding,
-    slope,
-    slopes,
-)
-from sde_diffusion.verify.laws import Law, measured, on_process_of
-from sde_diffusion.verify.probe import AModel, AProcess, OrMaker
-from sde_diffusion.verify.report import Page, Report, Table
+from sde_diffusion.processes.level import log_snr_at
+from sde_diffusion.samplers import Sampler
+from sde_diffusion.verify import ladders, probe, report
+from sde_diffusion.verify.laws import Law
 
-__all__ = ["LocalOrder", "Order", "fitted", "local_order", "order", "uneven"]
+__all__ = ["LocalOrder", "Order", "local_order", "order"]
 
 SLACK = 0.2  # a fitted order may be lower than the declared one by this
 STALLS = 0.5  # a lower rate is no convergence
@@ -39,7 +26,7 @@ SETTLED = 0.6  # a larger gain from one rate to the next allows no extrapolation
 
 
 @dataclass(frozen=True, repr=False)
-class Order(Report):
+class Order(report.Report):
     """Errors at a growing number of steps, and the order fitted to them.
 
     Attributes:
@@ -63,14 +50,13 @@ class Order(Report):
     @property
     def rates(self) -> list[float]:
         """log2 of the ratio of neighbouring errors, for a doubling of steps."""
-        return slopes(self.sizes, self.distances)
+        return ladders.slopes(self.sizes, self.distances)
 
     @property
     def fitted(self) -> float:
         """Minus the least-squares slope of log error against log steps; inf if it is rounding."""
-        if max(self.distances) <= self.rounding:
-            return math.inf
-        return -slope(self.sizes, self.distances)
+        exact = max(self.distances) <= self.rounding
+        return math.inf if exact else -ladders.slope(self.sizes, self.distances)
 
     @property
     def tends(self) -> float:
@@ -109,27 +95,27 @@ class Order(Report):
             if self.floor <= 3 * self.left:
                 text += f", as an Euler step from its last level leaves {self.left:.1e}"
         else:
-            text += f", the rates tend to {self.tends:.2f}"
-            text += "" if self.holds else ": LOWER THAN DECLARED"
+            low = "" if self.holds else ": LOWER THAN DECLARED"
+            text += f", the rates tend to {self.tends:.2f}{low}"
         return f"{text}; {self.remark}" if self.remark else text
 
-    def page(self) -> Page:
-        return Page(
+    def page(self) -> report.Page:
+        return report.Page(
             f"order of {self.sampler}",
             "the order on grids of another shape, where a multistep formula may be wrong and still "
             "pass (local_order); nor that each step is the published one",
-            errors_table(self.sizes, self.distances),
+            ladders.errors_table(self.sizes, self.distances),
         )
 
 
-@arguments
+@validate.arguments
 def order(
-    sampler: Family,
-    data: AModel,
-    process: AProcess | None = None,
+    sampler: ladders.Family,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     *,
     sizes: Sequence[int] = (64, 128, 256),
-    declared: float | None = None,
+    declared: validate.NonNegative | None = None,
 ) -> Order:
     """Fit the order at which a sampler's law approaches the data's, on the sampler's own grids.
 
@@ -141,8 +127,8 @@ def order(
         sizes: two or more numbers of steps.
         declared: the expected order; by default the sampler's own claim.
     """
-    sizes = checked_sizes(sizes, 2)
-    some, laws = ladder(sampler, data, process, sizes)
+    sizes = ladders.checked_sizes(sizes, 2)
+    some, laws = ladders.ladder(sampler, data, process, sizes)
     return fitted(some, data, sizes, laws, declared)
 
 
@@ -151,13 +137,14 @@ def fitted(
     declared: float | None = None,
 ) -> Order:  # fmt: skip
     """`order` from laws already computed."""
-    claimed = validate.number("declared", some.claims.order if declared is None else declared, 0)
-    name, last, distances = of_family(some), laws[-1], tuple(each.departure for each in laws)
-    return Order(name, claimed, sizes, distances, rounding(data, some), last.left, last.remark)
+    claimed: Any = some.claims.order if declared is None else declared
+    distances = tuple(each.departure for each in laws)
+    name, rounding, last = ladders.of_family(some), ladders.rounding(data, some), laws[-1]
+    return Order(name, claimed, sizes, distances, rounding, last.left, last.remark)
 
 
 @dataclass(frozen=True, repr=False)
-class LocalOrder(Report):
+class LocalOrder(report.Report):
     """Errors over a short stretch of steps of fixed ratio, as it shrinks.
 
     A method of order p makes an error of order p + 1 in a step, whatever the ratio of its steps. A
@@ -198,11 +185,11 @@ class LocalOrder(Report):
     def _fit(self, values: Sequence[float], rounding: float) -> float:
         kept = [(h, value) for h, value in zip(self.spans, values, strict=True)
                 if value > rounding][-3:]  # fmt: skip
-        return slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
+        return ladders.slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
 
     @property
     def holds(self) -> bool:
-        return self._missed == ""
+        return not self._missed
 
     @property
     def _missed(self) -> str:
@@ -214,37 +201,36 @@ class LocalOrder(Report):
 
     @property
     def verdict(self) -> str:
-        text = (
-            f"local order {listed(self.fitted)} (declared {self.declared[0]:g}), of one step "
-            f"{listed(self.of_one_step)} (declared {self.declared[1]:g})"
-        )
+        orders, (whole, single) = (self.fitted, self.of_one_step), self.declared
+        found, one = (", ".join(f"{p:.2f}" for p in seen.values()) or "not seen" for seen in orders)
+        text = f"local order {found} (declared {whole:g}), of one step {one} (declared {single:g})"
         return f"{text}: {self._missed}" if self._missed else text
 
-    def page(self) -> Page:
+    def page(self) -> report.Page:
         errors = {f"whole {ratio:g}": values for ratio, values in self.whole.items()}
         errors |= {f"last {ratio:g}": values for ratio, values in self.single.items()}
         rows = zip(self.spans, *errors.values(), strict=True)
-        return Page(
+        return report.Page(
             f"local order of {self.sampler}: whole stretch and last step, by ratio of the steps",
             "anything of the two ends of the path, nor the limit there",
-            Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows),
+            report.Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows),
         )
 
 
-@arguments
+@validate.arguments
 def local_order(
     sampler: Annotated[
         Sampler | Callable[[Tensor], Sampler],
-        OrMaker("a Sampler, or a function of times", "step", "grid"),
+        probe.OrMaker("a Sampler, or a function of times", "step", "grid"),
     ],
-    data: AModel,
-    process: AProcess | None = None,
+    data: probe.AModel,
+    process: probe.AProcess | None = None,
     *,
-    start: Annotated[float, Number(0, 1, strict=True)] = 0.6,
+    start: Annotated[float, validate.Number(0, 1, strict=True)] = 0.6,
     spans: Sequence[float] = (0.04, 0.02, 0.01, 0.005, 0.0025, 0.00125),
     ratios: Sequence[float] = (2.0, 1.0, 0.5),
-    declared: float | None = None,
-    of_one_step: float | None = None,
+    declared: validate.NonNegative | None = None,
+    of_one_step: validate.NonNegative | None = None,
 ) -> LocalOrder:
     """Fit the order of single steps, also of a multistep formula between steps of unequal size.
 
@@ -272,44 +258,24 @@ def local_order(
         raise ValueError(f"spans must hold two or more decreasing numbers; got {tuple(spans)}")
     whole: dict[float, tuple[float, ...]] = {}
     single: dict[float, tuple[float, ...]] = {}
-    shape = probe.sizes(data, None)
     some: Any = sampler
     for ratio in ratios:
-        laws: list[Law] = []
-        last: list[float] = []
-        for h in spans:
-            grid = uneven(process or data.process, start, h, ratio)
-            times: Tensor | None = grid
-            if not hasattr(sampler, "step"):
-                some, times = made_from(sampler, grid), None
-            there = on_process_of(data, some, process)
-            if not laws:
-                probe.check_affine(some, there, shape, times=times)
-            laws.append(measured(some, there, shape, times=times))
-            last.append(added(laws[-1], *grid[-3:-1].tolist()))
-        whole[ratio] = tuple(each.departure for each in laws)
-        single[ratio] = tuple(last)
+        grids = [uneven(process or data.process, start, h, ratio) for h in spans]
+        some, laws = ladders.ladder(sampler, data, process, grids)
+        whole[ratio] = tuple(law.departure for law in laws)
+        last = zip(laws, grids, strict=True)
+        single[ratio] = tuple(added(law, *grid[-3:-1].tolist()) for law, grid in last)
     claimed = some.claims.order if declared is None else declared
-    own = claimed if some.claims.step_order is None else some.claims.step_order
-    single_claimed = own if of_one_step is None else of_one_step
-    both = (
-        validate.number("declared", claimed, 0),
-        validate.number("of_one_step", single_claimed, 0),
-    )
-    return LocalOrder(of_family(some), both, tuple(spans), whole, single, rounding(data, some))
+    known = (of_one_step, some.claims.step_order, claimed)
+    both = claimed, next(p for p in known if p is not None)
+    name, rounding = ladders.of_family(some), ladders.rounding(data, some)
+    return LocalOrder(name, both, tuple(spans), whole, single, rounding)
 
 
 def added(law: Law, t: float, s: float) -> float:
     """The error that the step from t to s adds; nan if there is no call at one of them."""
     at = [[each for each in law.steps if abs(each.t - time) < 1e-9] for time in (t, s)]
     return at[1][-1].added(at[0][-1]) if all(at) else math.nan  # a second stage may come before
-
-
-def listed(orders: dict[float, float]) -> str:
-    """The orders as text."""
-    if not orders:
-        return "not seen"
-    return ", ".join(f"{p:.2f}" for p in orders.values())
 
 
 def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
@@ -320,5 +286,4 @@ def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
     u = start - np.cumsum([0.0, *growing, *after, tiny])
     if u[-1] <= 0:
         raise ValueError(f"steps of h={h} at ratio {ratio:g} do not fit between u={start} and 0")
-    log_snr = 2 * (np.log1p(-u) - np.log(u))
-    return process.time(torch.from_numpy(log_snr))
+    return process.time(log_snr_at(torch.from_numpy(u)))

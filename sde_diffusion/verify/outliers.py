@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import median
 from typing import Any
+
+import numpy as np
 
 __all__ = ["odd_draws", "odd_steps", "unjudged"]
 
@@ -21,13 +22,13 @@ def odd_draws(draws: Sequence[Any], steps: Sequence[Any]) -> list[str]:
     reported only if it is nearly missing.
     """
     shares = [math.log(max(draw.share, 1e-12)) for draw in draws]
-    if any(math.isnan(share) for share in shares) or max(shares, default=0.0) < -20:
+    if any(map(math.isnan, shares)) or max(shares, default=0.0) < -20:
         return []
     found = spikes(shares, least=-MISSING if unjudged(steps) else 0.1)
     if len(shares) >= SMOOTH:  # at the ends shares bend, but none is missing
         pairs = [(0, 1), (1, 2), (2, 3), (-2, -3), (-3, -4)]  # the last may rightly add none
         edge = [(a % len(shares), shares[a] - shares[b]) for a, b in pairs]
-        found = sorted([*found, *((at, excess) for at, excess in edge if excess < MISSING)])
+        found = sorted([*found, *(each for each in edge if each[1] < MISSING)])
     return [
         f"draw {index + 1} of {len(draws)} (t={draws[index].t:.4g} to {draws[index].s:.4g}) adds "
         f"{draws[index].added:.3e}, {math.exp(excess):.3g} times what those around it would"
@@ -40,10 +41,8 @@ def odd_steps(steps: Sequence[Any]) -> list[str]:
     if unjudged(steps):
         return []
     steps = at_levels(steps)
-    departures = [step.shift for step in steps]
     found: dict[int, float] = {}
-    for values in zip(*departures, strict=True):
-        changes = [b - a for a, b in pairwise(values)]
+    for changes in np.diff([step.shift for step in steps], axis=0).T.tolist():
         for index, excess in spikes(changes, least=1e-3):
             found[index] = max(abs(excess), found.get(index, 0.0))
     return [
@@ -86,14 +85,12 @@ def spikes(values: Sequence[float], least: float) -> list[tuple[int, float]]:
     not judged: a multistep scheme warms up there, and the finish at sigma = 0 is a different step.
     Sequences shorter than SMOOTH are not judged: a correct step may stand out there.
     """
-    found: list[tuple[int, float]] = []
     if len(values) < SMOOTH:
-        return found
-    for index in range(3, len(values) - 3):
-        around = [*values[index - 3 : index], *values[index + 1 : index + 4]]
-        middle = median(around)
-        usual = sorted(abs(value - middle) for value in around)[-2]  # an odd one may stand near
-        excess = values[index] - middle
-        if abs(excess) > max(least, STANDS_OUT * usual):
-            found.append((index, excess))
-    return found
+        return []
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(values), 7)
+    around = np.delete(windows, 3, axis=1)
+    middle = np.median(around, axis=1)
+    usual = np.sort(np.abs(around - middle[:, None]))[:, -2]  # an odd one may stand near
+    excess = windows[:, 3] - middle
+    odd = np.flatnonzero(np.abs(excess) > np.maximum(least, STANDS_OUT * usual))
+    return [(3 + int(index), float(excess[index])) for index in odd]

@@ -11,10 +11,8 @@ from sde_diffusion.models.exact import Gaussian
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.sampling import sample
 from sde_diffusion.validate import Kind, arguments
-from sde_diffusion.verify import probe
+from sde_diffusion.verify import probe, report
 from sde_diffusion.verify.mixtures import AMixture, Samples, Seed, begun, flow, none
-from sde_diffusion.verify.probe import AProcess, ASampler
-from sde_diffusion.verify.report import Page, Report, Table
 
 __all__ = ["Bias", "Tolerances", "bias", "tolerances"]
 
@@ -24,7 +22,7 @@ ERRORS = 4.5  # standard errors
 
 
 @dataclass(frozen=True, repr=False)
-class Tolerances(Report):
+class Tolerances(report.Report):
     """Largest errors of an ODE solver at each tolerance, against the exact map.
 
     Attributes:
@@ -44,30 +42,31 @@ class Tolerances(Report):
     @property
     def holds(self) -> bool:
         """True if the error is at most 10 tolerances where these are at most 1e-5."""
-        return all(r <= ALLOWED for r, tol in self._pairs if tol <= STRICT)
+        return all(ratio <= ALLOWED for ratio in self._strict)
 
     @property
-    def _pairs(self) -> list[tuple[float, float]]:
-        return list(zip(self.ratios, self.tolerances, strict=True))
+    def _strict(self) -> list[float]:
+        """The ratios at tolerances of at most 1e-5."""
+        pairs = zip(self.ratios, self.tolerances, strict=True)
+        return [ratio for ratio, tol in pairs if tol <= STRICT]
 
     @property
     def verdict(self) -> str:
-        strict = [r for r, tol in self._pairs if tol <= STRICT] or self.ratios
-        text = f"error up to {max(strict):.2g} tolerances"
+        text = f"error up to {max(self._strict or self.ratios):.2g} tolerances"
         return text if self.holds else f"{text}: MORE THAN {ALLOWED:g}"
 
-    def page(self) -> Page:
+    def page(self) -> report.Page:
         rows = zip(self.tolerances, self.errors, self.ratios, strict=True)
-        table = Table({"tolerance": ".0e", "error": ".2e", "ratio": ".2f"}, rows)
+        table = report.Table({"tolerance": ".0e", "error": ".2e", "ratio": ".2f"}, rows)
         left = "the same for stiffer data, nor in float32"
-        return Page(f"tolerances of {self.solver}", left, table)
+        return report.Page(f"tolerances of {self.solver}", left, table)
 
 
 @arguments
 def tolerances(
     solver: Annotated[Any, Kind("a solver with rtol and atol", "rtol", "atol", "step", "grid")],
     data: AMixture,
-    process: AProcess | None = None,
+    process: probe.AProcess | None = None,
     *,
     values: Sequence[float] = (1e-3, 1e-5, 1e-7),
     samples: Samples = 64,
@@ -93,7 +92,7 @@ def tolerances(
 
 
 @dataclass(frozen=True, repr=False)
-class Bias(Report):
+class Bias(report.Report):
     """Mean and variance of samples against the exact law of the reverse SDE.
 
     Attributes:
@@ -119,23 +118,22 @@ class Bias(Report):
 
     @property
     def verdict(self) -> str:
-        worst = float(self.scores.abs().max())
-        text = f"mean and variance within {worst:.1f} standard errors"
+        text = f"mean and variance within {float(self.scores.abs().max()):.1f} standard errors"
         return text if self.holds else f"{text}: BIASED ({ERRORS:g} are allowed)"
 
-    def page(self) -> Page:
+    def page(self) -> report.Page:
         rows = [("mean", *row) for row in self.mean.tolist()]
         rows += [("variance", *row) for row in self.variance.tolist()]
-        table = Table({"": "", "measured": ".6f", "exact": ".6f", "std error": ".1e"}, rows)
+        table = report.Table({"": "", "measured": ".6f", "exact": ".6f", "std error": ".1e"}, rows)
         left = "that a bias below the standard error is 0"
-        return Page(f"bias of {self.sampler}: {self.samples} samples", left, table)
+        return report.Page(f"bias of {self.sampler}: {self.samples} samples", left, table)
 
 
 @arguments
 def bias(
-    sampler: ASampler,
+    sampler: probe.ASampler,
     data: Annotated[Gaussian, Kind("an exact.Gaussian", "mean", "covariance", "reverse_sde")],
-    process: AProcess | None = None,
+    process: probe.AProcess | None = None,
     *,
     steps: int | None = None,
     samples: Samples = 4000,

@@ -6,6 +6,7 @@ in closed form: the samples of a method on the exact model are compared with it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,20 +15,10 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.inverse.measurements import Measurement
 from sde_diffusion.inverse.operators import Matrix
+from sde_diffusion.models import Model
 from sde_diffusion.models.exact import GaussianMixture
-from sde_diffusion.models.model import Model
-from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import Batch, Checked, Kind, arguments
-from sde_diffusion.verify.mixtures import (
-    DEVIATIONS,
-    FLOORS,
-    CountingModel,
-    Known,
-    Samples,
-    Seed,
-    beside_floors,
-)
-from sde_diffusion.verify.report import Page, Report
+from sde_diffusion.verify import mixtures, report
+from sde_diffusion.verify.mixtures import Samples, Seed
 
 __all__ = ["Inverse", "Problem", "inverse"]
 
@@ -39,7 +30,7 @@ Method = Callable[[Model, Measurement, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem(Checked):
+class Problem(validate.Checked):
     """An inverse problem: the law of the data, and a measurement y = A x0 + noise_std eps.
 
     Args:
@@ -50,19 +41,18 @@ class Problem(Checked):
         y: (m,).
     """
 
-    data: Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "given")]
-    matrix: Annotated[Tensor, Batch()]
-    noise_std: float
-    y: Annotated[Tensor, Batch()]
+    data: Annotated[GaussianMixture, validate.Kind("an exact.GaussianMixture", "log_prob", "given")]
+    matrix: Annotated[Tensor, validate.Batch()]
+    noise_std: validate.NonNegative
+    y: Annotated[Tensor, validate.Batch()]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.data.shape) != 1:
             raise ValueError(f"data must be of shape (d,); got {tuple(self.data.shape)}")
         if self.matrix.ndim != 2 or not bool(self.matrix.isfinite().all()):
-            raise ValueError(
-                f"matrix must be (m, d), of finite numbers; got {tuple(self.matrix.shape)}"
-            )
+            got = tuple(self.matrix.shape)
+            raise ValueError(f"matrix must be (m, d), of finite numbers; got {got}")
         if not self.open.shape[1]:
             raise ValueError("matrix must leave a direction open where noise_std is 0")
         _ = self.posterior  # checks that the parts fit together
@@ -87,7 +77,7 @@ class Problem(Checked):
 
 
 @dataclass(frozen=True, repr=False)
-class Inverse(Report):
+class Inverse(report.Report):
     """Distances of a method's samples to the exact posterior, beside those of exact samples.
 
     Attributes:
@@ -112,29 +102,29 @@ class Inverse(Report):
     @property
     def holds(self) -> bool:
         """True if every distance is within 4.5 standard deviations of that of exact samples."""
-        return all(
-            value <= float(self.floors[name].mean() + DEVIATIONS * self.floors[name].std())
-            for name, value in self.distances.items()
-        )
+        k = mixtures.DEVIATIONS
+        floors = {name: float(v.mean() + k * v.std()) for name, v in self.floors.items()}
+        return all(value <= floors[name] for name, value in self.distances.items())
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return f"indistinguishable from {self.samples} exact samples"
-        return "NOT THE POSTERIOR"
+        near = f"indistinguishable from {self.samples} exact samples"
+        return near if self.holds else "NOT THE POSTERIOR"
 
-    def page(self) -> Page:
-        return Page(
+    def page(self) -> report.Page:
+        return report.Page(
             f"posterior samples of {self.method}: {self.samples}, {self.calls} calls",
             "anything of other data, other measurements, or a network that is not exact",
-            beside_floors(self.distances, self.floors),
+            mixtures.beside_floors(self.distances, self.floors),
         )
 
 
-@arguments
+@validate.arguments
 def inverse(
-    method: Annotated[Method, Kind("a function of (model, measurement, x, generator)", "__call__")],
-    problem: Annotated[Problem, Kind("a Problem", "posterior", "measurement")],
+    method: Annotated[
+        Method, validate.Kind("a function of (model, measurement, x, generator)", "__call__")
+    ],
+    problem: Annotated[Problem, validate.Kind("a Problem", "posterior", "measurement")],
     *,
     samples: Samples = 2048,
     seed: Seed = 0,
@@ -150,7 +140,7 @@ def inverse(
         seed: of starts, noise and floors.
         name: of the method, for the report.
     """
-    counting, d = CountingModel(problem.data), problem.data.shape[0]
+    counting, d = mixtures.CountingModel(problem.data), problem.data.shape[0]
     starts = range(seed * samples, (seed + 1) * samples)
     x = counting.process.prior((samples, d), seeds=starts, dtype=torch.float64)
     made = method(counting, problem.measurement, x, torch.Generator().manual_seed(seed))
@@ -158,21 +148,18 @@ def inverse(
     if made.shape != x.shape:
         raise ValueError(f"method must return shape {tuple(x.shape)}; got {tuple(made.shape)}")
     posterior, made = problem.posterior, made.double()
-    apart = torch.Generator().manual_seed(seed + 2**31)
-    exact = [coordinates(posterior.sample(samples, apart)) for _ in range(FLOORS)]
-    law = Known.of(posterior, samples)
-    found, floors = figures(law, made @ problem.open), [figures(law, each) for each in exact]
+    law = mixtures.Known.of(posterior, samples)
+    found = figures(law, made @ problem.open)
+    floors = mixtures.floors_of(posterior, samples, seed, partial(figures, law))
     if not problem.noise_std:
         off = (made @ problem.matrix.double().T - problem.y).square().mean().sqrt()
         found["residual"] = float(off) / law.std
-        floors = [{**floor, "residual": ROUNDING} for floor in floors]
-    return Inverse(
-        name or getattr(method, "__name__", type(method).__name__), samples, counting.calls, found,
-        {key: torch.tensor([floor[key] for floor in floors]) for key in found},
-    )  # fmt: skip
+        floors["residual"] = torch.full((mixtures.FLOORS,), ROUNDING)
+    own = getattr(method, "__name__", type(method).__name__)
+    return Inverse(name or own, samples, counting.calls, found, floors)
 
 
-def figures(law: Known, x: Tensor) -> dict[str, float]:
+def figures(law: mixtures.Known, x: Tensor) -> dict[str, float]:
     """The distances of samples x (n, d) to a known law."""
     off = x.T.cov().reshape(law.covariance.shape) - law.covariance
     return {
@@ -183,7 +170,7 @@ def figures(law: Known, x: Tensor) -> dict[str, float]:
     }
 
 
-def calibration(law: Known, x: Tensor) -> float:
+def calibration(law: mixtures.Known, x: Tensor) -> float:
     """max |F_n(p) - p| over coordinates, for p = P(posterior <= x) of each sample."""
     stds = law.covariances.diagonal(dim1=1, dim2=2).sqrt()
     p = torch.special.ndtr((x[:, None] - law.means) / stds)  # (n, K, d)

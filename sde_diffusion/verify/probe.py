@@ -15,43 +15,33 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import Model
-from sde_diffusion.models.prediction import Prediction, truth
-from sde_diffusion.noise.sources import Purpose, stream
+from sde_diffusion.models import Model, Prediction, truth
+from sde_diffusion.noise import Purpose, stream
 from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import trajectory
-from sde_diffusion.validate import Kind
-
-__all__ = [
-    "AModel",
-    "AProcess",
-    "ASampler",
-    "Basis",
-    "Call",
-    "Inputs",
-    "NotAffine",
-    "OrMaker",
-    "Probe",
-    "Trial",
-    "check_affine",
-    "run",
-    "sizes",
-]
 
 T = TypeVar("T")
 
 C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine
 LARGE = 100.0  # size of the second trial input; thresholds of the field lie well below
+HIDDEN = (
+    "two runs on the same start and noise differ; it draws random numbers that were not injected, "
+    "or keeps a state between runs"
+)
+COUPLED = (
+    "a sample depends on its batch mates, by a step size or a norm for the whole batch or by "
+    "random numbers drawn elsewhere"
+)
 
 # Arguments of the checks, with their rules.
-ASampler = Annotated[Sampler, Kind("a Sampler", "claims", "grid", "step")]
-AModel = Annotated[Model, Kind("a Model, such as exact.Gaussian", "process", "__call__")]
-AProcess = Annotated[Process, Kind("a Process", "log_alpha", "variance")]
+ASampler = Annotated[Sampler, validate.Kind("a Sampler", "claims", "grid", "step")]
+AModel = Annotated[Model, validate.Kind("a Model, such as exact.Gaussian", "process", "__call__")]
+AProcess = Annotated[Process, validate.Kind("a Process", "log_alpha", "variance")]
 
 
-class OrMaker(Kind):
+class OrMaker(validate.Kind):
     """An object of a kind, or a function that makes one."""
 
     def __call__(self, name: str, value: T) -> T:
@@ -79,22 +69,26 @@ class Inputs(ABC):
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Basis(Inputs):
-    """Row 0: zeros. Then d rows with a unit start, and d with a unit impulse for each draw."""
+    """Row 0: zeros. Then the rows of `block` as starts, and again as impulses in each draw.
 
-    d: int
+    Args:
+        block: (k, d), such as the unit vectors.
+        draws: number of draws with impulses; later ones are 0.
+    """
+
+    block: Tensor
     draws: int
 
     @property
     def rows(self) -> int:
-        return 1 + self.d + self.d * self.draws
+        return 1 + len(self.block) * (1 + self.draws)
 
     def draw(self, index: int, d: int) -> Tensor:
-        first = 1 + d + index * d
-        made = torch.zeros(self.rows, d, dtype=torch.float64)
-        made[first : first + d] = torch.eye(d, dtype=torch.float64)
-        return made
+        made = torch.zeros(1 + self.draws, len(self.block), d, dtype=torch.float64)
+        made[1 + index : 2 + index] = self.block
+        return torch.cat([made.new_zeros(1, d), made.flatten(0, 1)])
 
 
 @dataclass(frozen=True)
@@ -108,14 +102,14 @@ class Trial(Inputs):
         parts: indices of the rows, in order.
     """
 
-    parts: tuple[int, ...] = (0, 1, 2, 3, 4)
+    parts: tuple[int, ...]
 
     @property
     def rows(self) -> int:
         return len(self.parts)
 
     def draw(self, index: int, d: int) -> Tensor:
-        return self._numbers(0, 0, d) if index < 0 else self._numbers(1, index, d)
+        return self._numbers(int(index >= 0), max(index, 0), d)
 
     def shift(self, index: int, d: int) -> Tensor:
         return self._numbers(2, index, d)
@@ -143,6 +137,9 @@ class Call(NamedTuple):
 class Probe:
     """A model and a noise source in one, that supplies `inputs` and records the calls.
 
+    Args:
+        keep: False drops the batches of the calls, to save memory.
+
     Attributes:
         calls: the network calls.
         draws: for each noise draw, the number of calls before it.
@@ -150,6 +147,7 @@ class Probe:
 
     model: Model
     inputs: Inputs
+    keep: bool = True
     calls: list[Call] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
 
@@ -162,7 +160,7 @@ class Probe:
         if len(x) != self.inputs.rows:
             raise NotAffine("a sampler that splits its batch has steps of its own: no affine map")
         index = len(self.calls)
-        self.calls.append(Call(level, coordinates(x).clone()))
+        self.calls.append(Call(level, coordinates(x if self.keep else x[:0]).clone()))
         prediction = self.model(x, level)
         more = self.inputs.shift(index, x.shape[1:].numel())
         if more is None or level.sigma == 0:
@@ -193,6 +191,28 @@ class Run(NamedTuple):
     end: Tensor
     remark: str
 
+    @property
+    def states(self) -> list[Tensor]:
+        """The batch at each call, and at the end."""
+        return [*(call.x for call in self.calls), self.end]
+
+    def place(self, index: int) -> str:
+        """The place of a state, for a message."""
+        if index >= len(self.calls):
+            return "in the samples it ends with"
+        return f"in call {index + 1} of {len(self.calls)}, at t={self.calls[index].level.t:.4g}"
+
+
+def on_process_of(data: Any, sampler: Any, process: Process | None) -> Any:
+    """The data on `process`, or else on the sampler's own if it has one, or else on their own."""
+    if process is not None and not hasattr(data, "on"):
+        raise TypeError(
+            f"data must be an exact.Gaussian to change its process; got {type(data).__name__}; "
+            f"leave out process"
+        )
+    process = process or getattr(sampler, "process", None)
+    return data.on(process) if process is not None and hasattr(data, "on") else data
+
 
 def sizes(data: Model, shape: Sequence[int] | None) -> tuple[int, ...]:
     """The shape of one sample; by default that of an exact model, or else one coordinate."""
@@ -212,9 +232,8 @@ def run(
     probe = Probe(data, inputs)
     start = inputs.draw(-1, prod(shape)).reshape(inputs.rows, *shape)
     x = start.clone()
-    path = trajectory(probe, sampler, x, steps=steps, times=times, noise=probe.noise)
     try:
-        *_, last = path
+        *_, last = trajectory(probe, sampler, x, steps=steps, times=times, noise=probe.noise)
     except NotAffine as refusal:
         known = str(refusal).startswith(str(sampler))
         raise refusal if known else NotAffine(f"{sampler}: {refusal}") from None
@@ -222,8 +241,7 @@ def run(
         raise NotAffine(f"{sampler} changes the batch that it is given")
     if not probe.calls:
         raise NotAffine(f"{sampler} never calls the network")
-    remark = getattr(last.memory, "remark", "")
-    return Run(probe.calls, probe.draws, coordinates(last.x), remark)
+    return Run(probe.calls, probe.draws, coordinates(last.x), getattr(last.memory, "remark", ""))
 
 
 def check_affine(
@@ -250,60 +268,42 @@ def check_affine(
     def trial(*parts: int) -> Run:
         return run(sampler, data, Trial(parts), shape, steps, times)
 
-    def compare(which: list[int], other: Run, what: str) -> None:
-        where = differs([state[which] for state in states(whole)], states(other), tolerance)
-        if where is not None:
-            raise NotAffine(f"{sampler}: {what}, first {place(whole, where)}")
-
     whole = trial(0, 1, 2, 3, 4)
-    for index, state in enumerate(states(whole)):
+    for index, state in enumerate(whole.states):
         if not bool(state.isfinite().all()):
-            raise NotAffine(f"{sampler} is not finite, first {place(whole, index)}")
-    compare(
-        [0, 1, 2, 3, 4], trial(0, 1, 2, 3, 4),
-        "two runs on the same start and noise differ; it draws random numbers that were not "
-        "injected, or keeps a state between runs",
-    )  # fmt: skip
-    for parts in ([1], [3, 2]):
-        compare(
-            parts, trial(*parts),
-            "a sample depends on its batch mates, by a step size or a norm for the whole batch or "
-            "by random numbers drawn elsewhere",
-        )  # fmt: skip
+            raise NotAffine(f"{sampler} is not finite, first {whole.place(index)}")
+    for parts, reason in (([0, 1, 2, 3, 4], HIDDEN), ([1], COUPLED), ([3, 2], COUPLED)):
+        found = [state[parts] for state in whole.states]
+        where = differs(found, trial(*parts).states, tolerance)
+        if where is not None:
+            raise NotAffine(f"{sampler}: {reason}, first {whole.place(where)}")
     sums = [
         torch.stack([a + b - nothing, nothing + C * (a - nothing) + D * (b - nothing)])
-        for nothing, a, b, *_ in states(whole)
+        for nothing, a, b, *_ in whole.states
     ]
-    where = differs(sums, [state[3:] for state in states(whole)], tolerance)
+    where = differs(sums, [state[3:] for state in whole.states], tolerance)
     if where is not None:
-        by = float((sums[where] - states(whole)[where][3:]).abs().max())
-        share = by / (float(states(whole)[where].abs().max()) + 1.0)
+        state = whole.states[where]
+        share = float((sums[where] - state[3:]).abs().max()) / (float(state.abs().max()) + 1.0)
         why = "is it in float32? then give rounding=1e-4" if share < 1e-4 else "does it clip?"
         raise NotAffine(
-            f"{sampler} is not affine on {type(data).__name__}, first {place(whole, where)}, by "
+            f"{sampler} is not affine on {type(data).__name__}, first {whole.place(where)}, by "
             f"{share:.1e} of its size: it has no Gaussian law ({why})"
         )
-
-
-def states(made: Run) -> list[Tensor]:
-    return [*(call.x for call in made.calls), made.end]
 
 
 def differs(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> int | None:
     """Index of the first state that differs by more than rounding, if any does."""
     if len(ours) != len(theirs):
         return min(len(ours), len(theirs)) - 1
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        scale = float(torch.maximum(a.abs().max(), b.abs().max())) + 1.0
-        if not bool(((a - b).abs() <= tolerance * scale).all()):
-            return index
-    return None
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((index for index, (a, b) in pairs if not near(a, b, tolerance)), None)
 
 
-def place(made: Run, index: int) -> str:
-    if index >= len(made.calls):
-        return "in the samples it ends with"
-    return f"in call {index + 1} of {len(made.calls)}, at t={made.calls[index].level.t:.4g}"
+def near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """True if two batches differ by rounding only, relative to 1 + the largest number."""
+    scale = float(torch.maximum(a.abs().max(), b.abs().max())) + 1.0
+    return bool(((a - b).abs() <= tolerance * scale).all())
 
 
 def one_line(sampler: Any) -> str:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 __all__ = ["Page", "Report", "Table", "listed_numbers", "thinned"]
@@ -80,6 +81,11 @@ def wrapped(text: str) -> str:
     )
 
 
+def moments(mean: Tensor, covariance: Tensor) -> str:
+    """A law in one line."""
+    return f"mean {listed_numbers(mean)}, variance {listed_numbers(covariance.diagonal())}"
+
+
 def listed_numbers(values: Tensor) -> str:
     """A few numbers in one line; of many, the first four."""
     shown = " ".join(f"{value:.8g}" for value in values.flatten()[:4].tolist())
@@ -88,6 +94,4 @@ def listed_numbers(values: Tensor) -> str:
 
 def thinned(n: int, most: int) -> list[int]:
     """At most so many of the indices 0 .. n - 1, evenly spread, the ends among them."""
-    if n <= most:
-        return list(range(n))
-    return sorted({round(k * (n - 1) / (most - 1)) for k in range(most)})
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()

@@ -15,43 +15,17 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.models.exact import Gaussian
-from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.noise.sources import Purpose, stream
-from sde_diffusion.processes import VP, Level, Process
+from sde_diffusion.noise import Purpose, stream
+from sde_diffusion.processes import VP, Process
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers.sampler import Sampler
+from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import path_of, trajectory
 from sde_diffusion.verify import probe
-from sde_diffusion.verify.laws import MOST, on_process_of
-from sde_diffusion.verify.probe import Inputs, NotAffine, Probe
-
-__all__ = ["Along", "along", "band", "centred", "check_along", "on_process", "spectrum"]
+from sde_diffusion.verify.laws import check_size
 
 
 @dataclass(frozen=True, eq=False)
-class Impulses(Inputs):
-    """Row 0: zeros. Row 1: a start of `along`. Then a row with an impulse of it in each draw.
-
-    Args:
-        along: (d,), the sum of the eigenvectors.
-        draws: number of draws with a row.
-    """
-
-    along: Tensor
-    draws: int = 0
-
-    @property
-    def rows(self) -> int:
-        return 2 + self.draws
-
-    def draw(self, index: int, d: int) -> Tensor:
-        made = torch.zeros(self.rows, d, dtype=torch.float64)
-        made[2 + index : 3 + index] = self.along
-        return made
-
-
-@dataclass(frozen=True, eq=False)
-class Mixed(Inputs):
+class Mixed(probe.Inputs):
     """One row: different numbers along each eigenvector, in the start and in each draw.
 
     Args:
@@ -70,17 +44,6 @@ class Mixed(Inputs):
 
     def amounts(self, index: int, d: int) -> Tensor:
         return torch.from_numpy(stream(1, Purpose.PATH, step=index).standard_normal(d))
-
-
-@dataclass
-class CountingProbe(Probe):
-    """A probe that keeps no batch, to save memory."""
-
-    number: int = 0
-
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        self.number += 1
-        return self.model(x, level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +108,8 @@ def along(
     exact = [spectrum(data.marginal(level))[:2] for level in levels]
     last, (_, target) = levels[-1], exact[-1]
 
-    def run(draws: int) -> tuple[CountingProbe, list[Tensor], Tensor]:
-        made, way = CountingProbe(data, Impulses(direction, draws)), []
+    def run(draws: int) -> tuple[probe.Probe, list[Tensor], Tensor]:
+        made, way = probe.Probe(data, probe.Basis(direction[None], draws), keep=False), []
         start = end = made.inputs.draw(-1, len(mean)).reshape(2 + draws, *shape)
         path = trajectory(made, sampler, start, times=grid, noise=made.noise)
         for state, level, (m, v) in zip(path, levels[1:], exact[1:], strict=True):
@@ -161,16 +124,12 @@ def along(
 
     made, way, end = run(0)
     if made.draws:
-        needed = (2 + len(made.draws)) * len(mean)
-        if needed > MOST:
-            raise ValueError(
-                f"the law along {len(mean)} eigenvectors with {len(made.draws)} draws has "
-                f"{needed:.1e} numbers, more than {MOST:.0e}; use fewer steps or coordinates"
-            )
-        made, way, end = run(len(made.draws))
+        d, draws = len(mean), len(made.draws)
+        check_size((2 + draws) * d, f"{d} eigenvectors, {draws} draws")
+        made, way, end = run(draws)
     gains = end[1:] - end[0]
     return Along(
-        grid, made.number, end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
+        grid, len(made.calls), end[0], gains[0], gains[1:], exact[-1], data.process.prior_std,
         torch.stack(way),
     )  # fmt: skip
 
@@ -194,12 +153,10 @@ def check_along(
     made = probe.run(sampler, data, inputs, shape, steps, times).end[0]
     made = made if axes is None else made @ axes
     expected = found.offset + found.start * inputs.amounts(0, d)
-    for index, gain in enumerate(found.noises):
-        expected = expected + gain * inputs.amounts(1 + index, d)
-    scale = float(torch.maximum(made.abs().max(), expected.abs().max())) + 1.0
-    tolerance: float = sampler.claims.rounding or 1e-9  # of the sampler's own arithmetic
-    if not bool(((made - expected).abs() <= tolerance * scale).all()):
-        raise NotAffine(
+    for index, gain in enumerate(found.noises, 1):
+        expected = expected + gain * inputs.amounts(index, d)
+    if not probe.near(made, expected, sampler.claims.rounding or 1e-9):
+        raise probe.NotAffine(
             f"{sampler} does not treat each eigenvector of the covariance by itself: it mixes "
             f"coordinates, as a frame with other axes does; use verify.law"
         )
@@ -216,7 +173,7 @@ def on_process(data: Gaussian | Tensor, sampler: Sampler, process: Process | Non
     """
     if not isinstance(data, Tensor):
         validate.kind("data", data, "an exact.Gaussian or a covariance", "mean", "covariance", "on")
-        return on_process_of(data, sampler, process)  # type: ignore[return-value]
+        return probe.on_process_of(data, sampler, process)
     return centred(data, process or getattr(sampler, "process", None) or VP())
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.parameterizations import Preconditioned
-from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.models import Preconditioned, Prediction
 from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
 from sde_diffusion.validate import Count, Kind
 from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel
@@ -47,10 +46,10 @@ class Diffusers(Foreign):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if problem := self._unsupported():
-            raise TypeError(f"scheduler must be {problem}; got {self.name}")
+        if missing := self._missing():
+            raise TypeError(f"scheduler must be {missing}; got {self.name}")
 
-    def _unsupported(self) -> str:
+    def _missing(self) -> str:
         """The requirement that the scheduler does not meet, if any."""
         if self._chain is None and not (self._is_edm or hasattr(self.scheduler, "scale_noise")):
             return "variance-preserving, of flow matching or of EDM"
@@ -87,8 +86,7 @@ class Diffusers(Foreign):
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         scheduler = self._started()
         t = scheduler.timesteps[0]
-        scale = scale_of(scheduler, t)
-        alpha, sigma = self._seen(t, scheduler)
+        scale, (alpha, sigma) = scale_of(scheduler, t), self._seen(t, scheduler)
         return (alpha / scale, sigma / scale), (1.0, 0.0)
 
     def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
@@ -101,12 +99,9 @@ class Diffusers(Foreign):
             x = scheduler.step(self._out(prediction, alpha, sigma), t, x).prev_sample
             if self._chain is not None and len(sigmas) == len(scheduler.timesteps) + 1:
                 aside = max(aside, abs(math.log(sigma / alpha / float(sigmas[index]))))
-        if aside < ASIDE:
-            return x, ""
-        return x, (
-            f"it calls the network up to {math.expm1(aside):.0%} of sigma away from the state, as "
-            f"if its time steps were rounded"
-        )
+        off = f"up to {math.expm1(aside):.0%} of sigma away from the state"
+        remark = f"it calls the network {off}, as if its time steps were rounded"
+        return x, remark if aside >= ASIDE else ""
 
     @property
     def _chain(self) -> Any:
@@ -133,16 +128,15 @@ class Diffusers(Foreign):
         if self._chain is None:
             sigma = step / self.scheduler.config.num_train_timesteps
             return 1 - sigma, sigma
-        if not 0 <= step <= len(self._chain) - 1:
-            raise ValueError(
-                f"{self} calls at step {step:g} of a chain 0 .. {len(self._chain) - 1}"
-            )
+        last = len(self._chain) - 1
+        if not 0 <= step <= last:
+            raise ValueError(f"{self} calls at step {step:g} of a chain 0 .. {last}")
         scale = scale_of(scheduler, t)
         if step != round(step) and scale < 1:
             return unit(nearest_sigma(scheduler, math.sqrt(1 / scale**2 - 1)))
         with np.errstate(divide="ignore"):
             logs = np.log((1 - self._chain) / self._chain) / 2
-        return unit(math.exp(min(np.interp(step, np.arange(len(logs)), logs), 700.0)))
+        return unit(math.exp(min(np.interp(step, np.arange(last + 1), logs), 700.0)))
 
     def _out(self, prediction: Prediction, alpha: float, sigma: float) -> Tensor:
         """The network's output in the scheduler's parameterization."""
@@ -166,8 +160,8 @@ def nearest_sigma(scheduler: Any, sigma: float) -> float:
     """The scheduler's sigma nearest to one of fewer digits."""
     known = [scheduler.sigmas, getattr(scheduler, "sigmas_interpol", scheduler.sigmas)]
     sigmas = torch.cat([torch.as_tensor(values).flatten().double() for values in known])
-    sigmas = sigmas[sigmas.isfinite()]
-    return float(sigmas[(sigmas - sigma).abs().argmin()])
+    off = (sigmas - sigma).abs().nan_to_num(math.inf)
+    return float(sigmas[off.argmin()])
 
 
 def scaled(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ or from a generator of the peer's own, is refused by name.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -19,19 +19,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sde_diffusion.grids import Ends, Grid
-from sde_diffusion.models.model import Model
-from sde_diffusion.models.prediction import Prediction
-from sde_diffusion.noise.sources import Noise
+from sde_diffusion.models import Model, Prediction
+from sde_diffusion.noise import Noise
 from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.processes.level import enter, leave
-from sde_diffusion.samplers.sampler import Claims, Memory, SolverError
+from sde_diffusion.samplers import Claims, Memory, SolverError
 from sde_diffusion.validate import Checked, Kind, Share
 from sde_diffusion.verify.probe import NotAffine
 
-__all__ = ["Foreign", "Function", "PeerModel", "only"]
+__all__ = ["Function"]
 
-NORMAL = {"randn", "randn_like", "normal", "normal_"}
-
+SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state
 
 OTHER = {
     "rand", "rand_like", "randint", "randint_like", "randperm", "bernoulli", "bernoulli_",
@@ -42,6 +40,8 @@ OTHER = {
 
 class Injected(TorchFunctionMode):
     """Replaces torch's normal draws by `noise` for the batch x, at the time of the last call."""
+
+    NORMAL = ("randn", "randn_like", "normal", "normal_")
 
     def __init__(self, name: str, noise: Noise, x: Tensor, t: float, s: float) -> None:
         super().__init__()
@@ -54,41 +54,36 @@ class Injected(TorchFunctionMode):
         called = getattr(func, "__name__", "")
         if called in OTHER:
             raise NotAffine(f"{self.name} draws by torch.{called}: only normal draws are injected")
-        if called not in NORMAL:
+        if called not in self.NORMAL:
             return func(*args, **kwargs)
         if kwargs.pop("generator", None) is not None:
             raise NotAffine(
                 f"{self.name} draws from a generator of its own, as Brownian trees do; its noise "
                 f"cannot be injected"
             )
-        if called == "randn":
-            return self._unit(torch.empty(*args, **kwargs))
-        if called == "randn_like":
-            return self._unit(torch.empty_like(*args, **kwargs))
-        x = None
-        if called == "normal_":  # torch.nn.init gives its tensor by name
-            x, args = (args[0], args[1:]) if args else (kwargs.pop("tensor"), ())
-        mean, std, size = normal_arguments(args, kwargs)
-        if x is not None:
-            return x.copy_(mean + std * self._unit(x))
-        if size is not None:
-            return mean + std * self._unit(torch.empty(size, **kwargs))
-        return mean + std * self._unit(torch.as_tensor(mean + 0 * std))
+        return getattr(self, called)(*args, **kwargs)
+
+    def randn(self, *size: Any, **kind: Any) -> Tensor:
+        """Replacement of torch.randn, as the methods below are of functions of the same names."""
+        return self._unit(torch.empty(*size, **kind))
+
+    def randn_like(self, like: Tensor, **kind: Any) -> Tensor:
+        return self._unit(torch.empty_like(like, **kind))
+
+    def normal(self, mean: Any = 0.0, std: Any = 1.0, size: Any = None, **kind: Any) -> Tensor:
+        like = torch.as_tensor(mean + 0 * std) if size is None else torch.empty(size, **kind)
+        return mean + std * self._unit(like)
+
+    def normal_(self, tensor: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
+        return tensor.copy_(mean + std * self._unit(tensor))
 
     def _unit(self, like: Tensor) -> Tensor:
         if like.shape != self.x.shape:
+            own = tuple(self.x.shape)
             raise NotAffine(
-                f"{self.name} draws noise of shape {tuple(like.shape)} for a batch of shape "
-                f"{tuple(self.x.shape)}"
+                f"{self.name} draws noise of shape {tuple(like.shape)} for a batch of shape {own}"
             )
         return self.noise(self.t, self.s, self.x).to(like)
-
-
-def normal_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Mean, std and size of a call of torch.normal, taken out of kwargs."""
-    given = dict(zip(("mean", "std", "size"), args, strict=False))
-    given |= {name: kwargs.pop(name) for name in ("mean", "std", "size") if name in kwargs}
-    return given.get("mean", 0.0), given.get("std", 1.0), given.get("size")
 
 
 @dataclass(frozen=True)
@@ -119,24 +114,29 @@ def peer_level(alpha: float, sigma: float) -> Level[float]:
 
 @dataclass(frozen=True)
 class Between(Ends):
-    """The start and the end of a loop that chooses its own levels, by u or by time.
+    """The start and the end of a loop that chooses its own levels.
 
     Args:
         first, last: u = sigma / (alpha + sigma) at both.
-        at: the times, where these are known.
     """
 
-    first: float | None
-    last: float | None
-    at: tuple[float, float] | None = None
+    first: float
+    last: float
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
-        if self.at is not None:
-            return torch.tensor(self.at, dtype=torch.float64)
-        assert self.first is not None
-        assert self.last is not None
         ends = [process.level_at(u).t for u in (self.first, self.last)]
         return torch.tensor(ends, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class FromTo(Ends):
+    """The times at which a function starts and ends."""
+
+    first: float
+    last: float
+
+    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
+        return torch.tensor([self.first, self.last], dtype=torch.float64)
 
 
 class Remark(NamedTuple):
@@ -145,16 +145,29 @@ class Remark(NamedTuple):
     remark: str
 
 
-class Foreign(Checked, ABC):
-    """A peer's loop as a sampler of one step, over all levels of the peer's choice."""
+class OneStep(Checked):
+    """A sampler whose step runs a whole loop.
 
-    rounding: float
+    Attributes:
+        declared: its order, if it is known.
+        rounding: of its arithmetic, relative.
+    """
+
     declared: int | None
+    rounding: float
 
     @property
     def order(self) -> int | None:
-        """What is declared; 1, which every consistent method has, if nothing is."""
+        """The declared order, or 1, which every consistent method has."""
         return 1 if self.declared is None else self.declared
+
+    @property
+    def claims(self) -> Claims:
+        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
+
+
+class Foreign(OneStep, ABC):
+    """A peer's loop as a sampler of one step, over all levels of the peer's choice."""
 
     @property
     @abstractmethod
@@ -168,10 +181,6 @@ class Foreign(Checked, ABC):
     @abstractmethod
     def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         """Run the peer's code from x to its end, in its own coordinates; return a warning too."""
-
-    @property
-    def claims(self) -> Claims:
-        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
 
     @property
     def grid(self) -> Grid:
@@ -199,7 +208,7 @@ class Foreign(Checked, ABC):
 
 
 @dataclass(frozen=True)
-class Function(Checked):
+class Function(OneStep):
     """A plain function f(eps_fn, x_T) -> x_0, on the model's own process.
 
     It calls eps_fn(x, t), t a time in [0, 1] (i / N on a chain), and draws by torch.
@@ -229,17 +238,8 @@ class Function(Checked):
         return f"function {name_of(self.function)}"
 
     @property
-    def order(self) -> int:
-        """What is declared; 1, which every consistent method has, if nothing is."""
-        return 1 if self.declared is None else self.declared
-
-    @property
-    def claims(self) -> Claims:
-        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
-
-    @property
     def grid(self) -> Grid:
-        return Between(None, None, (self.start, self.end))
+        return FromTo(self.start, self.end)
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -269,6 +269,3 @@ def name_of(function: Any) -> str:
     """The name of a function or of a partial of one."""
     function = getattr(function, "func", function)
     return getattr(function, "__name__", type(function).__name__)
-
-
-SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state

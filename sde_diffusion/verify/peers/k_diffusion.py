@@ -41,13 +41,11 @@ class KDiffusion(Foreign):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sigmas = self.levels
+        sigmas, got = self.levels, f"got {self.levels.tolist()!r:.60}"
         if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[:-1] > sigmas[1:]).all()):
-            raise ValueError(f"sigmas must decrease; got {sigmas.tolist()!r:.80}")
+            raise ValueError(f"sigmas must decrease; {got}")
         if not bool((sigmas >= 0).all()) or (not self._takes("sigmas") and len(self._positive) < 2):
-            raise ValueError(
-                f"sigmas must be positive, the last may be 0; got {sigmas.tolist()!r:.60}"
-            )
+            raise ValueError(f"sigmas must be positive, the last may be 0; {got}")
 
     @property
     def levels(self) -> Tensor:
@@ -56,7 +54,7 @@ class KDiffusion(Foreign):
 
     @property
     def order(self) -> int | None:
-        """What is declared, or 1; None for a function with tolerances, which chooses its steps."""
+        """The declared order, or 1; None for a function with tolerances of its own."""
         return None if self._takes("rtol") else super().order
 
     @property

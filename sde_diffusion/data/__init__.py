@@ -13,8 +13,6 @@ from sde_diffusion.data.datasets import (
     to_uint8,
 )
 from sde_diffusion.data.image_files import (
-    SUFFIXES,
-    VARIABLE,
     DataNotFound,
     data_root,
     fashion_mnist,
@@ -25,8 +23,6 @@ from sde_diffusion.data.image_files import (
 
 __all__ = [
     "DEQUANTIZATION",
-    "SUFFIXES",
-    "VARIABLE",
     "Data",
     "DataNotFound",
     "Images",

@@ -10,7 +10,6 @@ from sde_diffusion.metrics.distances import (
     wasserstein,
 )
 from sde_diffusion.metrics.quality import (
-    Gatherer,
     PrecisionRecall,
     Principal,
     Statistics,
@@ -28,7 +27,6 @@ from sde_diffusion.metrics.quality import (
 
 __all__ = [
     "Figure",
-    "Gatherer",
     "MissingExtra",
     "PrecisionRecall",
     "Principal",

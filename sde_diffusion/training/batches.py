@@ -106,13 +106,11 @@ def stretches(recipe: Recipe, processes: int, process: int, parts: int) -> Itera
     """The positions of one process in a global batch, cut into `parts` pieces.
 
     Raises:
-        ValueError: if there are fewer positions than parts: each process must have work in each.
+        ValueError: if there are fewer positions than pieces: none may be empty.
     """
     size, pieces = recipe.batch_size, processes * parts
     if size < pieces:
-        raise ValueError(
-            f"batch_size must be at least {pieces} for {processes} processes with {parts} parts "
-            f"each; got {size}"
-        )
+        rule = f"at least {pieces} for {processes} processes with {parts} parts each"
+        raise ValueError(f"batch_size must be {rule}; got {size}")
     for part in range(process * parts, (process + 1) * parts):
         yield range(part * size // pieces, (part + 1) * size // pieces)

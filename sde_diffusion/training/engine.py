@@ -119,10 +119,8 @@ def launched(
         raise ValueError("fsdp_version must be 2 in accelerate's configuration; got 1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
-        raise ValueError(
-            f"WORLD_SIZE must be the number of connected processes, {accelerator.num_processes}; "
-            f"got {started}; launch them with torchrun"
-        )
+        rule = f"the number of connected processes, {accelerator.num_processes}"
+        raise ValueError(f"WORLD_SIZE must be {rule}; got {started}; launch them with torchrun")
     return accelerator
 
 

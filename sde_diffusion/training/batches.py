@@ -19,7 +19,7 @@ from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.training.recipe import Recipe
 from sde_diffusion.validate import Cond, Integer, Kind
 
-__all__ = ["Batch", "draw", "mask", "stretches"]
+__all__ = ["Batch", "draw"]
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sde_diffusion import validate
 
-__all__ = ["Alone", "Engine", "accumulation", "full", "launched", "like_ours", "precision"]
+__all__ = ["Alone", "Engine", "accumulation", "launched", "precision"]
 
 
 class Engine(Protocol):

@@ -68,8 +68,8 @@ class Cloud:
     def __call__(self, name: str, value: Tensor) -> None:
         validate.batch(name, value)
         form = "(N, ...)" if self.ndim is None else "(N, d)"
-        wrong = value.ndim != (self.ndim or max(value.ndim, 2))
-        if wrong or len(value) <= self.above or not value[0].numel():
+        fits = value.ndim >= 2 if self.ndim is None else value.ndim == self.ndim
+        if not fits or len(value) <= self.above or not value[0].numel():
             shape = tuple(value.shape)
             raise ValueError(f"{name} must be {form}, N > {self.above}; got shape {shape}")
         if not bool(value.isfinite().all()):

@@ -187,8 +187,8 @@ def kid(
 
     The unbiased MMD^2 with the kernel  k(x, y) = (x . y / d + 1)^3, averaged over subsets. These
     are disjoint parts of a permutation by `seed`, hence independent, and the standard error is the
-    one of a mean. A subset has min(N, M) // subsets samples, at least 2: the figure is not biased
-    by it. On Inception's features it is the KID.
+    one of a mean. A subset has min(N, M) // subsets samples, at least 2; its size does not bias the
+    figure. On Inception's features it is the KID.
     """
     x, y = distances.as_points(real, made)
     smaller = min(len(x), len(y))

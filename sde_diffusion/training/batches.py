@@ -81,7 +81,7 @@ def draw(
 
 
 def to_device(cond: Any, device: torch.device) -> Any:
-    """A tensor, tensors by name or None, on a device; dtypes are kept."""
+    """Move a tensor, or tensors by name, to a device and keep their dtypes; None stays None."""
     if isinstance(cond, Mapping):
         return {name: value.to(device) for name, value in cond.items()}
     return None if cond is None else cond.to(device)

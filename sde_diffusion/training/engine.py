@@ -144,10 +144,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like_ours(value: Tensor, ours: Tensor) -> Tensor:
-    """`value` on the device of `ours`, in its memory format and with its shards; dtype unchanged.
+    """Give `value` the device, the memory format and the shards of `ours`, and keep its dtype.
 
-    A fused optimizer reads weights and moments in the order of memory. With different formats it
-    would pair the wrong numbers, silently.
+    A fused optimizer reads weights and moments in the order of memory: in different formats it
+    would pair the wrong numbers without an error.
     """
     if not hasattr(ours, "full_tensor"):
         return torch.empty_like(ours, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -15,13 +15,13 @@ AVERAGE = validate.Kind("an average such as EMA(0.9995)", "decay_at")
 
 
 def below_one(name: str, value: Any) -> None:
-    """Refuse 1, the end of [0, 1)."""
+    """Rule of a number in [0, 1], less 1."""
     if value == 1:
         raise ValueError(f"{name} must be below 1; got {value}")
 
 
 def positive(name: str, value: Any) -> None:
-    """Refuse anything but a number above 0; inf is allowed."""
+    """Rule of a number above 0; inf is allowed."""
     if value != math.inf:
         validate.number(name, value, 0, strict=True)
 

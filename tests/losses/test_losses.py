@@ -67,8 +67,8 @@ def test_losses_in_different_spaces_differ_by_a_factor_of_the_level(space):
 def test_a_weight_multiplies_each_samples_loss():
     (x0, eps), model = problem(), denoiser(sd.V())
     base = sd.denoising_loss(model, x0, T, eps)
-    weighted = sd.denoising_loss(model, x0, T, eps, weight=lambda level: level.diffusion2)
-    assert_close(weighted, sd.VP().diffusion(T) ** 2 * base, rtol=1e-12, atol=0)
+    weighted = sd.denoising_loss(model, x0, T, eps, weight=lambda level: level.sigma**2)
+    assert_close(weighted, sd.VP().sigma(T) ** 2 * base, rtol=1e-12, atol=0)
 
 
 def test_noise_shared_by_the_batch_is_refused():
@@ -243,7 +243,7 @@ def test_weights_at_the_ends_are_finite_or_refused_by_name():
                 weight(level)
     for level in (noise, batch):
         with pytest.raises(ValueError, match=r"^t must be at most .* g\^2 .* got 1"):
-            sd.losses.Likelihood(sd.VP())(level)
+            sd.losses.Likelihood(sd.RectifiedFlow())(level)
 
 
 @pytest.mark.parametrize(

@@ -1,45 +1,10 @@
-"""*Data sets to learn.* Tensors, and batches that are functions of seed and position."""
+"""*Data sets to learn.* Tensors, and batches that are functions of seed and position.
 
-from sde_diffusion.data import toy
-from sde_diffusion.data.datasets import (
-    DEQUANTIZATION,
-    Data,
-    Images,
-    Points,
-    dequantize,
-    fingerprint,
-    moments,
-    shuffled_indices,
-    to_uint8,
-)
-from sde_diffusion.data.image_files import (
-    SUFFIXES,
-    VARIABLE,
-    DataNotFound,
-    data_root,
-    fashion_mnist,
-    image_folder,
-    mnist,
-    sample_digits,
-)
+datasets      images and points as tensors, their order and their dequantization
+image_files   MNIST, Fashion-MNIST, folders of images
+toy           distributions in the plane
+"""
 
-__all__ = [
-    "DEQUANTIZATION",
-    "SUFFIXES",
-    "VARIABLE",
-    "Data",
-    "DataNotFound",
-    "Images",
-    "Points",
-    "data_root",
-    "dequantize",
-    "fashion_mnist",
-    "fingerprint",
-    "image_folder",
-    "mnist",
-    "moments",
-    "sample_digits",
-    "shuffled_indices",
-    "to_uint8",
-    "toy",
-]
+from sde_diffusion.data import toy as toy
+from sde_diffusion.data.datasets import *  # noqa: F403
+from sde_diffusion.data.image_files import *  # noqa: F403

@@ -18,6 +18,7 @@ from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.validate import Cond
 
 __all__ = [
+    "DEQUANTIZATION",
     "Data",
     "Images",
     "Points",

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,19 @@ __all__ = ["DataNotFound", "data_root", "fashion_mnist", "image_folder", "mnist"
 
 VARIABLE = "SDE_DIFFUSION_DATA"
 
-
 # The suffixes of torchvision's ImageFolder, and the formats allowed in a file of any name. Formats
 # that other programs render, such as EPS, are excluded.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-
-
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 class DataNotFound(FileNotFoundError):
     """A data set is missing or incomplete; the message names the folder that was searched."""
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line, or its type where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def data_root(given: str | Path | None) -> Path:
@@ -74,19 +77,16 @@ def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
         try:
             made(root, train=train, download=True)
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise DataNotFound(f"{name} could not be downloaded into {root}: {reason}") from None
     with _unpacked(name, root) as folder:
         try:
             loaded = made(folder, train=train)
+            if len(loaded.data) != len(loaded.targets):
+                raise ValueError(f"{len(loaded.data)} images with {len(loaded.targets)} labels")
         except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise DataNotFound(f"{name} under {root} cannot be read: {reason}") from None
-        if len(loaded.data) != len(loaded.targets):
-            raise DataNotFound(
-                f"{name} under {root} cannot be read: {len(loaded.data)} images with "
-                f"{len(loaded.targets)} labels"
-            )
         return Images(loaded.data[:, None].clone(), loaded.targets.clone())
 
 
@@ -95,31 +95,29 @@ def _unpacked(name: str, root: Path) -> Iterator[Path]:
     """Yield a root for torchvision: `root`, or a temporary copy with its .gz files unpacked."""
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds]
-    places = [root / name / "raw", root / name, root]
-    for place in places:
-        if place == places[0] and all((place / file).is_file() for file in files):
-            yield root
-            return
-        for suffix in (".gz", ""):
-            found = [place / (file + suffix) for file in files]
-            if all(path.is_file() for path in found):
-                with tempfile.TemporaryDirectory() as scratch:
-                    raw = Path(scratch, name, "raw")
-                    raw.mkdir(parents=True)
-                    for path, file in zip(found, files, strict=True):
-                        try:
-                            data = path.read_bytes()
-                            raw.joinpath(file).write_bytes(
-                                gzip.decompress(data) if suffix else data
-                            )
-                        except (OSError, EOFError, zlib.error) as error:
-                            raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
-                    yield Path(scratch)
-                return
-    raise DataNotFound(
-        f"{name} not found: need {', '.join(files)} (or .gz) in {places[0]}; "
-        f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
-    )
+    usual = root / name / "raw"
+    for place, suffix in product((usual, root / name, root), ("", ".gz")):
+        found = [place / (file + suffix) for file in files]
+        if all(path.is_file() for path in found):
+            break
+    else:
+        raise DataNotFound(
+            f"{name} not found: need {', '.join(files)} (or .gz) in {usual}; "
+            f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
+        )
+    if place == usual and not suffix:
+        yield root
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch, name, "raw")
+        raw.mkdir(parents=True)
+        for path, file in zip(found, files, strict=True):
+            try:
+                data = path.read_bytes()
+                raw.joinpath(file).write_bytes(gzip.decompress(data) if suffix else data)
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
+        yield Path(scratch)
 
 
 @arguments
@@ -186,5 +184,4 @@ def square(path: Path, size: int) -> Tensor:
                 fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
     except Exception as error:  # decoders raise any exception at damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataNotFound(printable(f"{path} cannot be read: {reason}")) from None
+        raise DataNotFound(printable(f"{path} cannot be read: {one_line(error)}")) from None

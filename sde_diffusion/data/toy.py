@@ -7,57 +7,54 @@ In the formulas u is uniform in [0, 1), z standard normal, and R(a) a rotation b
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sde_diffusion import validate
 from sde_diffusion.noise.sources import Purpose, stream
-from sde_diffusion.validate import (
-    Checked,
-    Count,
-    Integer,
-    NonNegative,
-    Number,
-    Positive,
-    Share,
-    arguments,
-)
+from sde_diffusion.validate import NonNegative, Positive, Share, arguments
 
 __all__ = ["Chequerboard", "Moons", "Pinwheel", "SwissRoll", "Toy", "TwoGaussians"]
 
 
-def planar(name: str, x: Tensor) -> Tensor:
+def planar(name: str, x: Tensor) -> None:
     """Rule of points in the plane: a tensor of floats (..., 2)."""
     if x.shape[-1:] != (2,) or not x.is_floating_point():
-        raise ValueError(
-            f"{name} must be points (..., 2) of floats; got {tuple(x.shape)}, {x.dtype}"
-        )
-    return x
+        raise ValueError(f"{name} must be points (..., 2) of floats; got {validate.shown(x)}")
 
 
 Planar = Annotated[Tensor, planar]
-Finite = Annotated[float, Number()]
-AtLeastTwo = Annotated[int, Integer(2)]
+Finite = Annotated[float, validate.Number()]
+AtLeastTwo = Annotated[int, validate.Integer(2)]
 
 
-class Toy(Protocol):
+class Toy(validate.Checked, ABC):
     """A distribution in the plane. Implementations are frozen dataclasses of its parameters."""
 
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
+    @arguments
+    def sample(self, n: validate.Count, seed: int) -> Float[Tensor, "n 2"]:
         """Draw n independent points, float32.
 
         Raises:
             TypeError, ValueError: unless n is a positive integer.
         """
-        ...
+        u, z = (stream(seed, Purpose.TOY, step) for step in (0, 1))
+        points = self.points(u.random((n, 3)), z.standard_normal((n, 2)))
+        return torch.from_numpy(points.astype(np.float32))
+
+    @abstractmethod
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Map uniform u (n, 3) and standard normal z (n, 2) to points (n, 2), row by row."""
 
 
 @dataclass(frozen=True)
-class TwoGaussians(Checked):
+class TwoGaussians(Toy):
     r"""weight N(+m, std^2 I) + (1 - weight) N(-m, std^2 I),   m = (mean, mean).
 
     DTU course 02460 has this distribution in the unit square, with unequal shares:
@@ -68,12 +65,9 @@ class TwoGaussians(Checked):
     std: Positive = 0.4
     weight: Share = 0.5
 
-    @arguments
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
-        """Draw n independent points; see Toy."""
-        u, z = uniforms_and_normals(n, seed)
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         sign = np.where(u[:, :1] < self.weight, 1, -1)
-        return as_tensor(sign * self.mean + self.std * z)
+        return sign * self.mean + self.std * z
 
     @arguments
     def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
@@ -86,7 +80,7 @@ class TwoGaussians(Checked):
 
 
 @dataclass(frozen=True)
-class Chequerboard(Checked):
+class Chequerboard(Toy):
     """Uniform on the dark squares of a board of squares x squares on [-2, 2]^2.
 
     Square (i, j), counted from the lower left corner, is dark where i + j is even. The default is
@@ -101,15 +95,12 @@ class Chequerboard(Checked):
         """Side of one square."""
         return 4 / self.squares
 
-    @arguments
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
-        """Draw n independent points; see Toy."""
-        u, _ = uniforms_and_normals(n, seed)
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         dark = np.argwhere(np.indices((self.squares, self.squares)).sum(0) % 2 == 0)
         corner = dark[(u[:, 0] * len(dark)).astype(int)]
         clear = 2**-20 / self.side  # margin, so that float32 does not round over an edge
         inside = clear + (1 - 2 * clear) * u[:, 1:]
-        return as_tensor(self.side * (corner + inside) - 2)
+        return self.side * (corner + inside) - 2
 
     @arguments
     def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
@@ -122,7 +113,7 @@ class Chequerboard(Checked):
 
 
 @dataclass(frozen=True)
-class Moons(Checked):
+class Moons(Toy):
     r"""Two interleaved half circles.
 
     x = sqrt(2) (p - c) + noise z,   c = (1/2, 1/4),   a = pi u,
@@ -133,17 +124,14 @@ class Moons(Checked):
 
     noise: NonNegative = 0.1
 
-    @arguments
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
-        """Draw n independent points; see Toy."""
-        u, z = uniforms_and_normals(n, seed)
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         upper = np.stack([np.cos(np.pi * u[:, 1]), np.sin(np.pi * u[:, 1])], axis=1)
         p = np.where(u[:, :1] < 0.5, upper, (1, 0.5) - upper)
-        return as_tensor(math.sqrt(2) * (p - (0.5, 0.25)) + self.noise * z)
+        return math.sqrt(2) * (p - (0.5, 0.25)) + self.noise * z
 
 
 @dataclass(frozen=True)
-class SwissRoll(Checked):
+class SwissRoll(Toy):
     r"""A spiral.
 
     x = ((a cos a, a sin a) - c) / 7 + noise z,   a = 3 pi (1/2 + u),   c = (2, 2 / (3 pi))
@@ -154,17 +142,14 @@ class SwissRoll(Checked):
 
     noise: NonNegative = 0.1
 
-    @arguments
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
-        """Draw n independent points; see Toy."""
-        u, z = uniforms_and_normals(n, seed)
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         a = 3 * np.pi * (0.5 + u[:, :1])
         p = a * np.concatenate([np.cos(a), np.sin(a)], axis=1)
-        return as_tensor((p - (2, 2 / (3 * np.pi))) / 7 + self.noise * z)
+        return (p - (2, 2 / (3 * np.pi))) / 7 + self.noise * z
 
 
 @dataclass(frozen=True)
-class Pinwheel(Checked):
+class Pinwheel(Toy):
     r"""Bent arms, evenly turned (Johnson et al. 2016).
 
     x = sqrt(2) R(2 pi k / arms + rate e^r) (r, tangential z_2),
@@ -176,22 +161,8 @@ class Pinwheel(Checked):
     tangential: NonNegative = 0.1
     rate: Finite = 0.25
 
-    @arguments
-    def sample(self, n: Count, seed: int) -> Float[Tensor, "n 2"]:
-        """Draw n independent points; see Toy."""
-        u, z = uniforms_and_normals(n, seed)
+    def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         r, across = 1 + self.radial * z[:, 0], self.tangential * z[:, 1]
         a = 2 * np.pi * np.floor(self.arms * u[:, 0]) / self.arms + self.rate * np.exp(r)
         turned = (r * np.cos(a) - across * np.sin(a), r * np.sin(a) + across * np.cos(a))
-        return as_tensor(math.sqrt(2) * np.stack(turned, axis=1))
-
-
-def uniforms_and_normals(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return u (n, 3) and z (n, 2): the first n rows of two sequences that depend on the seed."""
-    u, z = (stream(seed, Purpose.TOY, step) for step in (0, 1))
-    return u.random((n, 3)), z.standard_normal((n, 2))
-
-
-def as_tensor(x: np.ndarray) -> Tensor:
-    """Convert a sample to a float32 tensor."""
-    return torch.from_numpy(x.astype(np.float32))
+        return math.sqrt(2) * np.stack(turned, axis=1)

@@ -1,36 +1,12 @@
-"""*What is minimized, and at which levels.* The denoising loss, its weights, the laws of t."""
+"""*What is minimized, and at which levels.* The denoising loss, its weights, the laws of t.
 
-from sde_diffusion.losses import score_matching, times
-from sde_diffusion.losses.denoising import L1, L2, Huber, Penalty, denoising_loss
-from sde_diffusion.losses.times import (
-    DiscreteTimes,
-    LikelihoodTimes,
-    NormalLogSNR,
-    TimeDistribution,
-    UniformTimes,
-    stratified,
-)
-from sde_diffusion.losses.weights import SNR, VLB, EDMWeight, Likelihood, MinSNR, Simple, Weight
+denoising        the loss and its penalties
+weights          functions of the level, each with the space of its errors
+times            laws of t, given by their quantile functions
+score_matching   losses that need no clean data
+"""
 
-__all__ = [
-    "L1",
-    "L2",
-    "SNR",
-    "VLB",
-    "DiscreteTimes",
-    "EDMWeight",
-    "Huber",
-    "Likelihood",
-    "LikelihoodTimes",
-    "MinSNR",
-    "NormalLogSNR",
-    "Penalty",
-    "Simple",
-    "TimeDistribution",
-    "UniformTimes",
-    "Weight",
-    "denoising_loss",
-    "score_matching",
-    "stratified",
-    "times",
-]
+from sde_diffusion.losses import score_matching as score_matching
+from sde_diffusion.losses.denoising import *  # noqa: F403
+from sde_diffusion.losses.times import *  # noqa: F403
+from sde_diffusion.losses.weights import *  # noqa: F403

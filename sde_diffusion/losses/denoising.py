@@ -28,7 +28,6 @@ from sde_diffusion.validate import Batch, Checked, Cond, Kind, Positive
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
-
 SPACE = Kind("a parameterization such as Eps()", "target")
 WEIGHT = Kind("a function of the level such as SNR()", "__call__")
 PENALTY = Kind("a function of the error such as L2()", "__call__")
@@ -63,9 +62,8 @@ class Huber(Checked):
     delta: Positive = 1.0
 
     def __call__(self, error: Tensor) -> Tensor:
-        return torch.nn.functional.huber_loss(
-            error, torch.zeros_like(error), reduction="none", delta=self.delta
-        )
+        zero = torch.zeros_like(error)
+        return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.delta)
 
 
 @validate.arguments
@@ -106,10 +104,8 @@ def denoising_loss(
         raise ValueError(f"{weight} weighs errors of {own}; got space={space}: leave it out")
     if keep is not None:
         if keep.shape != x0.shape[:1] or keep.dtype != torch.bool or cond is None:
-            raise ValueError(
-                f"keep must be a bool for each condition, ({len(x0)},), given with cond; "
-                f"got {tuple(keep.shape)} of {keep.dtype}"
-            )
+            rule = f"a bool for each condition, ({len(x0)},), given with cond"
+            raise ValueError(f"keep must be {rule}; got {validate.shown(keep)}")
         cond = denoiser.with_null(cond, keep)
     space = space or own or denoiser.parameterization
     level = denoiser.process.level(t, x0)

@@ -66,11 +66,9 @@ def sliced_loss(
     """
     shapes = [tuple(validate.batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
-    if not shapes or any(shape not in allowed for shape in shapes):
-        raise ValueError(
-            f"probes must hold at least one tensor shaped like x, {allowed[0]}, or {allowed[1]}; "
-            f"got {shapes}"
-        )
+    if not shapes or not set(shapes) <= set(allowed):
+        rule = f"at least one tensor shaped like x, {allowed[0]}, or {allowed[1]}"
+        raise ValueError(f"probes must hold {rule}; got {shapes}")
     score, slopes = score_and_slopes(model, x, t, probes)
     divergence = torch.stack(slopes).mean(0)
     return coordinates(score**2).mean(1) + 2 * divergence / x.shape[1:].numel()

@@ -13,7 +13,8 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.models.model import LogSNRRange
 from sde_diffusion.processes import Process
-from sde_diffusion.validate import Checked, Count, Kind, Number, Positive, Share
+from sde_diffusion.processes.process import IS_PROCESS
+from sde_diffusion.validate import Checked, Count, Number, Positive, Share
 
 __all__ = [
     "DiscreteTimes",
@@ -22,11 +23,7 @@ __all__ = [
     "TimeDistribution",
     "UniformTimes",
     "stratified",
-    "support_of",
 ]
-
-
-PROCESS = Kind("a Process", "log_alpha", "variance")
 
 
 class TimeDistribution(Protocol):
@@ -79,9 +76,8 @@ class DiscreteTimes(Checked):
         return 1 / self.num_steps, 1.0
 
     def __call__(self, quantile: Tensor) -> Tensor:
-        return (checked_quantile(quantile) * self.num_steps).ceil().clamp(
-            1, self.num_steps
-        ) / self.num_steps
+        n = self.num_steps
+        return (checked_quantile(quantile) * n).ceil().clamp(1, n) / n
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class LikelihoodTimes(Checked):
         t_min: start of the path, since log_snr(0) is infinite.
     """
 
-    process: Annotated[Process, PROCESS]
+    process: Annotated[Process, IS_PROCESS]
     t_min: Positive = 1e-5
 
     def __post_init__(self) -> None:
@@ -116,9 +112,8 @@ class LikelihoodTimes(Checked):
     @property
     def total(self) -> float:
         """The integral of g^2 / sigma^2 over [t_min, t_max]."""
-        first, last = self.process.log_snr(
-            torch.tensor([self.t_min, self.process.t_max], dtype=torch.float64)
-        ).tolist()
+        ends = torch.tensor(self.support, dtype=torch.float64)
+        first, last = self.process.log_snr(ends).tolist()
         return first - last
 
     def __call__(self, quantile: Tensor) -> Tensor:
@@ -134,17 +129,16 @@ class NormalLogSNR(Checked):
     sec. 5, for any process; their P_mean = -1.2, P_std = 1.2 are mean = 2.4, std = 2.4 here.
     """
 
-    process: Annotated[Process, PROCESS]
+    process: Annotated[Process, IS_PROCESS]
     mean: Annotated[float, Number()] = 0.0
     std: Positive = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self._above < 1e-100:
-            raise ValueError(
-                f"mean={self.mean} and std={self.std} leave nothing of the process's range, "
-                f"log_snr > {self.process.log_snr(1.0):.4g}"
-            )
+            law = f"mean={self.mean} and std={self.std}"
+            lowest = f"log_snr > {self.process.log_snr(1.0):.4g}"
+            raise ValueError(f"{law} leave nothing of the process's range, {lowest}")
 
     @property
     def support(self) -> tuple[float, float]:

@@ -24,7 +24,6 @@ class Weight(Protocol):
     def __call__(self, level: Level) -> Scalar: ...
 
 
-# ---- weights -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Simple:
     """1, on errors of eps: L_simple (Ho et al. 2020, eq. 14)."""
@@ -53,9 +52,9 @@ class Likelihood(Checked):
         if t.device.type == "cpu" and bool(unknown.any()):
             raise ValueError(
                 f"t must be at most the process's t_max, where g^2 is defined; "
-                f"got {t[unknown].flatten()[0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
+                f"got {t[unknown][0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
             )
-        return g2.to(level.sigma) if isinstance(level.sigma, Tensor) else g2.item()
+        return like(g2, level.sigma)
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,8 @@ class MinSNR(Checked):
 
     def __call__(self, level: Level) -> Scalar:
         signal, noise = level.alpha**2, level.sigma**2
-        if isinstance(noise, Tensor):
-            return signal / torch.maximum(noise, signal / self.gamma)
-        return signal / max(noise, signal / self.gamma)
+        larger = torch.maximum if isinstance(noise, Tensor) else max
+        return signal / larger(noise, signal / self.gamma)
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,7 @@ class VLB(Checked):
         self.process.model_variances(self.variance)
         if self.process.betas[-1] == 1:
             raise ValueError(
-                "process must have alpha > 0 at i = N: VLB weighs errors of eps; got zero terminal "
-                "SNR; use DDPM.bound_term"
+                "process must have alpha > 0 at i = N; got zero terminal SNR; use DDPM.bound_term"
             )
 
     def __call__(self, level: Level) -> Scalar:
@@ -131,16 +128,18 @@ class VLB(Checked):
             theirs = self.process.noise_table[i].sqrt()  # bfloat16 has two digits of it
             strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
             if bool(strange.any()):
-                raise ValueError(
-                    f"level of VLB must be one of its own chain's levels at t = i/N alone; got "
-                    f"t={t[strange].flatten()[0]:g}, sigma={sigma[strange].flatten()[0]:g}"
-                )
+                rule = "one of its own chain's levels at t = i/N alone"
+                found = f"t={t[strange][0]:g}, sigma={sigma[strange][0]:g}"
+                raise ValueError(f"level of VLB must be {rule}; got {found}")
         weight = self._weights.to(i.device)[i - 1]
-        if isinstance(level.sigma, Tensor):
-            return weight.to(level.sigma) / level.sigma**2
-        return weight.item() / level.sigma**2
+        return like(weight, level.sigma) / level.sigma**2
 
     @cached_property
     def _weights(self) -> Tensor:
         betas = self.process.beta_table
         return betas**2 / (2 * self.process.model_variances(self.variance) * (1 - betas))
+
+
+def like(value: Tensor, sigma: Scalar) -> Scalar:
+    """Convert a float64 result to the kind of `sigma`: its dtype and device, or a float."""
+    return value.to(sigma) if isinstance(sigma, Tensor) else value.item()

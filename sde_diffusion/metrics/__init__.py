@@ -1,51 +1,9 @@
-"""*Distances between sets of samples.* In the plane, and in the features of a network."""
+"""*Distances between sets of samples.* In the plane, and in the features of a network.
 
-from sde_diffusion.metrics.distances import (
-    Figure,
-    MissingExtra,
-    energy_distance,
-    mmd,
-    required,
-    sliced_wasserstein,
-    wasserstein,
-)
-from sde_diffusion.metrics.quality import (
-    Gatherer,
-    PrecisionRecall,
-    Principal,
-    Statistics,
-    chunks,
-    extract,
-    floor,
-    frechet_distance,
-    gathered,
-    halves,
-    kid,
-    precision_recall,
-    principal,
-    statistics,
-)
+distances   exact and sliced Wasserstein, MMD and energy distance of points
+quality     Frechet distance, KID, precision and recall of features
+features    networks that map images to features; imported by its own name
+"""
 
-__all__ = [
-    "Figure",
-    "Gatherer",
-    "MissingExtra",
-    "PrecisionRecall",
-    "Principal",
-    "Statistics",
-    "chunks",
-    "energy_distance",
-    "extract",
-    "floor",
-    "frechet_distance",
-    "gathered",
-    "halves",
-    "kid",
-    "mmd",
-    "precision_recall",
-    "principal",
-    "required",
-    "sliced_wasserstein",
-    "statistics",
-    "wasserstein",
-]
+from sde_diffusion.metrics.distances import *  # noqa: F403
+from sde_diffusion.metrics.quality import *  # noqa: F403

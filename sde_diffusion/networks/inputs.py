@@ -10,8 +10,6 @@ from torch import Tensor
 
 from sde_diffusion.validate import Each, Integer
 
-__all__ = ["CondWidth", "Side", "Width", "Widths", "check_cond", "check_images"]
-
 Side = Integer(1, 2**16)
 
 Width = Annotated[int, Side]

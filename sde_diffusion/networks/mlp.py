@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 from sde_diffusion.networks.inputs import CondWidth, Side, Width, check_cond
@@ -41,8 +42,7 @@ class MLP(nn.Module):
         super().__init__()
         if fourier == 2:
             raise ValueError("fourier must be 0 or at least 4; got 2")
-        if prod(shape) > 2**24:
-            raise ValueError(f"prod(shape) must be at most {2**24}; got {prod(shape)}")
+        size = validate.integer("prod(shape)", prod(shape), at_most=2**24)
         self.config = {
             "shape": list(shape),
             "width": width,
@@ -54,12 +54,12 @@ class MLP(nn.Module):
         self.shape, self.cond = tuple(shape), cond
         self.embed = Fourier(fourier, max_frequency=50.0) if fourier else None
         layers: list[nn.Module] = []
-        wide = prod(shape) + (fourier or 1) + cond
+        wide = size + (fourier or 1) + cond
         for _ in range(depth):
             layers += [nn.Linear(wide, width), nn.SiLU()]
             layers += [Dropout(dropout)] if dropout else []
             wide = width
-        self.layers = nn.Sequential(*layers, nn.Linear(width, prod(shape)))
+        self.layers = nn.Sequential(*layers, nn.Linear(width, size))
 
     def forward(
         self,
@@ -71,10 +71,7 @@ class MLP(nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
         check_cond(cond, self.cond)
-        parts = [
-            x.reshape(len(x), prod(self.shape)),
-            self.embed(c) if self.embed is not None else c[:, None],
-        ]
-        if cond is not None:
-            parts.append(cond.to(x.dtype))
-        return self.layers(torch.cat(parts, dim=1)).reshape(x.shape)
+        noise = c[:, None] if self.embed is None else self.embed(c)
+        extra = [] if cond is None else [cond.to(x.dtype)]
+        h = torch.cat([x.reshape(len(x), prod(self.shape)), noise, *extra], dim=1)
+        return self.layers(h).reshape(x.shape)

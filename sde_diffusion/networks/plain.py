@@ -31,9 +31,8 @@ class PlainUNet(nn.Module):
         self.config = {"in_channels": in_channels, "channels": list(channels)}
         widths = [in_channels + 1, *channels]
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
-        self.up = nn.ModuleList(
-            nn.Conv2d(a + b, b, 3, padding=1) for a, b in pairwise(reversed(channels))
-        )
+        pairs = pairwise(reversed(channels))
+        self.up = nn.ModuleList(nn.Conv2d(a + b, b, 3, padding=1) for a, b in pairs)
         self.leave = nn.Conv2d(channels[0], in_channels, 3, padding=1)
 
     def forward(

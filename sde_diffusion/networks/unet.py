@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
 from sde_diffusion.networks.inputs import CondWidth, Width, check_cond, check_images
@@ -54,17 +55,11 @@ class UNet(nn.Module):
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        if max(attention, default=0) >= len(channels):
-            raise ValueError(
-                f"attention must index channels 0..{len(channels) - 1}; got {tuple(attention)}"
-            )
+        validate.integer("max(attention)", max(attention, default=0), 0, len(channels) - 1)
         if any(channels[level] % heads for level in attention):
             raise ValueError(f"heads must divide the widths with attention; got {heads}")
         self.stride = patch * 2 ** (len(channels) - 1)
-        if self.stride > 512:
-            raise ValueError(
-                f"patch * 2^(len(channels) - 1) must be at most 512; got {self.stride}"
-            )
+        validate.integer("patch * 2^(len(channels) - 1)", self.stride, at_most=512)
         self.config = {
             "in_channels": in_channels,
             "channels": list(channels),
@@ -96,13 +91,10 @@ class UNet(nn.Module):
                 self.down.append(block(width, target, level))
                 skips.append(width := target)
 
-        self.middle = nn.ModuleList(
-            [
-                Residual(width, width, embedding, dropout),
-                Attention(width, heads if width % heads == 0 else 1),
-                Residual(width, width, embedding, dropout),
-            ]
-        )
+        first = Residual(width, width, embedding, dropout)
+        attend = Attention(width, heads if width % heads == 0 else 1)
+        last = Residual(width, width, embedding, dropout)
+        self.middle = nn.ModuleList([first, attend, last])
 
         self.up = nn.ModuleList()
         for level, target in reversed(list(enumerate(channels))):
@@ -112,11 +104,8 @@ class UNet(nn.Module):
             if level:
                 self.up.append(nn.ModuleList([Double(width)]))
 
-        self.leave = nn.Sequential(
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            zero(nn.Conv2d(width, in_channels * patch**2, 3, padding=1)),
-        )
+        leave = zero(nn.Conv2d(width, in_channels * patch**2, 3, padding=1))
+        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), leave)
 
     def forward(
         self,
@@ -135,8 +124,7 @@ class UNet(nn.Module):
         e = F.silu(e)
 
         height, width = x.shape[-2:]
-        h = F.pixel_unshuffle(pad(x, self.stride), self.patch)
-        h = self.enter(h)
+        h = self.enter(F.pixel_unshuffle(pad(x, self.stride), self.patch))
         skips = [h]
         for parts in self.down:
             for part in parts:  # type: ignore[union-attr]
@@ -183,13 +171,11 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        q, k, v = rearrange(
-            self.qkv(self.norm(x)), "b (n h d) y x -> n b h (y x) d", n=3, h=self.heads
-        )
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "b (n h d) y x -> n b h (y x) d", n=3, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(
-            rearrange(attended, "b h (y x) d -> b (h d) y x", y=x.shape[2], x=x.shape[3])
-        )
+        attended = rearrange(attended, "b h (y x) d -> b (h d) y x", y=x.shape[2])
+        return x + self.out(attended)
 
 
 class Halve(nn.Module):

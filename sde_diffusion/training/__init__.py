@@ -8,42 +8,9 @@ global batch) alone. So a resumed run is the uninterrupted one, bit for bit, and
 or accumulated parts draw the numbers of one process.
 """
 
-from sde_diffusion.training.batches import Batch, draw
-from sde_diffusion.training.checkpoints import (
-    Otherwise,
-    checkpoints,
-    newest_checkpoint,
-    restore,
-    resume,
-    save,
-)
-from sde_diffusion.training.engine import Alone, Engine, accumulation, launched, precision
-from sde_diffusion.training.journal import Journal, Stop, history
-from sde_diffusion.training.recipe import EMA, Average, PowerEMA, Recipe
-from sde_diffusion.training.state import Metrics, TrainState, train
-
-__all__ = [
-    "EMA",
-    "Alone",
-    "Average",
-    "Batch",
-    "Engine",
-    "Journal",
-    "Metrics",
-    "Otherwise",
-    "PowerEMA",
-    "Recipe",
-    "Stop",
-    "TrainState",
-    "accumulation",
-    "checkpoints",
-    "draw",
-    "history",
-    "launched",
-    "newest_checkpoint",
-    "precision",
-    "restore",
-    "resume",
-    "save",
-    "train",
-]
+from sde_diffusion.training.batches import *  # noqa: F403
+from sde_diffusion.training.checkpoints import *  # noqa: F403
+from sde_diffusion.training.engine import *  # noqa: F403
+from sde_diffusion.training.journal import *  # noqa: F403
+from sde_diffusion.training.recipe import *  # noqa: F403
+from sde_diffusion.training.state import *  # noqa: F403

@@ -19,7 +19,7 @@ from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.training.recipe import Recipe
 from sde_diffusion.validate import Cond, Integer, Kind
 
-__all__ = ["Batch", "draw", "mask", "stretches"]
+__all__ = ["Batch", "draw"]
 
 
 class Batch(NamedTuple):
@@ -81,7 +81,7 @@ def draw(
 
 
 def to_device(cond: Any, device: torch.device) -> Any:
-    """A tensor, tensors by name or None, on a device; dtypes are kept."""
+    """Move a tensor, or tensors by name, to a device and keep their dtypes; None stays None."""
     if isinstance(cond, Mapping):
         return {name: value.to(device) for name, value in cond.items()}
     return None if cond is None else cond.to(device)
@@ -106,13 +106,11 @@ def stretches(recipe: Recipe, processes: int, process: int, parts: int) -> Itera
     """The positions of one process in a global batch, cut into `parts` pieces.
 
     Raises:
-        ValueError: if there are fewer positions than parts: each process must have work in each.
+        ValueError: if there are fewer positions than pieces: none may be empty.
     """
     size, pieces = recipe.batch_size, processes * parts
     if size < pieces:
-        raise ValueError(
-            f"batch_size must be at least {pieces} for {processes} processes with {parts} parts "
-            f"each; got {size}"
-        )
+        rule = f"at least {pieces} for {processes} processes with {parts} parts each"
+        raise ValueError(f"batch_size must be {rule}; got {size}")
     for part in range(process * parts, (process + 1) * parts):
         yield range(part * size // pieces, (part + 1) * size // pieces)

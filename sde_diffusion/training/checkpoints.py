@@ -55,7 +55,12 @@ def save(state: Annotated[TrainState, STATE], folder: str | Path, **record: obje
     tensors = {**state.tensors, **flat(state.optimizer)}
     numbers = {name: tensors.pop(name) for name in list(tensors) if not is_tensor(tensors[name])}
     tensors = {name: full(value) for name, value in tensors.items()}
-    progress = {"step": state.step, "skipped": state.skipped, "settings": state.settings}
+    progress = {
+        "step": state.step,
+        "skipped": state.skipped,
+        "settings": state.settings,
+        "numbers": numbers,
+    }
     if state.engine.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for end in ("part", "old"):
@@ -64,9 +69,7 @@ def save(state: Annotated[TrainState, STATE], folder: str | Path, **record: obje
         scratch = folder / f".{target.name}.part"
         try:
             averaged.save(scratch / "denoiser.safetensors", step=state.step, **record)
-            storage.write(
-                scratch / "training.safetensors", tensors, {**progress, "numbers": numbers}
-            )
+            storage.write(scratch / "training.safetensors", tensors, progress)
         except (OSError, ValueError):
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -104,13 +107,8 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     if changed:
         raise Otherwise(f"{path}: its run had other settings: {', '.join(changed)}")
     blank = copy.deepcopy(state.averaged)
-    Denoiser.load(
-        checkpoint / "denoiser.safetensors",
-        blank.network,
-        process=blank.process,
-        parameterization=blank.parameterization,
-        noise_input=blank.noise_input,
-    )
+    parts = {name: getattr(blank, name) for name in ("process", "parameterization", "noise_input")}
+    Denoiser.load(checkpoint / "denoiser.safetensors", blank.network, **parts)
     values = {**tensors, **numbers}
     check_names(path, values, state, moved=step > skipped)
     with torch.no_grad():
@@ -127,12 +125,10 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
 
 def progress_of(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str, Any], Any]:
     """Steps done, steps skipped, settings, numbers of the optimizer."""
-    step, skipped, settings, numbers = map(
-        record.get, ("step", "skipped", "settings", "numbers"), (None, None, None, {})
-    )
-    whole = type(step) is int and type(skipped) is int
-    whole = whole and isinstance(settings, dict) and isinstance(numbers, dict)
-    if not whole or not 0 <= skipped <= step:
+    record = {"numbers": {}, **record}
+    values: list[Any] = [record.get(name) for name in ("step", "skipped", "settings", "numbers")]
+    step, skipped, settings, numbers = values
+    if [*map(type, values)] != [int, int, dict, dict] or not 0 <= skipped <= step:
         raise storage.BadFile(f"{path.with_suffix('.json')}: not the record of a training run")
     return step, skipped, settings, numbers
 
@@ -149,10 +145,8 @@ def check_names(path: Path, values: dict[str, Any], state: TrainState, *, moved:
     expected = {name: outline(value) for name, value in state.tensors.items()} | slots
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise storage.BadFile(
-                f"{path}: of another network: {name} is {found.get(name, 'absent')}, "
-                f"not {expected.get(name, 'known here')}"
-            )
+            kinds = f"{found.get(name, 'absent')}, not {expected.get(name, 'known here')}"
+            raise storage.BadFile(f"{path}: of another network: {name} is {kinds}")
 
 
 def parameter_of(slot: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sde_diffusion import validate
 
-__all__ = ["Alone", "Engine", "accumulation", "full", "launched", "like_ours", "precision"]
+__all__ = ["Alone", "Engine", "accumulation", "launched", "precision"]
 
 
 class Engine(Protocol):
@@ -119,10 +119,8 @@ def launched(
         raise ValueError("fsdp_version must be 2 in accelerate's configuration; got 1")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
-        raise ValueError(
-            f"WORLD_SIZE must be the number of connected processes, {accelerator.num_processes}; "
-            f"got {started}; launch them with torchrun"
-        )
+        rule = f"the number of connected processes, {accelerator.num_processes}"
+        raise ValueError(f"WORLD_SIZE must be {rule}; got {started}; launch them with torchrun")
     return accelerator
 
 
@@ -146,10 +144,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like_ours(value: Tensor, ours: Tensor) -> Tensor:
-    """`value` on the device of `ours`, in its memory format and with its shards; dtype unchanged.
+    """Give `value` the device, the memory format and the shards of `ours`, and keep its dtype.
 
-    A fused optimizer reads weights and moments in the order of memory. With different formats it
-    would pair the wrong numbers, silently.
+    A fused optimizer reads weights and moments in the order of memory: in different formats it
+    would pair the wrong numbers without an error.
     """
     if not hasattr(ours, "full_tensor"):
         return torch.empty_like(ours, dtype=value.dtype, requires_grad=False).copy_(value)

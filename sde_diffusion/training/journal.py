@@ -5,6 +5,8 @@ import io
 import os
 import signal
 import threading
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,17 +71,10 @@ def history(folder: str | Path) -> list[Metrics]:
     if not path.exists():
         return []
     steps: list[Metrics] = []
-    with open(path, newline="", errors="replace") as file:
-        rows = csv.reader(file)
-        while True:
-            try:
-                row = next(rows)
-                if rows.line_num == 1:
-                    continue
-                step, loss, norm, rate, skipped = row  # a kill may have cut the last
-                read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
-            except (ValueError, csv.Error, StopIteration):
-                break
+    with suppress(ValueError, csv.Error), open(path, newline="", errors="replace") as file:
+        for row in islice(csv.reader(file), 1, None):
+            step, loss, norm, rate, skipped = row  # a kill may have cut the last
+            read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
             if read.step <= (steps[-1].step if steps else 0):
                 break
             steps.append(read)

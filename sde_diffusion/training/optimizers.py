@@ -1,7 +1,7 @@
 """Optimizers for training: any of torch.optim, saved by its own state."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from sde_diffusion import validate
 from sde_diffusion.training.engine import like_ours
 from sde_diffusion.training.recipe import Recipe
-
-__all__ = ["MakeOptimizer", "adamw", "flat", "hyperparameters", "load", "outline", "rehearsed"]
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -27,7 +25,7 @@ def adamw(recipe: Recipe) -> MakeOptimizer:
 
 
 def rehearsed(
-    make: MakeOptimizer, parameters: Iterable[nn.Parameter]
+    make: MakeOptimizer, parameters: list[nn.Parameter]
 ) -> tuple[Any, dict[str, str], dict[str, str]]:
     """Make an optimizer, and take one step with gradients of 0, which is undone.
 
@@ -36,7 +34,8 @@ def rehearsed(
     Raises:
         ValueError: if it cannot train these parameters, or its state cannot be saved.
     """
-    parameters = list(parameters)
+    if not callable(make):
+        raise TypeError(f"optimizer must be a function of parameters; got {validate.shown(make)}")
     optimizer = make(parameters)
     validate.kind("optimizer", optimizer, "a function that returns a torch optimizer", "state_dict")
     moved = parameters_of(optimizer)
@@ -52,10 +51,8 @@ def rehearsed(
             p.grad = torch.zeros_like(p)
         optimizer.step()
     except Exception as error:
-        raise ValueError(
-            f"optimizer must step on dense gradients without a closure; "
-            f"got {type(optimizer).__name__}: {error}"
-        ) from error
+        rule, found = "step on dense gradients without a closure", type(optimizer).__name__
+        raise ValueError(f"optimizer must {rule}; got {found}: {error}") from error
     finally:
         for p, value in zip(moved, values, strict=True):
             p.grad = None
@@ -63,9 +60,8 @@ def rehearsed(
     after = flat(optimizer)
     for name, value in after.items():
         if not isinstance(value, Tensor | int | float | None):
-            raise ValueError(
-                f"optimizer must keep tensors and numbers; got {outline(value)}, {name}"
-            )
+            found = f"{outline(value)}, {name}"
+            raise ValueError(f"optimizer must keep tensors and numbers; got {found}")
     load(optimizer, before["state"])
     return optimizer, first, {name: outline(value) for name, value in after.items()}
 

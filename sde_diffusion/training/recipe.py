@@ -1,38 +1,29 @@
 """Settings of a training run, and the averages of its weights."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Annotated, Any, Literal, Protocol
 
-from sde_diffusion.validate import (
-    Checked,
-    Choice,
-    Count,
-    Integer,
-    Kind,
-    NonNegative,
-    Number,
-    Positive,
-    Share,
-)
+from sde_diffusion import validate
+from sde_diffusion.validate import Checked, Choice, Count, NonNegative, Positive, Share
 
 __all__ = ["EMA", "Average", "PowerEMA", "Recipe"]
 
 Decay = Literal["cosine", "linear", "constant"]
+AVERAGE = validate.Kind("an average such as EMA(0.9995)", "decay_at")
 
 
 def below_one(name: str, value: Any) -> None:
-    """Refuse 1, the end of [0, 1)."""
+    """Rule of a number in [0, 1], less 1."""
     if value == 1:
         raise ValueError(f"{name} must be below 1; got {value}")
 
 
 def positive(name: str, value: Any) -> None:
-    """Refuse anything but a number above 0; inf is allowed."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise ValueError(f"{name} must be a positive number; got {value}")
+    """Rule of a number above 0; inf is allowed."""
+    if value != math.inf:
+        validate.number(name, value, 0, strict=True)
 
 
 class Average(Protocol):
@@ -47,7 +38,7 @@ class Average(Protocol):
 class EMA(Checked):
     """Exponential moving average whose decay grows from 0: min(decay, (1 + n) / (10 + n))."""
 
-    decay: Annotated[float, Number(0, 1), below_one] = 0.9995
+    decay: Annotated[float, validate.Number(0, 1), below_one] = 0.9995
 
     def decay_at(self, updates: int) -> float:
         return min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
@@ -66,7 +57,7 @@ class PowerEMA(Checked):
             follows from  sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
 
-    sigma_rel: Annotated[float, Number(1e-3, 12**-0.5)] = 0.05
+    sigma_rel: Annotated[float, validate.Number(1e-3, 12**-0.5)] = 0.05
 
     @cached_property
     def gamma(self) -> float:
@@ -102,12 +93,12 @@ class Recipe(Checked):
     steps: Count = 10_000
     batch_size: Count = 128
     learning_rate: Positive = 1e-3
-    warmup: Annotated[int, Integer(0)] = 500
+    warmup: Annotated[int, validate.Integer(0)] = 500
     decay: Annotated[Decay, Choice("cosine", "linear", "constant")] = "cosine"
     weight_decay: NonNegative = 0.0
     clip: Annotated[float, positive] = 1.0
-    ema: Annotated[Average, Kind("an average such as EMA(0.9995)", "decay_at")] = EMA()
-    seed: Annotated[int, Integer(0)] = 0
+    ema: Annotated[Average, AVERAGE] = EMA()
+    seed: Annotated[int, validate.Integer(0)] = 0
     cond_dropout: Share = 0.0
     dtype: Annotated[Literal["float32", "bf16"], Choice("float32", "bf16")] = "float32"
 
@@ -125,6 +116,4 @@ class Recipe(Checked):
     @property
     def settings(self) -> dict[str, object]:
         """The fields in a form for JSON."""
-        plain: dict[str, object] = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain["ema"] = repr(self.ema)
-        return plain
+        return {**vars(self), "ema": repr(self.ema)}

@@ -13,9 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from sde_diffusion import validate
 from sde_diffusion.data.datasets import Data, entries
 from sde_diffusion.files import storage
-from sde_diffusion.losses.denoising import L2, Penalty, denoising_loss
-from sde_diffusion.losses.times import TimeDistribution, UniformTimes, support_of
-from sde_diffusion.losses.weights import Weight
+from sde_diffusion.losses import L2, Penalty, TimeDistribution, UniformTimes, Weight, denoising_loss
+from sde_diffusion.losses.times import support_of
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.sources import Purpose
@@ -23,11 +22,12 @@ from sde_diffusion.training.batches import Batch, draw, mask, stretches, to_devi
 from sde_diffusion.training.engine import Alone, Engine, full
 from sde_diffusion.training.optimizers import MakeOptimizer, adamw, hyperparameters, rehearsed
 from sde_diffusion.training.recipe import Recipe
-from sde_diffusion.validate import Choice, Kind
 
 __all__ = ["Metrics", "TrainState", "train"]
 
-LAW = Kind("a callable, see losses and times", "__call__")
+LAW = validate.Kind("a callable, see losses and times", "__call__")
+ENGINE = validate.Kind("an Engine such as launched()", "prepare", "reduce")
+DATA = validate.Kind("a data set such as Images or Points", "batch", "shape", "__len__")
 FOREIGN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -76,21 +76,16 @@ class TrainState:
     @validate.arguments
     def __init__(
         self,
-        denoiser: Annotated[Denoiser, Kind("a Denoiser", "network", "parameterization")],
-        recipe: Annotated[Recipe, Kind("a Recipe", "settings", "factor")],
+        denoiser: Annotated[Denoiser, validate.Kind("a Denoiser", "network", "parameterization")],
+        recipe: Annotated[Recipe, validate.Kind("a Recipe", "settings", "factor")],
         times: Annotated[TimeDistribution, LAW] | None = None,
         weight: Annotated[Weight, LAW] | None = None,
         penalty: Annotated[Penalty, LAW] | None = None,
-        engine: Annotated[Engine, Kind("an Engine such as launched()", "prepare", "reduce")]
-        | None = None,
-        bad: Annotated[Literal["raise", "skip"], Choice("raise", "skip")] = "raise",
+        engine: Annotated[Engine, ENGINE] | None = None,
+        bad: Annotated[Literal["raise", "skip"], validate.Choice("raise", "skip")] = "raise",
         facts: Mapping[str, object] | None = None,
         optimizer: MakeOptimizer | None = None,
     ) -> None:
-        if optimizer is not None and not callable(optimizer):
-            raise TypeError(
-                f"optimizer must be a function of parameters; got {type(optimizer).__name__}"
-            )
         check_tensors(denoiser)
         network = denoiser.network
         self.denoiser, self.recipe = denoiser, recipe
@@ -107,37 +102,31 @@ class TrainState:
         self._masked = [m for m in network.modules() if isinstance(m, Dropout) and m.p]
         self._foreign = any(isinstance(m, FOREIGN) for m in network.modules())
         trained = [p for p in denoiser.parameters() if p.requires_grad and p.numel()]
-        made, self.first_slots, self.slots = rehearsed(optimizer or adamw(recipe), trained)
+        optimizer = adamw(recipe) if optimizer is None else optimizer
+        made, self.first_slots, self.slots = rehearsed(optimizer, trained)
         self._optimized = hyperparameters(made)
         self._rates = [float(group["lr"]) for group in made.param_groups]
         self.shadow = copy.deepcopy(denoiser).requires_grad_(False)
         # Wrapped or sharded, the parameters of the network stay those of denoiser.network.
         self._wrapped, self.optimizer = self.engine.prepare(network, made)
         self._trained = around(denoiser, self._wrapped)
-        self._outside = [
-            p for name, p in denoiser.named_parameters() if not name.startswith("network.")
-        ]
+        parameters = dict(denoiser.named_parameters())
+        self._outside = [p for name, p in parameters.items() if not name.startswith("network.")]
+        if self._outside and any(hasattr(p, "full_tensor") for p in parameters.values()):
+            raise ValueError("engine must not shard a denoiser with parameters outside its network")
         self.average: dict[str, Tensor] = {}
         self._copied = list(zip(self.shadow.buffers(), denoiser.buffers(), strict=True))
-        parameters = zip(denoiser.named_parameters(), self.shadow.parameters(), strict=True)
-        for (name, ours), whole in parameters:
-            sharded = hasattr(ours, "full_tensor")
-            if sharded and self._outside:
-                raise ValueError(
-                    "engine must not shard a denoiser with parameters outside its network"
-                )
+        for (name, ours), whole in zip(parameters.items(), self.shadow.parameters(), strict=True):
             dtype = torch.promote_types(ours.dtype, torch.float32)
             if not ours.is_floating_point():
                 self._copied.append((whole, ours))
-            elif sharded or dtype != ours.dtype:  # each process averages its own shards
+            elif hasattr(ours, "full_tensor") or dtype != ours.dtype:  # each averages its shards
                 self.average[name] = ours.detach().to(dtype, copy=True)
             else:
                 self.average[name] = whole.data
         if (count := len(self.tensors) + len(self.slots)) > storage.TENSORS:
-            raise ValueError(
-                f"denoiser must need at most {storage.TENSORS:,} tensors in a checkpoint; "
-                f"got {count:,}"
-            )
+            rule = f"at most {storage.TENSORS:,} tensors in a checkpoint"
+            raise ValueError(f"denoiser must need {rule}; got {count:,}")
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -267,17 +256,13 @@ class TrainState:
 def check_tensors(denoiser: Denoiser) -> None:
     """Refuse a denoiser without a trained parameter, or with values that no file can hold."""
     if not any(p.requires_grad for p in denoiser.parameters()):
-        raise ValueError(
-            "denoiser must have a parameter that requires a gradient; got a network without "
-            "parameters to train"
-        )
+        raise ValueError("denoiser must have a parameter that requires a gradient; got none")
     for name, value in denoiser.state_dict().items():
         known = isinstance(value, Tensor) and value.dtype in storage.DTYPES.values()
         if not known or nn.parameter.is_lazy(value):
             kind = getattr(value, "dtype", type(value).__name__)
-            raise ValueError(
-                f"denoiser must hold initialized tensors of real numbers; got {name} of {kind}"
-            )
+            rule = "initialized tensors of real numbers"
+            raise ValueError(f"denoiser must hold {rule}; got {name} of {kind}")
 
 
 def around(denoiser: Denoiser, network: nn.Module) -> Denoiser:
@@ -309,8 +294,8 @@ def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:
 
 @validate.arguments
 def train(
-    state: Annotated[TrainState, Kind("a TrainState", "advance", "recipe")],
-    data: Annotated[Data, Kind("a data set such as Images or Points", "batch", "shape", "__len__")],
+    state: Annotated[TrainState, validate.Kind("a TrainState", "advance", "recipe")],
+    data: Annotated[Data, DATA],
     parts: validate.Count = 1,
 ) -> Iterator[Metrics]:
     """Train from the present step of `state` to the end of its recipe, one Metrics a step.

@@ -107,7 +107,7 @@ def test_a_context_is_required_refused_or_of_another_width_by_name(name):
     with pytest.raises(ValueError, match="cond must have width 5; got"):
         conditional(x, c, x.new_zeros(3, 4))
     x, c = batch(*shape, dtype=torch.float32)
-    with pytest.raises(ValueError, match="cond must have width 0; got"):
+    with pytest.raises(ValueError, match="cond must be None: the network has no condition"):
         unconditional(x, c, x.new_zeros(3, 5))
 
 

@@ -81,7 +81,7 @@ def test_a_bad_average_is_refused(make):
         ({"weight": 2.0}, "weight must be a callable"),
         ({"engine": "cuda"}, "engine must be an Engine"),
         ({"bad": "ignore"}, "bad must be one of raise, skip"),
-        ({"denoiser": Denoiser(torch.nn.Identity(), VP())}, "network without parameters"),
+        ({"denoiser": Denoiser(torch.nn.Identity(), VP())}, "a parameter that requires a gradient"),
     ],
 )
 def test_a_state_refuses_by_name_what_it_cannot_use(arguments, named):

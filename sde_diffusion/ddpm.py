@@ -28,16 +28,16 @@ from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
 
-__all__ = ["DDPM", "Bound", "Variance"]
+__all__ = ["DDPM", "BoundTerms", "Variance"]
 
 Variance = Annotated[
     Literal["beta", "posterior", "learned"], validate.Choice("beta", "posterior", "learned")
 ]
 Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
-ABatch = Annotated[Tensor, validate.Batch()]
+ABatch = Annotated[Tensor, validate.FloatBatch()]
 
 
-class Bound(NamedTuple):
+class BoundTerms(NamedTuple):
     """-log p(x_0) <= L_N + ... + L_1 + L_0 (Ho et al. 2020, eq. 5), in nats per sample.
 
     Attributes:
@@ -307,12 +307,12 @@ class DDPM:
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
-    ) -> Bound:
-        """All terms of the variational bound, by N calls of the model: see `Bound`."""
+    ) -> BoundTerms:
+        """All terms of the variational bound, by N calls of the model: see `BoundTerms`."""
         source, n = chosen_noise(x0, generator, seeds, noise), self.num_steps
         term = partial(self.bound_term, x0, variance=variance)
         first, *terms = (term(i, source(i / n, 0.0, x0)) for i in range(1, n + 1))
-        return Bound(self.prior_term(x0), torch.stack([first, *terms], dim=1)[:, 1:], first)
+        return BoundTerms(self.prior_term(x0), torch.stack([first, *terms], dim=1)[:, 1:], first)
 
     # ---- indices -------------------------------------------------------------------------------
 

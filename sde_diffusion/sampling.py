@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
-from sde_diffusion.grids.grid import IS_GRID, within
+from sde_diffusion.grids.grid import IS_GRID, cut
 from sde_diffusion.models import conditions
 from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
 from sde_diffusion.processes.level import Level, coordinates, double
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
-from sde_diffusion.validate import Batch, Cond, Kind, shown
+from sde_diffusion.validate import Cond, FloatBatch, Kind, shown
 
 __all__ = ["Sample", "prior", "sample", "trajectory"]
 
@@ -80,7 +80,7 @@ def prior(
 def trajectory(
     model: Annotated[Model, IS_MODEL],
     sampler: Annotated[Sampler, IS_SAMPLER],
-    x: Annotated[Tensor, Batch(), finite],
+    x: Annotated[Tensor, FloatBatch(), finite],
     *,
     steps: int | None = None,
     grid: Annotated[Grid, IS_GRID] | None = None,
@@ -201,7 +201,7 @@ def path_of(
     else:
         ratio = math.exp(-trained_range(model).high / 2)
         rule = sampler.grid if grid is None else grid
-        path = within(rule(model.process, steps, start_time(model), ratio), end)
+        path = cut(rule(model.process, steps, start_time(model), ratio), end)
     if adaptive and path[-1] < end < path[-2]:
         path = torch.cat([path[:-1], path.new_tensor([end]), path[-1:]])
     return path

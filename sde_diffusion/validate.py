@@ -22,12 +22,12 @@ from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, Union, get_args
 from torch import Tensor
 
 __all__ = [
-    "Batch",
     "Checked",
     "Choice",
     "Cond",
     "Count",
     "Each",
+    "FloatBatch",
     "Integer",
     "Kind",
     "NonNegative",
@@ -213,7 +213,7 @@ class Kind:
         return kind(name, value, self.what, *self.attributes)
 
 
-class Batch:
+class FloatBatch:
     """A floating-point tensor (B, ...)."""
 
     def __call__(self, name: str, value: Any) -> Any:

@@ -131,13 +131,13 @@ def fingerprint(data: Data) -> str:
     index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
     samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
     hashed = hashlib.sha256()
-    for name, part in [("", samples), *entries(cond).items()]:
+    for name, part in [("", samples), *named_tensors(cond).items()]:
         hashed.update(name.encode())
         hashed.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{size} of {tuple(data.shape)}, {hashed.hexdigest()[:16]}"
 
 
-def entries(cond: Cond | None) -> Mapping[str, Tensor]:
+def named_tensors(cond: Cond | None) -> Mapping[str, Tensor]:
     """Conditions by name; a single one has the name ""."""
     if cond is None:
         return {}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
-from sde_diffusion.files.strict_json import near, plain, shown
+from sde_diffusion.files.strict_json import json_text, near, plain
 
 __all__ = ["class_and_arguments", "from_record", "public", "same", "to_record"]
 
@@ -71,7 +71,7 @@ def class_and_arguments(
         if argument not in arguments:
             raise ValueError(f"{kind} {name} has no {argument!r}: its record is not complete")
         if not matches_type(arguments[argument], parameter.annotation):
-            raise ValueError(f"{argument} of {name} must not be {shown(arguments[argument])}")
+            raise ValueError(f"{argument} of {name} must not be {json_text(arguments[argument])}")
     return made, arguments
 
 
@@ -88,7 +88,7 @@ def same(kind: str, saved: Any, ours: Mapping[str, Any]) -> None:
 def check_object(kind: str, description: Any) -> None:
     """Refuse anything but a JSON object."""
     if not isinstance(description, dict):
-        raise ValueError(f"{kind} must be described by an object; got {shown(description)}")
+        raise ValueError(f"{kind} must be described by an object; got {json_text(description)}")
 
 
 def text(value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable, shown
+from sde_diffusion.files.strict_json import LIMIT, json_text, near, parsed, plain, printable
 
 __all__ = ["BadFile", "Saved", "check_fit", "examine", "load", "read", "write"]
 
@@ -256,7 +256,7 @@ def check_memory(size: int) -> None:
 def check_record(record: Any) -> None:
     """Refuse anything but a record of `write`."""
     if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object; got {shown(record)}")
+        raise ValueError(f"a record must be an object; got {json_text(record)}")
     check_names("entry", record, OURS, others=True)
     found = record["format"]
     if type(found) is not int or found != FORMAT:
@@ -305,7 +305,7 @@ def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
     except ValueError as error:
         raise ValueError(f"damaged, or not a safetensors file; its header: {error}") from None
     if not isinstance(entries, dict):
-        raise ValueError(f"not a safetensors file: its header is {shown(entries)}")
+        raise ValueError(f"not a safetensors file: its header is {json_text(entries)}")
     notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("__metadata__ must hold strings only")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import NoneType
 from typing import Any
 
-__all__ = ["near", "parsed", "plain", "printable", "shown"]
+__all__ = ["json_text", "near", "parsed", "plain", "printable"]
 
 LIMIT = 4 * 2**20  # bytes
 
@@ -25,7 +25,11 @@ def parsed(data: bytes) -> Any:
     if data.count(b"[") + data.count(b"{") > BRACKETS:
         raise ValueError(f"more than {BRACKETS:,} lists and objects")
     try:
-        kinds = {"parse_int": parse_integer, "parse_float": finite, "parse_constant": finite}
+        kinds = {
+            "parse_int": parse_integer,
+            "parse_float": finite_number,
+            "parse_constant": finite_number,
+        }
         value = json.loads(data.decode(), object_pairs_hook=distinct, **kinds)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not JSON ({error})") from None
@@ -57,7 +61,7 @@ def parse_integer(digits: str) -> int:
     return int(digits)
 
 
-def finite(digits: str) -> float:
+def finite_number(digits: str) -> float:
     """Parse a finite number."""
     value = float(digits)
     if not math.isfinite(value):
@@ -83,7 +87,7 @@ def near(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def shown(value: Any) -> str:
+def json_text(value: Any) -> str:
     """Return the kind of a JSON value and the value itself, cut to 80 characters."""
     kinds = {bool: "", int: "the number ", float: "the number ", str: "the string ",
              list: "the list ", dict: "the object ", NoneType: ""}  # fmt: skip

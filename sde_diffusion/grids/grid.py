@@ -18,7 +18,7 @@ from sde_diffusion.grids.frames import IS_FRAME, Frame, Straight
 from sde_diffusion.processes import Process
 from sde_diffusion.validate import Checked, Kind, Number, Positive, integer
 
-__all__ = ["IS_GRID", "Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "within"]
+__all__ = ["IS_GRID", "Ends", "FromTMax", "Grid", "Karras", "Power", "Uniform", "Usual", "cut"]
 
 IS_GRID = Kind("a grid such as Karras()", "times", "__call__")
 
@@ -39,7 +39,7 @@ class Grid(Checked, ABC):
             steps: n.
             start: the time at which the path begins.
             least_ratio: the smallest sigma / alpha at which the model is trained, 0 for no limit.
-                `sample` replaces nodes below it, except the last, by one node there (`within`).
+                `sample` replaces nodes below it, except the last, by one node there (`cut`).
         """
         return self.times(process, integer("steps", steps), start, least_ratio)
 
@@ -84,7 +84,7 @@ class Karras(Grid):
 
     def ratios(self, steps: int) -> Tensor:
         """Return the ratios (n + 1,)."""
-        return ratios(steps, self.sigma_max, self.sigma_min, self.rho)
+        return karras_ratios(steps, self.sigma_max, self.sigma_min, self.rho)
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
         begin = torch.tensor([start], dtype=torch.float64)
@@ -96,13 +96,13 @@ class Karras(Grid):
         low = max(min(self.sigma_min, high / 100), least_ratio)
         if low >= high or (in_front and steps == 1):
             return torch.tensor([start, 0.0], dtype=torch.float64)
-        times = process.time(-2 * ratios(steps - in_front, high, low, self.rho).log())
+        times = process.time(-2 * karras_ratios(steps - in_front, high, low, self.rho).log())
         if in_front:
             return torch.cat([begin, times])
         return times if above else torch.cat([begin, times[1:]])
 
 
-def ratios(steps: int, high: float, low: float, rho: float) -> Tensor:
+def karras_ratios(steps: int, high: float, low: float, rho: float) -> Tensor:
     """Return the n ratios of Karras et al. 2022, eq. 5, from `high` to `low`, and 0."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     top, bottom = high ** (1 / rho), low ** (1 / rho)
@@ -178,7 +178,7 @@ class Ends(Grid):
         return torch.tensor([start, 0.0], dtype=torch.float64)
 
 
-def within(times: Tensor, end: float) -> Tensor:
+def cut(times: Tensor, end: float) -> Tensor:
     """Replace the times below `end`, except the last, by one node at `end`."""
     inner = times[:-1]
     kept = inner[inner >= end * (1 - SLACK)]

@@ -12,7 +12,7 @@ from sde_diffusion.inverse.operators import check_fits
 from sde_diffusion.models.derivatives import gradient, one_per_sample, ordinary
 from sde_diffusion.models.model import finite, per_sample_field
 from sde_diffusion.processes.level import Scalar, coordinates, per_sample
-from sde_diffusion.validate import Batch, Checked, Kind, NonNegative
+from sde_diffusion.validate import Checked, FloatBatch, Kind, NonNegative
 
 __all__ = ["IS_OBSERVATION", "LogLikelihood", "Measurement", "Observation"]
 
@@ -48,7 +48,7 @@ class Measurement(Checked):
 
     operator: Annotated[Callable[[Tensor], Tensor], Kind("a function of a batch", "__call__")]
     noise_std: NonNegative
-    y: Annotated[Tensor, Batch(), finite] = per_sample_field()
+    y: Annotated[Tensor, FloatBatch(), finite] = per_sample_field()
 
     def residual(self, x0: Tensor) -> Tensor:
         """Return y - A(x0), shaped like y; 0 in parts of y that the operator leaves out."""
@@ -104,7 +104,7 @@ class LogLikelihood(Checked):
     log_prob: Annotated[
         Callable[[Tensor, Tensor], Tensor], Kind("a function of (x0, y)", "__call__")
     ]
-    y: Annotated[Tensor, Batch(), finite] = per_sample_field()
+    y: Annotated[Tensor, FloatBatch(), finite] = per_sample_field()
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         return one_per_sample("log_prob", self.log_prob(x0, ordinary(self.y.to(x0))), x0)

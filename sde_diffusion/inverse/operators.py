@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sde_diffusion.models.derivatives import ordinary
 from sde_diffusion.models.model import finite, per_sample_field
-from sde_diffusion.validate import Batch, Checked, Count, Positive
+from sde_diffusion.validate import Checked, Count, FloatBatch, Positive
 
 __all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "broadcast", "check_fits"]
 
@@ -131,7 +131,7 @@ class Matrix(Checked):
         matrix: A, (m, d).
     """
 
-    matrix: Annotated[Tensor, Batch(), two_axes, finite]
+    matrix: Annotated[Tensor, FloatBatch(), two_axes, finite]
 
     def __call__(self, x0: Tensor) -> Tensor:
         d, got = x0.shape[1:].numel(), tuple(self.matrix.shape)

@@ -24,7 +24,7 @@ from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import Batch, Checked, Cond, Kind, Positive
+from sde_diffusion.validate import Checked, Cond, FloatBatch, Kind, Positive
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
@@ -69,9 +69,9 @@ class Huber(Checked):
 @validate.arguments
 def denoising_loss(
     denoiser: Annotated[Denoiser, Kind("a Denoiser", "parameterization")],
-    x0: Annotated[Tensor, Batch()],
+    x0: Annotated[Tensor, FloatBatch()],
     t: Tensor,
-    eps: Annotated[Tensor, Batch()],
+    eps: Annotated[Tensor, FloatBatch()],
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,

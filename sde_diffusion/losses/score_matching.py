@@ -18,7 +18,7 @@ from sde_diffusion import validate
 from sde_diffusion.models.model import Model
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import Batch, Kind
+from sde_diffusion.validate import FloatBatch, Kind
 
 __all__ = ["implicit_loss", "sliced_loss"]
 
@@ -27,7 +27,7 @@ MODEL = Kind("a model, such as a Denoiser", "process", "__call__")
 
 @validate.arguments
 def implicit_loss(
-    model: Annotated[Model, MODEL], x: Annotated[Tensor, Batch()], t: Scalar
+    model: Annotated[Model, MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
 ) -> Tensor:
     """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
@@ -49,7 +49,7 @@ def implicit_loss(
 @validate.arguments
 def sliced_loss(
     model: Annotated[Model, MODEL],
-    x: Annotated[Tensor, Batch()],
+    x: Annotated[Tensor, FloatBatch()],
     t: Scalar,
     probes: Sequence[Tensor],
 ) -> Tensor:

@@ -20,7 +20,7 @@ from sde_diffusion.files import storage
 from sde_diffusion.files.npz import read_npz, write_npz
 from sde_diffusion.metrics import distances
 from sde_diffusion.metrics.distances import Features, Figure, Samples
-from sde_diffusion.validate import Batch, Checked, Count, Integer, Kind, T, arguments
+from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments
 
 __all__ = [
     "PrecisionRecall",
@@ -52,8 +52,8 @@ class Statistics(Checked):
         count: None where unknown: the files of other programs do not hold it.
     """
 
-    mean: Annotated[Tensor, Batch()]
-    covariance: Annotated[Tensor, Batch()]
+    mean: Annotated[Tensor, FloatBatch()]
+    covariance: Annotated[Tensor, FloatBatch()]
     count: Annotated[int, Integer(2)] | None = None
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
         if cond is None:
             out = self.network(scaled, c)
         else:
-            cond = conditions.map_entries(lambda name, value: fitted(name, value, x, dtype), cond)
+            cond = conditions.map_entries(lambda name, value: cond_for(name, value, x, dtype), cond)
             named = isinstance(cond, Mapping)
             out = self.network(scaled, c, **cond) if named else self.network(scaled, c, cond)
         return prediction.from_network(x, out, level, self.parameterization)
@@ -172,7 +172,7 @@ class NullCond(nn.Module):
         return value
 
 
-def fitted(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+def cond_for(name: str, cond: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a condition with one entry per sample of x, floats in the dtype of the network."""
     cond = validate.cond(name, cond, len(x))
     cond = ordinary(cond.to(x.device, dtype) if cond.is_floating_point() else cond.to(x.device))

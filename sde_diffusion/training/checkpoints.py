@@ -18,7 +18,7 @@ from sde_diffusion.files import storage
 from sde_diffusion.files.strict_json import plain
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.training.engine import full, like_ours
-from sde_diffusion.training.optimizers import flat, load, outline
+from sde_diffusion.training.optimizers import flat, load_state, outline
 from sde_diffusion.training.state import TrainState
 from sde_diffusion.validate import Kind
 
@@ -110,7 +110,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     parts = {name: getattr(blank, name) for name in ("process", "parameterization", "noise_input")}
     Denoiser.load(checkpoint / "denoiser.safetensors", blank.network, **parts)
     values = {**tensors, **numbers}
-    check_names(path, values, state, moved=step > skipped)
+    check_tensor_names(path, values, state, moved=step > skipped)
     with torch.no_grad():
         for name, ours in state.tensors.items():
             ours.copy_(like_ours(values.pop(name), ours))
@@ -119,7 +119,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     for name in sorted(values):  # sharding is a call of all processes, in one order
         _, index, slot = name.split(".", 2)
         slots.setdefault(int(index), {})[slot] = values[name]
-    load(state.optimizer, slots)
+    load_state(state.optimizer, slots)
     state.step, state.skipped = step, skipped
 
 
@@ -133,7 +133,9 @@ def progress_of(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str,
     return step, skipped, settings, numbers
 
 
-def check_names(path: Path, values: dict[str, Any], state: TrainState, *, moved: bool) -> None:
+def check_tensor_names(
+    path: Path, values: dict[str, Any], state: TrainState, *, moved: bool
+) -> None:
     """Refuse values whose names, shapes or dtypes are not those of this state.
 
     A parameter that never had a gradient has no slots; any other has all of them.

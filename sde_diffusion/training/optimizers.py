@@ -62,11 +62,11 @@ def rehearsed(
         if not isinstance(value, Tensor | int | float | None):
             found = f"{outline(value)}, {name}"
             raise ValueError(f"optimizer must keep tensors and numbers; got {found}")
-    load(optimizer, before["state"])
+    load_state(optimizer, before["state"])
     return optimizer, first, {name: outline(value) for name, value in after.items()}
 
 
-def load(optimizer: Any, state: Mapping[int, Mapping[str, Any]]) -> None:
+def load_state(optimizer: Any, state: Mapping[int, Mapping[str, Any]]) -> None:
     """Replace the state of an optimizer by what its state_dict had, bit for bit."""
     moved = parameters_of(optimizer)
     ours = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sde_diffusion import validate
-from sde_diffusion.data.datasets import Data, entries
+from sde_diffusion.data.datasets import Data, named_tensors
 from sde_diffusion.files import storage
 from sde_diffusion.losses import L2, Penalty, TimeDistribution, UniformTimes, Weight, denoising_loss
 from sde_diffusion.losses.times import support_of
@@ -281,7 +281,7 @@ def named(law: object) -> str:
 def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:
     """Name the first samples of this process that are not finite, or whose loss is not."""
     for part, losses in zip(parts, each, strict=True):
-        cond = {f"cond {name}".strip(): value for name, value in entries(part.cond).items()}
+        cond = {f"cond {name}".strip(): value for name, value in named_tensors(part.cond).items()}
         fields = {"x0": part.x0, **cond, "eps": part.eps, "t": part.t, "loss": losses}
         for name, value in fields.items():
             finite = value.isfinite().reshape(len(value), -1).all(1)

@@ -20,7 +20,7 @@ from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Sampler, ScipyODE
 from sde_diffusion.sampling import path_of, sample
-from sde_diffusion.validate import Batch, Integer, Kind, arguments
+from sde_diffusion.validate import FloatBatch, Integer, Kind, arguments
 from sde_diffusion.verify import probe, report
 
 __all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
@@ -297,7 +297,9 @@ FLOWS: dict[Any, Tensor] = {}
 
 
 @arguments
-def flow(data: AMixture, x: Annotated[Tensor, Batch()], t: float = 1.0, s: float = 0.0) -> Tensor:
+def flow(
+    data: AMixture, x: Annotated[Tensor, FloatBatch()], t: float = 1.0, s: float = 0.0
+) -> Tensor:
     """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
     # Levels distinguish two processes of one name, such as an edited class.

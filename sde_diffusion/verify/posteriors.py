@@ -42,9 +42,9 @@ class Problem(validate.Checked):
     """
 
     data: Annotated[GaussianMixture, validate.Kind("an exact.GaussianMixture", "log_prob", "given")]
-    matrix: Annotated[Tensor, validate.Batch()]
+    matrix: Annotated[Tensor, validate.FloatBatch()]
     noise_std: validate.NonNegative
-    y: Annotated[Tensor, validate.Batch()]
+    y: Annotated[Tensor, validate.FloatBatch()]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion.grids import Ends, FromTMax, Karras, Power, Uniform, Usual, frames
-from sde_diffusion.grids.grid import within
+from sde_diffusion.grids.grid import cut
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 GRIDS = [Usual(), Uniform(), Karras(), Karras(rho=3.0), Power(), Power(1.4), FromTMax(), Ends()]
@@ -162,7 +162,7 @@ def test_ends_are_the_ends(process, steps):
 def test_nodes_beyond_the_trained_range_become_one_node_at_its_end(grid, process):
     times = grid(process, 40)
     end = float(times[33] + times[34]) / 2
-    made = within(times, end)
+    made = cut(times, end)
     assert torch.equal(made[:34], times[:34])
     assert made[34:].tolist() == [end, 0.0]
 
@@ -170,19 +170,19 @@ def test_nodes_beyond_the_trained_range_become_one_node_at_its_end(grid, process
 def test_a_node_at_the_end_of_the_range_is_that_node():
     times = Uniform()(sd.VP(), 10)
     for end in (float(times[7]), float(times[7]) * (1 + 1e-12)):
-        assert torch.equal(within(times, end), torch.cat([times[:8], times[-1:]]))
+        assert torch.equal(cut(times, end), torch.cat([times[:8], times[-1:]]))
 
 
 @EVERY
 @pytest.mark.parametrize("grid", [Usual(), Uniform(), Karras(), Power(1.25)], ids=str)
 def test_where_no_node_lies_beyond_the_times_are_the_same_to_the_bit(grid, process):
     times = grid(process, 12)
-    assert within(times, float(times[-2])) is times
-    assert within(times, float(times[-2]) / 2) is times
+    assert cut(times, float(times[-2])) is times
+    assert cut(times, float(times[-2]) / 2) is times
 
 
 def test_where_every_node_lies_beyond_there_is_one_at_the_end():
-    assert within(double(0.01, 0.005, 0.0), 0.02).tolist() == [0.02, 0.0]
+    assert cut(double(0.01, 0.005, 0.0), 0.02).tolist() == [0.02, 0.0]
 
 
 @pytest.mark.parametrize("process", [sd.EDM(), sd.VE(), sd.RectifiedFlow(), sd.VP()], ids=str)
@@ -193,7 +193,7 @@ def test_karras_puts_its_smallest_ratio_where_training_begins_so_n_steps_stay_n(
     assert len(times) == n + 1
     assert ratios(process, times)[-2] == pytest.approx(least, rel=1e-8)
     end = process.time(-2 * math.log(least)).item()
-    cut = within(times, end)
+    cut = cut(times, end)
     assert len(cut) == n + 1
     assert_close(cut, times, rtol=1e-9, atol=0)
     assert torch.equal(Karras()(process, n, least_ratio=0.001), Karras()(process, n))

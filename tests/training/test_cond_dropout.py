@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import PIXELS, POINTS, TIMES, assert_same_bits, content, fresh
 
-from sde_diffusion.data.datasets import Images, entries, fingerprint, shuffled_indices
+from sde_diffusion.data.datasets import Images, fingerprint, named_tensors, shuffled_indices
 from sde_diffusion.files import storage
 from sde_diffusion.losses import denoising_loss
 from sde_diffusion.models.parameterizations import V
@@ -139,9 +139,9 @@ def test_conditions_of_any_shape_and_dtype_reach_the_denoiser_as_they_are(name):
     state.advance(batch)
     expected = data.cond(shuffled_indices(recipe.seed, 50, 0, 16))
     for found in (batch.cond, state._trained.cond):
-        for key, value in entries(expected).items():
-            assert torch.equal(entries(found)[key], value)
-            assert entries(found)[key].dtype == value.dtype
+        for key, value in named_tensors(expected).items():
+            assert torch.equal(named_tensors(found)[key], value)
+            assert named_tensors(found)[key].dtype == value.dtype
     assert batch.keep is None
 
 

@@ -110,7 +110,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     parts = {name: getattr(blank, name) for name in ("process", "parameterization", "noise_input")}
     Denoiser.load(checkpoint / "denoiser.safetensors", blank.network, **parts)
     values = {**tensors, **numbers}
-    check_tensor_names(path, values, state, moved=step > skipped)
+    check_named(path, values, state, moved=step > skipped)
     with torch.no_grad():
         for name, ours in state.tensors.items():
             ours.copy_(like_ours(values.pop(name), ours))
@@ -133,9 +133,7 @@ def progress_of(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str,
     return step, skipped, settings, numbers
 
 
-def check_tensor_names(
-    path: Path, values: dict[str, Any], state: TrainState, *, moved: bool
-) -> None:
+def check_named(path: Path, values: dict[str, Any], state: TrainState, *, moved: bool) -> None:
     """Refuse values whose names, shapes or dtypes are not those of this state.
 
     A parameter that never had a gradient has no slots; any other has all of them.

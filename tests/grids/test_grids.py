@@ -193,9 +193,9 @@ def test_karras_puts_its_smallest_ratio_where_training_begins_so_n_steps_stay_n(
     assert len(times) == n + 1
     assert ratios(process, times)[-2] == pytest.approx(least, rel=1e-8)
     end = process.time(-2 * math.log(least)).item()
-    cut = cut(times, end)
-    assert len(cut) == n + 1
-    assert_close(cut, times, rtol=1e-9, atol=0)
+    kept = cut(times, end)
+    assert len(kept) == n + 1
+    assert_close(kept, times, rtol=1e-9, atol=0)
     assert torch.equal(Karras()(process, n, least_ratio=0.001), Karras()(process, n))
 
 

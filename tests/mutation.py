@@ -257,7 +257,9 @@ class Ground:
         for name in ("sde_diffusion", "tests"):
             shutil.copytree(ROOT / name, root / name)
         shutil.copy(ROOT / "pyproject.toml", root)
-        every = {path.stem[5:]: f"tests/{path.name}" for path in root.glob("tests/test_*.py")}
+        every = {
+            path.stem[5:]: str(path.relative_to(root)) for path in root.glob("tests/**/test_*.py")
+        }
         paths = [path for name, path in sorted(every.items()) if name not in IGNORED.split()]
         self.pytest(Tracer(root, files), paths, 1800)
         loaded, tests, at_import, failed = json.loads((root / "trace.json").read_text())
@@ -343,7 +345,7 @@ def report(results: list[tuple[Mutant, str]], subjects: dict[str, list[str]]) ->
 
 
 def main(
-    modules: tuple[str, ...] = ("processes", "prediction", "samplers", "losses"),
+    modules: tuple[str, ...] = ("processes", "models/prediction", "samplers", "losses"),
     sample: int | None = None,
     seed: int = 0,
     budget: float = 25.0,

@@ -20,7 +20,7 @@ from sde_diffusion.grids.grid import IS_GRID, cut
 from sde_diffusion.models import conditions
 from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
 from sde_diffusion.noise.brownian import Brownian
-from sde_diffusion.noise.sources import Generated, Noise, Seeded, start
+from sde_diffusion.noise.sources import Generated, Noise, Seeded, sequence_of_seeds, start
 from sde_diffusion.processes.level import Level, coordinates, double
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Cond, FloatBatch, Kind, shown
@@ -158,7 +158,9 @@ def sample(
     if progress:
         from tqdm import tqdm
 
-        total = len(path_of(model, sampler, steps, grid, times)) - 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `trajectory` has warned
+            total = len(path_of(model, sampler, steps, grid, times)) - 1
         states = tqdm(states, total=total, desc=type(sampler).__name__)
     for state in states:
         x = state.x
@@ -177,6 +179,8 @@ def check_conditions(model: Model, cond: Cond, count: int) -> None:
     """Refuse a condition of another size or with nan, or for a model that accepts none."""
     if not conditions.takes_cond(model):
         raise TypeError(f"cond must be left out for {shown(model)}, which takes none")
+    if not conditions.entries(cond):
+        raise ValueError("cond must have one or more entries; got none")
     for name, value in conditions.entries(cond).items():
         finite(name, validate.cond(name, value, count))
 
@@ -195,7 +199,8 @@ def path_of(
             raise ValueError("times must be given alone, without steps or grid; got both")
         path = given_times(model, times)
     elif adaptive and (steps is not None or grid is not None):
-        raise ValueError(f"steps must be left out for {name}, which chooses its own; got {steps}")
+        word, got = ("grid", grid) if steps is None else ("steps", steps)
+        raise ValueError(f"{word} must be left out for {name}, which chooses its own; got {got}")
     elif steps is None and not adaptive:
         raise ValueError(f"steps must be given for {name}; got None; e.g. steps=20")
     else:
@@ -260,9 +265,6 @@ def chosen_noise(
         return IS_NOISE("noise", noise)
     if seeds is None:
         return Generated(generator)
-    if isinstance(seeds, Tensor | str) or not hasattr(seeds, "__len__"):
-        got = shown(seeds) + ("; use seeds.tolist()" if isinstance(seeds, Tensor) else "")
-        raise TypeError(f"seeds must be a sequence of integers, one per sample; got {got}")
-    if len(seeds) != len(x):
+    if len(sequence_of_seeds(seeds)) != len(x):
         raise ValueError(f"seeds must hold one seed per sample, {len(x)}; got {len(seeds)}")
     return path(seeds)

@@ -76,6 +76,15 @@ SAMPLING = {
         "seeds must be a sequence of integers, one per sample; "
         "got a tensor of shape (4,), torch.int64; use seeds.tolist()",
     ),
+    "a number for the seeds of a prior": (
+        lambda: sd.prior(DATA, (4, 2), seeds=0),
+        "seeds must be a sequence of integers, one per sample; got 0",
+    ),
+    "a grid for a solver that chooses its levels": (
+        lambda: run(sampler=sd.AdaptiveODE(), steps=None, grid=grids.Karras()),
+        "grid must be left out for AdaptiveODE, which chooses its own; "
+        "got Karras(sigma_max=80.0, sigma_min=0.002, rho=7.0)",
+    ),
     "too few seeds": (
         lambda: run(seeds=[1, 2]),
         "seeds must hold one seed per sample, 4; got 2",
@@ -193,7 +202,7 @@ DENOISERS = {
     ),
     "a word for a null": (
         lambda: sd.Denoiser(NETWORK, VP, null="zero"),
-        "cond must be a tensor; got 'zero'",
+        "null must be a tensor; got 'zero'",
     ),
     "a pair for a range": (
         lambda: sd.Denoiser(NETWORK, VP, trained=(0, 1)),

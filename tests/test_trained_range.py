@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
-from cases import FIXED_STEP, MEAN, OWN_STEPS, gaussian
+from cases import FIXED_STEP, MEAN, OWN_STEPS, Recorded, gaussian
 from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion.models import LogSNRRange
+from sde_diffusion.models.model import HeldBelow
 
 N, V = 1000, 0.25
 CHAIN = sd.Discrete.linear(N)
@@ -165,3 +166,33 @@ def test_a_prior_below_t_1_has_the_law_of_unit_data():
     expected = math.hypot(1 - t, t)
     noise = sd.RectifiedFlow().prior((3, 2), seeds=range(3))
     assert_close(sd.prior(model, (3, 2), seeds=range(3)), expected * noise)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchdiffeq_keeps_to_the_range_in_every_dtype(method, dtype):
+    """torchdiffeq rounds the clock to the dtype of the state."""
+    end = sd.VP().time(5.0).item()
+    model = Recorded(gaussian(sd.VP()))
+    model.trained = LogSNRRange(-10.0, 5.0)
+    x = torch.randn(3, 1, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    sd.sample(model, sd.TorchODE(method), x)
+    assert min(level.t for level in model.levels) == pytest.approx(end, rel=1e-9)
+
+
+def test_above_its_end_a_held_model_is_the_model_at_any_order_of_calls():
+    model = gaussian(sd.VP())
+    held, x = HeldBelow(model, 0.1), torch.ones(2, 1, dtype=torch.float64)
+    at_end = held(x, *levels(0.1)).x0
+    assert torch.equal(held(x, *levels(0.4)).x0, model(x, *levels(0.4)).x0)
+    assert torch.equal(held(x, *levels(0.05)).x0, at_end)
+
+
+def levels(t):
+    return sd.VP().levels(torch.tensor([t], dtype=torch.float64))
+
+
+def test_a_range_that_is_empty_is_refused():
+    apart = gaussian(sd.VP()).ranged(LogSNRRange(-3.0, 0.0) & LogSNRRange(1.0, 4.0))
+    with pytest.raises(ValueError, match="trained must have low < high; got 1, 0"):
+        sd.sample(apart, sd.Heun(), torch.ones(2, 1), steps=3)

@@ -103,6 +103,7 @@ def denoising_loss(
     if space is not None and own is not None and space != own:
         raise ValueError(f"{weight} weighs errors of {own}; got space={space}: leave it out")
     if keep is not None:
+        validate.kind("keep", keep, "a tensor of bools (B,)", "dtype", "shape")
         if keep.shape != x0.shape[:1] or keep.dtype != torch.bool or cond is None:
             rule = f"a bool for each condition, ({len(x0)},), given with cond"
             raise ValueError(f"keep must be {rule}; got {validate.shown(keep)}")

@@ -101,6 +101,11 @@ class Matched(Checked):
         end, ours = (float(p.log_snr(1.0)) for p in (self.model.process, self.process))
         return own & LogSNRRange(low=end) if ours < end - 1e-9 * (1 + abs(end)) else own
 
+    @property
+    def takes_cond(self) -> bool:
+        """True if the inner model takes a condition."""
+        return conditions.takes_cond(self.model)
+
     def null_like(self, cond: Cond) -> Cond:
         """The null condition of the inner model."""
         return conditions.null_of(self.model, cond)

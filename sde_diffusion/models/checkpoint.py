@@ -76,7 +76,9 @@ def load_parts(
         check_same(filled, parts["network"])
         wanted = filled.state_dict()
         if network is None:
-            dtype = common_dtype(saved.outline)
+            dtype = common_dtype(
+                {name: value for name, value in saved.outline.items() if name[:1] != EXTRA}
+            )
             wanted = {name: value.to(dtype) for name, value in wanted.items()}
         state = made["process"].state_dict() if isinstance(made["process"], nn.Module) else {}
         wanted |= {f"{EXTRA}process.{name}": value for name, value in state.items()}

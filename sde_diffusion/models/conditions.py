@@ -21,6 +21,9 @@ def evaluate(model: Any, x: Tensor, level: Level, cond: Cond | None) -> Predicti
 
 def takes_cond(model: Any) -> bool:
     """Return True for a model that can be called as model(x, level, cond)."""
+    own = getattr(model, "takes_cond", None)  # of a wrapper: whether the model inside does
+    if own is not None:
+        return own
     called = inspect.signature(getattr(model, "forward", model.__call__))
     try:
         called.bind(None, None, None)
@@ -60,6 +63,6 @@ def zero_null(name: str, cond: Tensor) -> Tensor:
     if not (cond.is_floating_point() and cond.ndim == 2):
         raise ValueError(
             f"null must be given for {name} of shape {tuple(cond.shape)}, {cond.dtype}; got None; "
-            f"e.g. Denoiser(..., null=torch.tensor(10)) for labels"
+            f"e.g. Denoiser(..., null=torch.zeros({tuple(cond.shape[1:])}, dtype={cond.dtype}))"
         )
     return torch.zeros_like(cond)

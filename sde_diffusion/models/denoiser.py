@@ -158,17 +158,26 @@ class NullCond(nn.Module):
     def __init__(self, null: Cond) -> None:
         super().__init__()
         for name, value in conditions.entries(null).items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise ValueError(f"null must have other names for its entries; got {name!r}")
+            label = f"null of {name}" if isinstance(null, Mapping) else "null"
+            validate.kind(label, value, "a tensor", "dtype")
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
-                self.register_buffer(name, validate.kind(name, value, "a tensor", "dtype"))
+                self.register_buffer(name, value)
 
     def entry(self, name: str, cond: Tensor) -> Tensor:
         """Return the null of one entry of the condition, shaped like one sample of it."""
-        value: Any = getattr(self, name, None)
-        wanted, got = tuple(cond.shape[1:]), None if value is None else tuple(value.shape)
-        if value is None or got != wanted:
+        kept = dict(self.named_parameters()) | dict(self.named_buffers())
+        if name not in kept:
+            raise ValueError(f"null must have an entry {name!r}; got {list(kept)}")
+        value, wanted = kept[name], tuple(cond.shape[1:])
+        if value.shape != wanted:
+            got = tuple(value.shape)
             raise ValueError(f"null of {name} must have shape {wanted}, as one sample; got {got}")
+        if value.is_floating_point() and not cond.is_floating_point():
+            raise ValueError(f"null of {name} must be {cond.dtype}, as cond; got {value.dtype}")
         return value
 
 

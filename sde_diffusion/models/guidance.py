@@ -98,6 +98,10 @@ class ClassifierFree(Guided):
             raise TypeError(
                 f"model must be called as model(x, level, cond); got {shown(self.model)}"
             )
+        for name, value in conditions.entries({} if self.null is None else self.null).items():
+            if not getattr(value, "ndim", 0):
+                got = f"{shown(value)} for {name}; e.g. torch.tensor([10])"
+                raise ValueError(f"null must be a tensor of first axis B or 1; got {got}")
         low, high = self.interval
         if not 0 <= low < high:
             raise ValueError(f"interval must be 0 <= low < high; got {self.interval}")
@@ -115,6 +119,8 @@ class ClassifierFree(Guided):
             return self.model(x, level, null)
         twice = torch.cat([x, x])
         both = self.model(twice, repeated(level), stacked(null, cond))
+        if isinstance(level.alpha, Tensor):  # a matched model's meaning holds levels of 2 B rows
+            return truth(interpolate(both.x0, w), interpolate(both.eps, w), level)
         first = x if both.first is twice else interpolate(both.first, w)
         second = interpolate(both.second, w)
         extra = None if both.extra is None else both.extra.chunk(2)[1]
@@ -222,7 +228,9 @@ def interpolate(both: Tensor, w: Any) -> Tensor:
 
 def repeated(level: Level) -> Level:
     """Return the level of a batch that is concatenated with itself."""
-    fields: Any = (torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim else f for f in level)
+    fields: Any = (
+        torch.cat([f, f]) if isinstance(f, Tensor) and f.ndim and len(f) > 1 else f for f in level
+    )
     return Level(*fields)
 
 
@@ -230,6 +238,9 @@ def stacked(null: Cond, cond: Cond) -> Cond:
     """Concatenate null and condition, entry by entry, null first."""
     if isinstance(null, Mapping) != isinstance(cond, Mapping):
         raise ValueError("null must be a tensor or a mapping as cond is; got the other")
+    names = [list(conditions.entries(part)) for part in (cond, null)]
+    if set(names[0]) != set(names[1]):
+        raise ValueError(f"null must have the entries of cond, {names[0]}; got {names[1]}")
 
     def both(name: str, value: Tensor) -> Tensor:
         other = null[name] if isinstance(null, Mapping) else null

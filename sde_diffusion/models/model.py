@@ -82,7 +82,10 @@ def level_of(process: Process, level: Any, x: Tensor) -> Level:
 
 def trained_range(model: Any) -> LogSNRRange:
     """Return `model.trained`, or EVERYWHERE for a model without one."""
-    return getattr(model, "trained", None) or EVERYWHERE
+    trained = getattr(model, "trained", None) or EVERYWHERE
+    if not trained.low < trained.high:
+        raise ValueError(f"trained must have low < high; got {trained.low:g}, {trained.high:g}")
+    return trained
 
 
 # ---- parts of a batch --------------------------------------------------------------------------
@@ -150,6 +153,11 @@ class Wrapper:
         """The range of the inner model."""
         return trained_range(self.model)
 
+    @property
+    def takes_cond(self) -> bool:
+        """True if the inner model takes a condition."""
+        return conditions.takes_cond(self.model)
+
     def null_like(self, cond: Cond) -> Cond:
         """The null condition of the inner model."""
         return conditions.null_of(self.model, cond)
@@ -180,9 +188,11 @@ class HeldBelow(Wrapper):
     x0: Tensor | None = per_sample_field(default=None)
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        at_end = isinstance(level.t, float) and abs(level.t - self.end) <= 1e-9 * self.end
-        if at_end or self.x0 is None:
+        beyond = level.t / self.end - 1 if isinstance(level.t, float) else -1.0
+        if abs(beyond) <= 1e-9:
             found = self.model(x, level)
-            self.x0 = found.x0 if at_end else None
+            self.x0 = found.x0
             return found
+        if beyond > 0 or self.x0 is None:
+            return self.model(x, level)
         return Prediction(x, self.x0, level, X0())

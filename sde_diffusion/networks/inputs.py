@@ -29,4 +29,5 @@ def check_cond(cond: Tensor | None, width: int) -> None:
     if found and not width:
         raise ValueError(f"cond must be None: the network has no condition; got width {found}")
     if found != width:
-        raise ValueError(f"cond must have width {width}; got {found}")
+        got = "None" if cond is None else f"{found}, shape {tuple(cond.shape)}"
+        raise ValueError(f"cond must have width {width}; got {got}")

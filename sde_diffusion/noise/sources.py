@@ -7,7 +7,7 @@ and a training step does not depend on the number of processes.
 
 from collections.abc import Sequence, Sized
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,15 @@ def check_seeds(seeds: Sized, like: Tensor) -> None:
     if len(seeds) != len(like):
         got = f"{len(seeds)} for a batch of {len(like)}"
         raise ValueError(f"seeds must hold one seed per sample; got {got}")
+
+
+def sequence_of_seeds(seeds: Any) -> Sequence[int]:
+    """Return `seeds` if it is a sequence; a single number and a tensor are not."""
+    if isinstance(seeds, Tensor | str) or not hasattr(seeds, "__len__"):
+        hint = "; use seeds.tolist()" if isinstance(seeds, Tensor) else ""
+        got = validate.shown(seeds) + hint
+        raise TypeError(f"seeds must be a sequence of integers, one per sample; got {got}")
+    return seeds
 
 
 class Generated:
@@ -115,7 +124,9 @@ def start(
     """N(0, I) of this shape (B, ...), from a generator or from one seed per sample."""
     if generator is not None and seeds is not None:
         raise ValueError("generator must be left out where seeds are given; got both")
-    source: Noise = Seeded(seeds, Purpose.PRIOR) if seeds is not None else Generated(generator)
+    source: Noise = Generated(generator)
+    if seeds is not None:
+        source = Seeded(sequence_of_seeds(seeds), Purpose.PRIOR)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type; got {dtype}")
     sizes = validate.shape("shape", shape)

@@ -265,9 +265,8 @@ class Process(validate.Checked, ABC):
 
     def _fields(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = within(t, 1.0, "times must lie in [0, 1]").detach()
-        with torch.no_grad():
-            log_alpha, variance = self._formulas(t)
-            return t, log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log()
+        log_alpha, variance = self._formulas(t)
+        return t, log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log()
 
     def _formulas(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log_alpha and variance; overridden where one follows from the other."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sde_diffusion.grids import FromTMax
 from sde_diffusion.processes import Process
+from sde_diffusion.processes.process import SLACK
 from sde_diffusion.samplers.sampler import Claims, Level, Memory, Model, Noise
 
 __all__ = ["EulerMaruyama"]
@@ -34,7 +35,7 @@ class EulerMaruyama:
 
 
 def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
-    """f and g^2 at one level, which may have them."""
+    """Return f and g^2 at a level: its own `rates`, or those of the process."""
     if t.rates is not None:
         return t.rates
     f, g2 = process.rates(torch.tensor([t.t], dtype=torch.float64))
@@ -44,7 +45,7 @@ def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
 def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: tuple[float, float]) -> Tensor:
     """-(f x - g^2 score), the rate of x as t decreases."""
     process = model.process
-    if not t.t <= process.t_max:
+    if not t.t <= process.t_max + SLACK:
         raise ValueError(f"{process.rates_domain}; got t={t.t}; start the grid there")
     f, g2 = rates
     return model(x, t).score.mul_(g2).sub_(x, alpha=f)

@@ -140,7 +140,8 @@ class Slope:
     """dy/du as a function of (u, y), counting its calls."""
 
     def __init__(self, solver: AdaptiveSolver, model: Model, start: Level[float]) -> None:
-        self.solver, self.model, self.level, self.calls = solver, model, start, 0
+        self.solver, self.model, self.calls = solver, model, 0
+        self.start = self.level = start
 
     @property
     def where(self) -> str:
@@ -149,8 +150,11 @@ class Slope:
     def __call__(self, u: Tensor | float, y: Tensor) -> Tensor:
         if self.calls >= self.solver.max_calls:
             raise SolverError(f"{self.solver} reached max_calls at {self.where}")
-        if float(u) != self.level.u:
-            self.level = self.model.process.level_at(float(u))
+        u = float(u)
+        if abs(u - self.start.u) <= 1e-7 * self.start.u:  # torchdiffeq rounds u to float32
+            self.level = self.start
+        elif u != self.level.u:
+            self.level = self.model.process.level_at(u)
         self.calls += 1
         velocity = self.model(leave(y, self.level), self.level).velocity
         if not bool(torch.isfinite(velocity).all()):

@@ -74,6 +74,13 @@ def draw(
     offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
     x0, cond = data.batch(index, uniform)
+    if x0.shape != like.shape or not x0.is_floating_point():
+        got = f"{tuple(x0.shape)}, {x0.dtype}"
+        raise ValueError(f"data.batch must return floats of shape {tuple(like.shape)}; got {got}")
+    if cond is None and recipe.cond_dropout:
+        raise ValueError(
+            f"cond_dropout must be 0 for data without conditions; got {recipe.cond_dropout}"
+        )
     keep = None
     if cond is not None and recipe.cond_dropout:
         keep = uniforms(row_keys(dropped, positions, device), ()) >= recipe.cond_dropout

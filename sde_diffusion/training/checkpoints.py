@@ -154,7 +154,10 @@ def parameter_of(slot: str) -> str:
     return ".".join(slot.split(".")[:2])
 
 
-def resume(state: TrainState, folder: str | Path) -> tuple[Path | None, list[str]]:
+@validate.arguments
+def resume(
+    state: Annotated[TrainState, STATE], folder: str | Path
+) -> tuple[Path | None, list[str]]:
     """Continue from the newest checkpoint under `folder` that can be read.
 
     Returns:

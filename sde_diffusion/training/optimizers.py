@@ -63,6 +63,13 @@ def rehearsed(
             found = f"{outline(value)}, {name}"
             raise ValueError(f"optimizer must keep tensors and numbers; got {found}")
     load_state(optimizer, before["state"])
+    for group, old in zip(optimizer.param_groups, before["param_groups"], strict=True):
+        changed = [key for key in old if key != "params" and group[key] != old[key]]
+        if changed:
+            raise ValueError(
+                f"optimizer must keep its state per parameter; a step changed {changed[0]!r} of a "
+                f"group, which a checkpoint does not hold"
+            )
     return optimizer, first, {name: outline(value) for name, value in after.items()}
 
 

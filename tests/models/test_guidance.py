@@ -450,3 +450,60 @@ def test_a_learned_null_gets_its_gradient():
     model(drawn(N, 2), 0.5, cond).x0.sum().backward()
     assert null.grad is not None
     assert float(null.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_guidance_of_a_matched_model_at_levels_of_the_batch(count):
+    """Each sample at its own level gives what it gives alone."""
+    network = sd.networks.MLP((2,), cond=3)
+    model = ClassifierFree(sd.match(sd.Denoiser(network, sd.VP()), sd.EDM()), 2.0)
+    x, cond = torch.ones(count, 2), torch.eye(3)[:count]
+    t = torch.linspace(0.3, 0.6, count, dtype=torch.float64)
+    with torch.no_grad():
+        together = model(x, t, cond).x0
+        alone = [model(x[k : k + 1], t[k].item(), cond[k : k + 1]).x0 for k in range(count)]
+        shared = model(x, sd.EDM().level(0.5, x), cond).x0
+    assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert shared.shape == x.shape
+
+
+def test_a_null_that_does_not_fit_is_refused_by_name():
+    model = sd.Denoiser(Mapped(), sd.VP())
+    for null in (10, torch.tensor(10)):
+        with pytest.raises(ValueError, match="null must be a tensor of first axis B or 1"):
+            ClassifierFree(model, null=null)
+    guided = ClassifierFree(model, null={"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"null must have the entries of cond, \['a', 'b'\]"):
+        guided(torch.ones(2, 2), 0.5, {"a": torch.zeros(2), "b": torch.zeros(2)})
+    for names in ({"type": torch.zeros(1)}, {"my-c": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="null must have other names"):
+            sd.Denoiser(Mapped(), sd.VP(), null=names)
+    with pytest.raises(ValueError, match="cond must have one or more entries"):
+        sd.sample(model, sd.Heun(), torch.ones(2, 2), steps=1, cond={})
+
+
+class Mapped(torch.nn.Module):
+    def forward(self, x, c, a, b):
+        return x
+
+
+@pytest.mark.parametrize("null", [
+    torch.tensor(10), torch.zeros(3, dtype=torch.float64), torch.nn.Parameter(torch.ones(3)),
+    {"a": torch.tensor(7), "b": torch.nn.Parameter(torch.ones(2, 2))},
+], ids=["label", "float64", "learned", "mapping"])  # fmt: skip
+def test_a_null_of_any_dtype_is_saved_with_its_model(null, tmp_path):
+    model = sd.Denoiser(sd.networks.MLP((2,), cond=3), sd.VP(), null=null)
+    model.save(tmp_path / "model.safetensors")
+    loaded = sd.Denoiser.load(tmp_path / "model.safetensors")
+    for name, value in model.null.state_dict().items():
+        assert torch.equal(loaded.null.state_dict()[name], value)
+        assert loaded.null.state_dict()[name].dtype == value.dtype
+    learned = [set(dict(m.null.named_parameters())) for m in (model, loaded)]
+    assert learned[0] == learned[1]
+
+
+def test_a_condition_is_refused_where_the_model_inside_takes_none():
+    inner = sd.exact.Gaussian(sd.VP(), torch.zeros(2), 1.0)
+    for model in (sd.models.Clipped(inner), sd.match(inner, sd.EDM())):
+        with pytest.raises(TypeError, match="cond must be left out"):
+            sd.sample(model, sd.Heun(), torch.ones(2, 2), steps=1, cond=torch.zeros(2, 3))

@@ -161,7 +161,7 @@ def test_the_fingerprint_of_data_covers_their_conditions(name):
 def test_a_condition_that_is_not_finite_is_named():
     cond = {"label": torch.arange(16), "text": torch.ones(16, 3)}
     cond["text"][5, 1] = torch.nan
-    batch = draw(POINTS, RECIPE, TIMES, 0)._replace(cond=cond)
+    batch = draw(LABELLED, RECIPE, TIMES, 0)._replace(cond=cond)
     assert blame((batch,), [torch.zeros(16)]) == ": cond text of position 5"
     batch = batch._replace(cond=cond["text"])
     assert blame((batch,), [torch.zeros(16)]) == ": cond of position 5"
@@ -205,3 +205,14 @@ def test_a_checkpoint_from_before_there_was_cond_dropout_is_one_without(tmp_path
 def test_a_share_that_is_none_is_refused(p):
     with pytest.raises((TypeError, ValueError), match="cond_dropout"):
         Recipe(cond_dropout=p)
+
+
+def test_dropout_without_conditions_and_data_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"cond_dropout must be 0 for data without .* got 0\.3"):
+        draw(POINTS, RECIPE, TIMES, 0)
+
+    class Wrong(Conditioned):
+        shape = (3,)
+
+    with pytest.raises(ValueError, match=r"data.batch must return floats of shape \(16, 3\)"):
+        draw(Wrong(CONDITIONS["labels"]), RECIPE, TIMES, 0)

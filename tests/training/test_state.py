@@ -11,9 +11,10 @@ from torch.testing import assert_close
 from training_runs import POINTS, RECIPE, TIMES, Learned, assert_same_bits, content, fresh, mlp
 
 from sde_diffusion.files import storage
+from sde_diffusion.losses import denoising_loss
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.parameterizations import V
-from sde_diffusion.processes import VP
+from sde_diffusion.processes import VP, Process
 from sde_diffusion.training import Otherwise, Recipe, TrainState, draw, restore, save
 from sde_diffusion.training.optimizers import flat
 
@@ -273,3 +274,51 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, edit):
     storage.write(path, tensors, {**record, "numbers": edit})
     with pytest.raises(storage.BadFile, match="training"):
         restore(fresh(), path.parent)
+
+
+class Rate(nn.Module, Process):
+    """dx = -b/2 x dt + sqrt(b) dW with a learned b."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
+
+    def log_alpha(self, t):
+        return -self.b * t / 2
+
+    def variance(self, t):
+        return -torch.expm1(-self.b * t)
+
+
+def test_the_loss_has_a_gradient_for_a_parameter_of_the_process():
+    """By a central difference of the loss."""
+    process = Rate()
+    denoiser = Denoiser(mlp().double(), process, V())
+    x0, eps = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0)).double()
+
+    def loss():
+        return denoising_loss(denoiser, x0, torch.linspace(0.1, 0.9, 8), eps).mean()
+
+    loss().backward()
+    with torch.no_grad():
+        process.b += 1e-4
+        more = loss()
+        process.b -= 2e-4
+        slope = (more - loss()) / 2e-4
+    assert_close(process.b.grad, slope, rtol=1e-5, atol=1e-8)
+
+
+class Counted(torch.optim.SGD):
+    """Counts its steps in a group, which a checkpoint does not hold."""
+
+    def step(self, closure=None):
+        self.param_groups[0]["count"] += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_with_state_in_its_groups_is_refused():
+    def make(parameters):
+        return Counted([{"params": parameters, "count": 0}], lr=0.1)
+
+    with pytest.raises(ValueError, match="a step changed 'count' of a group"):
+        fresh(optimizer=make)

@@ -140,7 +140,7 @@ def test_solvers_with_steps_of_their_own_are_refused_with_the_check_to_use(sampl
 
 
 def test_a_path_of_torchsdes_own_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"must be left out for TorchSDE.*torchsde draws"):
+    with pytest.raises(ValueError, match=r"must be left out for TorchSDE.*drawn by torchsde"):
         verify.law(sd.samplers.TorchSDE("srk"), DATA, steps=4)
 
 
@@ -165,7 +165,7 @@ ARGUMENTS = {
     "data": lambda: verify.law(sd.Heun(), "x", steps=3),
     "steps": lambda: verify.law(sd.Heun(), DATA, steps=0),
     "times must be given alone": lambda: verify.law(sd.Heun(), DATA, times=[1.0, 0.0], steps=3),
-    "samples must have shape (1,)": lambda: verify.law(sd.Heun(), DATA, steps=3, shape=(3,)),
+    "x must have samples of shape (1,)": lambda: verify.law(sd.Heun(), DATA, steps=3, shape=(3,)),
     "leave out process": lambda: verify.law(
         sd.Heun(), sd.Denoiser(sd.networks.MLP((1,), width=8), sd.VP()), sd.VE(), steps=3
     ),

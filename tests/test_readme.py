@@ -40,7 +40,9 @@ def test_the_two_commands_stand_alone_under_the_markers_that_ci_looks_for(name):
     assert re.findall(block, text("README.md"), re.MULTILINE) == [COMMANDS[name]]
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/promises.md"]
+)
 def test_every_file_that_a_document_names_is_there(document):
     linked = re.findall(r"\]\((?!https?://)([^)#]+)\)", text(document))
     named = re.findall(r"\b(?:tests|experiments|sde_diffusion|docs)/[\w/]+\.py\b", text(document))

@@ -343,7 +343,9 @@ def parse_entry(name: str, entry: Any) -> tuple[str, Tensor, int, int]:
 
 def naturals(value: Any) -> bool:
     """True for a list of integers in [0, 2^63)."""
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
@@ -360,6 +362,7 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None
     """Refuse tensors whose names, shapes or dtypes are not the wanted ones."""
     check_names("tensor", found, wanted)
     for name, like in wanted.items():
-        right, got = (f"{tuple(value.shape)} of {value.dtype}" for value in (like, found[name]))
-        if got != right:
+        value = found[name]
+        if value.shape != like.shape or value.dtype != like.dtype:
+            right, got = (f"{tuple(each.shape)} of {each.dtype}" for each in (like, value))
             raise ValueError(f"tensor {name!r} must be {right}; got {got}")

@@ -37,7 +37,8 @@ def adopt(
     """Make a model of a network that another program trained on a chain.
 
     Its trained range is the levels of the chain, i = 1 .. N. The timestep is an int64 at the times
-    of the chain and a real number between them.
+    of the chain and a real number between them. A network with a table of steps needs times of the
+    chain: `grid=grids.Usual()`, or `times=` of i/N; solvers that choose their steps do not suit it.
 
     Args:
         network: called as network(x, step), step (B,): a torch module or any function. It returns

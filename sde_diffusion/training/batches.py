@@ -23,7 +23,7 @@ __all__ = ["Batch", "draw"]
 
 
 class Batch(NamedTuple):
-    """A stretch of one step's global batch: all of its randomness but the masks of dropout.
+    """A contiguous part of one step's global batch: all of its randomness but the masks of dropout.
 
     Attributes:
         x0: samples (B, ...).
@@ -57,13 +57,13 @@ def draw(
         data: the samples, in the order of `shuffled_indices`.
         recipe: its seed, batch_size and cond_dropout.
         times: the law of t, evaluated at one quantile in each of batch_size strata.
-        positions: a stretch of range(batch_size); all of it by default.
+        positions: a contiguous part of range(batch_size); all of it by default.
         device: device of the batch and of its noise; the CPU by default.
     """
     everything = range(recipe.batch_size)
     positions = everything if positions is None else positions
     if positions != everything[positions.start : positions.stop] or not positions:
-        raise ValueError(f"positions must be a stretch of {everything}; got {positions}")
+        raise ValueError(f"positions must be a contiguous part of {everything}; got {positions}")
     start = step * recipe.batch_size
     index = shuffled_indices(recipe.seed, len(data), start + positions.start, len(positions))
     noise, dequantization, dropped = words(recipe.seed, Purpose.BATCH, step, 3)

@@ -22,14 +22,14 @@ from sde_diffusion.training.optimizers import flat, load_state, outline
 from sde_diffusion.training.state import TrainState
 from sde_diffusion.validate import Kind
 
-__all__ = ["Otherwise", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
+__all__ = ["OtherSettings", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
 
 PREFIX = "checkpoint-"
 ADDED = {"cond_dropout": 0.0}  # settings that older checkpoints do not have, and their values
 STATE = Kind("a TrainState", "settings", "averaged")
 
 
-class Otherwise(storage.BadFile):
+class OtherSettings(storage.BadFile):
     """A checkpoint of a run with other settings; the message lists the differences."""
 
 
@@ -90,7 +90,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     """Continue from a checkpoint of the same run; one that does not fit changes nothing.
 
     Raises:
-        Otherwise: if it was made with other settings.
+        OtherSettings: if it was made with other settings.
         storage.BadFile: if it is damaged, or holds another network.
     """
     checkpoint = Path(checkpoint)
@@ -105,7 +105,7 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
         if theirs.get(name) != ours.get(name)
     ]
     if changed:
-        raise Otherwise(f"{path}: its run had other settings: {', '.join(changed)}")
+        raise OtherSettings(f"{path}: its run had other settings: {', '.join(changed)}")
     blank = copy.deepcopy(state.averaged)
     parts = {name: getattr(blank, name) for name in ("process", "parameterization", "noise_input")}
     Denoiser.load(checkpoint / "denoiser.safetensors", blank.network, **parts)
@@ -163,14 +163,14 @@ def resume(
     Returns:
         its folder, or None, and the error message of each newer one.
     Raises:
-        Otherwise: if the newest readable one was made with other settings.
+        OtherSettings: if the newest readable one was made with other settings.
         storage.BadFile: if there are some and none can be read.
     """
     damaged: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         try:
             restore(state, checkpoint)
-        except Otherwise:
+        except OtherSettings:
             raise
         except storage.BadFile as error:
             damaged.append(str(error))

@@ -194,8 +194,8 @@ class Law(report.Report):
         columns = {"t": ".4g", "departure": ".2e", "draw adds": ".3e", "share": ".3f"}
         return report.Page(
             f"law of {self.sampler}: {len(self.steps) - 1} calls, {len(draws)} draws",
-            "that more steps would come nearer (order, limit), that each step is the published one "
-            "(identities), nor anything of data that are not Gaussian",
+            "that more steps come nearer (order, limit), that each step is the published one "
+            "(identities), or a property on data that are not Gaussian",
             report.Table({**columns, "gain": ".3e"}, rows),
             facts,
         )

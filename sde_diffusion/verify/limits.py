@@ -87,7 +87,7 @@ class Limit(report.Report):
         found = report.moments(self.mean, self.covariance)
         return report.Page(
             f"limit of {self.sampler}",
-            "how good any finite number of steps is, nor a limit of a rate that these sizes do not "
+            "the error at a finite number of steps, or a limit at a rate that these sizes do not "
             "show yet",
             ladders.errors_table(self.sizes, self.distances),
             [f"limit: {found}", f"data:  {report.moments(*self.data)}"],

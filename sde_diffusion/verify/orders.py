@@ -212,7 +212,7 @@ class LocalOrder(report.Report):
         rows = zip(self.spans, *errors.values(), strict=True)
         return report.Page(
             f"local order of {self.sampler}: whole stretch and last step, by ratio of the steps",
-            "anything of the two ends of the path, nor the limit there",
+            "a property of the two ends of the path, or of the limit there",
             report.Table({"h": ".3e", **dict.fromkeys(errors, ".2e")}, rows),
         )
 

@@ -61,7 +61,7 @@ def unjudged(steps: Sequence[Any]) -> str:
     if len(steps) <= SMOOTH:
         return f"fewer than {SMOOTH} steps are not judged by their neighbours"
     if not even([step.log_snr for step in steps]):
-        return "steps too unlike in size to judge one by the others"
+        return "steps differ too much in size to compare them"
     return ""
 
 

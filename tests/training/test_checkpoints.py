@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(
 def test_a_checkpoint_of_another_recipe_is_refused_by_its_differences(tmp_path):
     checkpoint = save(ran(2), tmp_path)
     other = {**vars(RECIPE), "learning_rate": 2e-3, "seed": 7}
-    with pytest.raises(Otherwise) as caught:
+    with pytest.raises(OtherSettings) as caught:
         restore(fresh(recipe=Recipe(**other)), checkpoint)
     message = str(caught.value)
     assert "learning_rate 0.001 -> 0.002" in message

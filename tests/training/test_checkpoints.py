@@ -26,7 +26,7 @@ from sde_diffusion.models.parameterizations import V
 from sde_diffusion.networks import MLP
 from sde_diffusion.processes import VP, RectifiedFlow
 from sde_diffusion.training import (
-    Otherwise,
+    OtherSettings,
     Recipe,
     TrainState,
     draw,
@@ -224,7 +224,7 @@ def test_resume_does_not_pass_over_another_run(tmp_path):
     """The checkpoint before it would be of the same other run, or worse, of a third."""
     save(ran(2), tmp_path)
     other = fresh(recipe=Recipe(**{**vars(RECIPE), "seed": 1}))
-    with pytest.raises(Otherwise, match="seed 0 -> 1"):
+    with pytest.raises(OtherSettings, match="seed 0 -> 1"):
         resume(other, tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_other_data_are_another_run(tmp_path):
     assert fingerprint(Points(POINTS.x[:40])) != first
     saved = save(fresh(facts={"data": first}), tmp_path)
     restore(fresh(facts={"data": first}, seed=9), saved)
-    with pytest.raises(Otherwise, match="data 50 of"):
+    with pytest.raises(OtherSettings, match="data 50 of"):
         restore(fresh(facts={"data": second}), saved)
 
 

@@ -15,7 +15,7 @@ from sde_diffusion.losses import denoising_loss
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.parameterizations import V
 from sde_diffusion.processes import VP, Process
-from sde_diffusion.training import Otherwise, Recipe, TrainState, draw, restore, save
+from sde_diffusion.training import OtherSettings, Recipe, TrainState, draw, restore, save
 from sde_diffusion.training.optimizers import flat
 
 OPTIMIZERS = {
@@ -194,7 +194,7 @@ def test_the_rehearsal_leaves_no_trace(make):
 )
 def test_another_optimizer_is_another_run(tmp_path, other, named):
     checkpoint = save(fresh(optimizer=OPTIMIZERS["momentum"]), tmp_path)
-    with pytest.raises(Otherwise, match=named):
+    with pytest.raises(OtherSettings, match=named):
         restore(fresh(optimizer=other), checkpoint)
 
 

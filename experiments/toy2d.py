@@ -22,6 +22,7 @@ from sde_diffusion import data, plots, training, validate
 from sde_diffusion.data import toy
 from sde_diffusion.files import storage
 from sde_diffusion.grids import frames
+from sde_diffusion.sampling import start_time
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,12 @@ def draw(
         )
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
-    states = list(sd.trajectory(denoiser, sd.Heun(), few, steps=40, grid=sd.grids.Power()))
-    levels = denoiser.process.levels(
-        torch.tensor([state.t for state in states], dtype=torch.float64)
-    )
-    columns["paths of the flow, straight frame"] = torch.stack(
-        [frames.enter(state.x, level) for state, level in zip(states, levels, strict=True)]
+    states = [(few, start_time(denoiser))]
+    path = sd.trajectory(denoiser, sd.Heun(), few, steps=40, grid=sd.grids.Power())
+    states += [(state.x, state.t) for state in path]
+    levels = denoiser.process.levels(torch.tensor([t for _, t in states], dtype=torch.float64))
+    columns["paths (straight frame)"] = torch.stack(
+        [frames.enter(x, level) for (x, _), level in zip(states, levels, strict=True)]
     )
     return columns
 

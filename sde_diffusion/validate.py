@@ -235,7 +235,7 @@ def rules_of(hint: Any) -> tuple[Rule, ...]:
 
 
 def optional(hint: Any) -> bool:
-    """True if None is allowed by `X | None`."""
+    """Return True if the annotation is `X | None`."""
     return NoneType in get_args(hint)
 
 

@@ -127,7 +127,7 @@ class ClassifierFree(Guided):
         return Prediction(first, second, level, both.meaning, extra)
 
     def weight(self, level: Level, x: Tensor) -> Scalar:
-        """w at this level, 1 outside the interval; a number, or (B, 1, ..., 1)."""
+        """Return w at this level, 1 outside the interval; a number, or (B, 1, ..., 1)."""
         w = self.scale
         if isinstance(w, Tensor):
             if len(w) not in (1, len(x)):

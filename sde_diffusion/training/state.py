@@ -144,6 +144,7 @@ class TrainState:
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights, in eval mode: the one to sample from.
 
+        It is one object, which later steps change; copy it to keep it.
         Where weights are sharded this is a call of all processes.
         """
         parameters = dict(self.shadow.named_parameters())

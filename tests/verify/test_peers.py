@@ -293,5 +293,7 @@ def test_certify_knows_the_peers_that_are_installed(diffusers, k_diffusion, azul
     assert refused.by == "refused"
     assert not refused.holds
     assert "chooses its own steps" in refused.verdict
-    with pytest.raises(ValueError, match=r"^--samplers must be a known name; got heun; known: diff"):
+    with pytest.raises(
+        ValueError, match=r"^--samplers must be a known name; got heun; known: diff"
+    ):
         list(CERTIFY.rows_of(CERTIFY.Config(samplers=("heun",), peers=True)))

@@ -32,7 +32,7 @@ def gaussian(process, variance=0.25):
 
 
 class Recorded:
-    """A model that remembers the levels it was asked about."""
+    """A model that keeps the levels of its calls."""
 
     def __init__(self, model):
         self.model, self.process, self.levels = model, model.process, []

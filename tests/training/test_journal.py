@@ -115,7 +115,7 @@ class Two:
 
 def test_a_signal_that_comes_while_processes_agree_counts_at_the_next_question():
     with Stop() as stop:
-        assert not stop.requested(Two(which=signal.SIGTERM))  # the other process heard no
+        assert not stop.requested(Two(which=signal.SIGTERM))  # the other process received no
         assert stop.requested(Two())
         assert stop.code == 143
 

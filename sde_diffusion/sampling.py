@@ -120,7 +120,7 @@ def trajectory(
 
 
 def walk(
-    model: Model, sampler: Sampler, x: Tensor, levels: list[Level[float]], source: Noise
+    model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise
 ) -> Iterator[Sample]:
     """Run the loop of `trajectory`, whose arguments are checked before the first step."""
     memory = None

@@ -24,7 +24,7 @@ import sde_diffusion as sd
 from sde_diffusion import verify
 from sde_diffusion.files import storage
 from sde_diffusion.models.prediction import Prediction, truth
-from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import Level, RatedLevel
 from sde_diffusion.samplers.euler_maruyama import rates_at
 from sde_diffusion.verify.gaussians import gaussian_w2
 from sde_diffusion.verify.ladders import ladder
@@ -53,7 +53,7 @@ class DoubledDiffusion(sd.EulerMaruyama):
 
     def step(self, model: Any, x: Any, t: Any, s: Any, noise: Any, memory: Any) -> Any:
         f, g2 = rates_at(model.process, t)
-        return super().step(model, x, t._replace(rates=(f, 2 * g2)), s, noise, memory)
+        return super().step(model, x, RatedLevel.of(t, (f, 2 * g2)), s, noise, memory)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from sde_diffusion.processes.continuous import EDM, OU, VE, VP, Cosine, RectifiedFlow, SubVP
 from sde_diffusion.processes.discrete import Discrete, Interpolated, continuous, discretize
-from sde_diffusion.processes.level import Level, Scalar, double, forward_kernel
+from sde_diffusion.processes.level import Level, RatedLevel, Scalar, double, forward_kernel
 from sde_diffusion.processes.process import Process, VariancePreserving
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Interpolated",
     "Level",
     "Process",
+    "RatedLevel",
     "RectifiedFlow",
     "Scalar",
     "SubVP",

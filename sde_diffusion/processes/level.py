@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Level", "Scalar", "double", "forward_kernel", "posterior_kernel"]
+__all__ = ["Level", "RatedLevel", "Scalar", "double", "forward_kernel", "posterior_kernel"]
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
@@ -27,19 +27,33 @@ class Level(NamedTuple, Generic[S]):
     Attributes:
         t, alpha, sigma: x_t = alpha x_0 + sigma eps.
         log_snr: log(alpha^2 / sigma^2).
-        rates: f and g^2 of dx = f x dt + g dW, for the samplers that need them; else None.
     """
 
     t: S
     alpha: S
     sigma: S
     log_snr: S
-    rates: tuple[S, S] | None = None
 
     @property
     def u(self) -> S:
         """The clock of the straight frame, from 0 (data) to 1 (pure noise)."""
         return self.sigma / (self.alpha + self.sigma)
+
+
+class RatedLevel(Level[float]):
+    """A level of a grid with the rates there, for the samplers that need them.
+
+    Attributes:
+        rates: f and g^2 of dx = f x dt + g dW.
+    """
+
+    rates: Sequence[float]
+
+    @staticmethod
+    def of(level: Level[float], rates: Sequence[float]) -> "RatedLevel":
+        made = RatedLevel._make(level)
+        made.rates = rates
+        return made
 
 
 def u_at(log_snr: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.noise.sources import start
-from sde_diffusion.processes.level import Level, Scalar, double, log_snr_at, u_at
+from sde_diffusion.processes.level import Level, RatedLevel, Scalar, double, log_snr_at, u_at
 from sde_diffusion.validate import Kind
 
 __all__ = ["IS_PROCESS", "Process", "VariancePreserving"]
@@ -174,11 +174,10 @@ class Process(validate.Checked, ABC):
             raise ValueError(f"times must be a grid (n,); got shape {tuple(times.shape)}")
         return [Level(*row) for row in torch.stack(self._fields(double(times)), dim=1).tolist()]
 
-    def rated_levels(self, times: Tensor) -> list[Level[float]]:
+    def rated_levels(self, times: Tensor) -> Sequence[RatedLevel]:
         """`levels` with f and g^2, which cost a differentiation."""
-        f, g2 = self.rates(double(times))
-        rated = zip(self.levels(times), f.tolist(), g2.tolist(), strict=True)
-        return [level._replace(rates=(drift, power)) for level, drift, power in rated]
+        levels, rates = self.levels(times), torch.stack(self.rates(times), dim=1).tolist()
+        return [RatedLevel.of(*each) for each in zip(levels, rates, strict=True)]
 
     def level_at(self, u: float) -> Level[float]:
         """The level at which sigma / (alpha + sigma) = u."""

@@ -4,6 +4,7 @@ Anderson 1982; Song et al. 2021, eq. 6. Their variable is t and they use drift a
 they start at `process.t_max`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.grids import FromTMax
-from sde_diffusion.processes import Process
-from sde_diffusion.processes.process import SLACK
+from sde_diffusion.processes.level import RatedLevel
+from sde_diffusion.processes.process import SLACK, Process
 from sde_diffusion.samplers.sampler import Claims, Level, Memory, Model, Noise
 
 __all__ = ["EulerMaruyama"]
@@ -34,15 +35,14 @@ class EulerMaruyama:
         return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(rates[1] * dt)), None
 
 
-def rates_at(process: Process, t: Level[float]) -> tuple[float, float]:
-    """Return f and g^2 at a level: its own `rates`, or those of the process."""
-    if t.rates is not None:
+def rates_at(process: Process, t: Level[float]) -> Sequence[float]:
+    """Return f and g^2 at a level, which those of a grid have already."""
+    if isinstance(t, RatedLevel):
         return t.rates
-    f, g2 = process.rates(torch.tensor([t.t], dtype=torch.float64))
-    return f.item(), g2.item()
+    return process.rated_levels(torch.tensor([t.t], dtype=torch.float64))[0].rates
 
 
-def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: tuple[float, float]) -> Tensor:
+def reverse_drift(model: Model, x: Tensor, t: Level[float], rates: Sequence[float]) -> Tensor:
     """-(f x - g^2 score), the rate of x as t decreases."""
     process = model.process
     if not t.t <= process.t_max + SLACK:

@@ -1,6 +1,7 @@
 """Solvers of torchdiffeq, scipy and torchsde as samplers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Annotated, Any, ClassVar, NamedTuple, cast
@@ -206,15 +207,15 @@ class ReverseSDE:
     def __init__(self, model: Model, x: Tensor, start: Level[float], noise_type: str) -> None:
         self.model, self.shape, self.noise_type = model, x.shape, noise_type
         self.last: tuple[float, Tensor, Tensor] | None = None
-        self.levels = {start.t: start}
+        self.levels = {start.t: (start, rates_at(model.process, start))}
 
-    def level(self, tau: Tensor | float) -> tuple[Level[float], tuple[float, float]]:
+    def level(self, tau: Tensor | float) -> tuple[Level[float], Sequence[float]]:
         """The level at time -tau, and f and g^2 there."""
         t = max(-float(tau), 0.0)
         if t not in self.levels:
-            at = torch.tensor([t], dtype=torch.float64)
-            (self.levels[t],) = self.model.process.rated_levels(at)
-        return self.levels[t], rates_at(self.model.process, self.levels[t])
+            (level,) = self.model.process.rated_levels(torch.tensor([t], dtype=torch.float64))
+            self.levels[t] = level, level.rates
+        return self.levels[t]
 
     def f(self, tau: Tensor, y: Tensor) -> Tensor:
         if self.last is not None and self.last[0] == float(tau) and self.last[1] is y:

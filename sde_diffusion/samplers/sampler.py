@@ -35,7 +35,7 @@ class Claims:
         step_order: order of a single step; `order` unless a correction comes with the next step.
         noise: True if it draws noise.
         adaptive: True if it chooses its own levels, and takes no `steps`.
-        rates: True if it needs the rates f and g^2 of a level (Level.rates).
+        rates: True if it needs the rates f and g^2: its steps then start at a RatedLevel.
         rounding: relative rounding error of its own arithmetic, where it is not float64's.
     """
 

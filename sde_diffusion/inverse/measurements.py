@@ -14,7 +14,7 @@ from sde_diffusion.models.model import finite, per_sample_field
 from sde_diffusion.processes.level import Scalar, coordinates, per_sample
 from sde_diffusion.validate import Checked, FloatBatch, Kind, NonNegative
 
-__all__ = ["IS_OBSERVATION", "LogLikelihood", "Measurement", "Observation"]
+__all__ = ["LogLikelihood", "Measurement", "Observation"]
 
 IS_OBSERVATION = Kind("a Measurement or LogLikelihood", "cost", "spread_likelihood")
 

@@ -31,11 +31,6 @@ class DataNotFound(FileNotFoundError):
     """A data set is missing or incomplete; the message names the folder that was searched."""
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line, or its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextmanager
 def as_not_found(what: str) -> Iterator[None]:
     """Turn every exception raised inside into a DataNotFound: `what`, then the reason.
@@ -45,7 +40,8 @@ def as_not_found(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise DataNotFound(printable(f"{what}: {one_line(error)}")) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataNotFound(printable(f"{what}: {reason}")) from None
 
 
 def data_root(given: str | Path | None) -> Path:

@@ -5,6 +5,7 @@ samples is not 0 where the laws are equal: compare it with `metrics.floor`.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -130,16 +131,10 @@ def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure
         bandwidth: h; None takes the median distance between two real points.
     """
     x, y = as_points(real, made)
-    xx, yy, xy = gaps(x, x), gaps(y, y), gaps(x, y)
-    h = float(off_diagonal(xx).median()) if bandwidth is None else bandwidth
+    h = float(off_diagonal(gaps(x, x)).median()) if bandwidth is None else bandwidth
     if h == 0:
         raise ValueError("half of the real points are the same one: give a bandwidth")
-
-    def kernel(gap: Tensor) -> Tensor:
-        return torch.exp(-gap.square() / (2 * h**2))
-
-    within = off_diagonal(kernel(xx)).mean() + off_diagonal(kernel(yy)).mean()
-    return Figure(float(within - 2 * kernel(xy).mean()), (len(x), len(y)))
+    return discrepancy(x, y, lambda gap: torch.exp(-gap.square() / (2 * h**2)))
 
 
 @arguments
@@ -151,8 +146,13 @@ def energy_distance(real: Points, made: Points) -> Figure:
     parameter, and is below 0 as often as above where they are.
     """
     x, y = as_points(real, made)
-    within = off_diagonal(gaps(x, x)).mean() + off_diagonal(gaps(y, y)).mean()
-    return Figure(float(2 * gaps(x, y).mean() - within), (len(x), len(y)))
+    return discrepancy(x, y, torch.neg)
+
+
+def discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor], Tensor]) -> Figure:
+    """Unbiased squared maximum mean discrepancy, for a kernel of the distance between two points."""
+    within = sum(off_diagonal(kernel(gaps(part, part))).mean() for part in (x, y))
+    return Figure(float(within - 2 * kernel(gaps(x, y)).mean()), (len(x), len(y)))
 
 
 def gaps(x: Tensor, y: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion import data, validate
-from sde_diffusion.data import image_files
 from sde_diffusion.files import storage
 from sde_diffusion.metrics.distances import required
 from sde_diffusion.metrics.quality import Statistics
@@ -190,11 +189,8 @@ def fetched(url: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with storage.as_bad_file(path, f"; it could not be downloaded from {url}"):
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:
-            reason = image_files.one_line(error)
-            raise storage.BadFile(f"{url} could not be downloaded: {reason}") from None
     return path
 
 

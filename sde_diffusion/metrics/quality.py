@@ -14,10 +14,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import validate
-from sde_diffusion.data.datasets import shuffled_indices
-from sde_diffusion.files import storage
-from sde_diffusion.files.npz import read_npz, write_npz
+from sde_diffusion import data, validate
+from sde_diffusion.files import npz, storage
 from sde_diffusion.metrics import distances
 from sde_diffusion.metrics.distances import Features, Figure, Samples
 from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments
@@ -97,7 +95,7 @@ class Statistics(Checked):
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz; got {path}")
         count = {} if self.count is None else {"count": self.count}
-        write_npz(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
+        npz.write_npz(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
 
     @staticmethod
     def load(path: str | Path) -> "Statistics":
@@ -107,7 +105,7 @@ class Statistics(Checked):
             storage.BadFile: naming the file and the reason.
         """
         path = Path(path)
-        found = read_npz(path, ("mu", "sigma"), ("count",))
+        found = npz.read_npz(path, ("mu", "sigma"), ("count",))
         count = found.get("count")
         with storage.as_bad_file(path):
             for name in ("mu", "sigma"):
@@ -195,8 +193,8 @@ def kid(
     validate.integer("subsets", subsets, 2, smaller // 2)
     size = smaller // subsets
     poly_mmd = distances.required("torchmetrics.image.kid").poly_mmd
-    a = x[shuffled_indices(seed, len(x), 0, subsets * size)].split(size)
-    b = y[shuffled_indices(seed + 1, len(y), 0, subsets * size)].split(size)
+    a = x[data.shuffled_indices(seed, len(x), 0, subsets * size)].split(size)
+    b = y[data.shuffled_indices(seed + 1, len(y), 0, subsets * size)].split(size)
     found = torch.stack(list(map(poly_mmd, a, b)))
     error = float(found.std() / subsets**0.5)
     return Figure(float(found.mean()), (len(x), len(y)), error)
@@ -253,7 +251,7 @@ def principal(real: Features, components: int = 64) -> Principal:
 def halves(real: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split the rows of `real` in two halves, in an order that depends on the seed alone."""
     validate.integer("len(real)", len(real), at_least=2)
-    first, second = real[shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
+    first, second = real[data.shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
     return first, second
 
 

@@ -35,9 +35,7 @@ def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
     """Encode PIL images as an endless GIF that shows the last one for a second."""
     buffer = io.BytesIO()
     pace = [int(1000 * seconds / len(images))] * (len(images) - 1) + [1000]
-    images[0].save(
-        buffer, format="gif", save_all=True, append_images=images[1:], duration=pace, loop=0
-    )
+    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=pace, loop=0)
     return buffer.getvalue()
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.validate import Count, Integer, Positive, arguments
 
 __all__ = ["Figure", "MissingExtra", "energy_distance", "mmd", "sliced_wasserstein", "wasserstein"]
 
@@ -82,7 +81,7 @@ Features = Annotated[Tensor, Cloud(2)]
 Samples = Annotated[Tensor, Cloud(above=0)]
 
 
-@arguments
+@validate.arguments
 def wasserstein(real: Points, made: Points) -> Figure:
     r"""Exact Wasserstein-2 distance of two samples, by POT's network simplex.
 
@@ -99,12 +98,12 @@ def wasserstein(real: Points, made: Points) -> Figure:
     return Figure(max(0.0, float(value)) ** 0.5, (len(x), len(y)))
 
 
-@arguments
+@validate.arguments
 def sliced_wasserstein(
     real: Points,
     made: Points,
-    projections: Count = 500,
-    seed: Annotated[int, Integer(0)] = 0,
+    projections: validate.Count = 500,
+    seed: Annotated[int, validate.Integer(0)] = 0,
 ) -> Figure:
     r"""Sliced Wasserstein-2 distance (Bonneel et al. 2015), by POT.
 
@@ -120,8 +119,8 @@ def sliced_wasserstein(
     return Figure(float(value), (len(x), len(y)))
 
 
-@arguments
-def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure:
+@validate.arguments
+def mmd(real: Points, made: Points, bandwidth: validate.Positive | None = None) -> Figure:
     r"""Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, Lemma 6).
 
     MMD^2 = mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
@@ -137,7 +136,7 @@ def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure
     return discrepancy(x, y, lambda gap: torch.exp(-gap.square() / (2 * h**2)))
 
 
-@arguments
+@validate.arguments
 def energy_distance(real: Points, made: Points) -> Figure:
     r"""Energy distance, unbiased (Szekely and Rizzo 2013, Section 2).
 
@@ -150,7 +149,7 @@ def energy_distance(real: Points, made: Points) -> Figure:
 
 
 def discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor], Tensor]) -> Figure:
-    """Unbiased squared maximum mean discrepancy, for a kernel of the distance between two points."""
+    """Unbiased squared maximum mean discrepancy for a kernel of the distance of points."""
     within = sum(off_diagonal(kernel(gaps(part, part))).mean() for part in (x, y))
     return Figure(float(within - 2 * kernel(gaps(x, y)).mean()), (len(x), len(y)))
 

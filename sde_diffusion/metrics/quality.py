@@ -18,7 +18,8 @@ from sde_diffusion import data, validate
 from sde_diffusion.files import npz, storage
 from sde_diffusion.metrics import distances
 from sde_diffusion.metrics.distances import Features, Figure, Samples
-from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments
+from sde_diffusion.models.model import finite
+from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments, shown
 
 __all__ = [
     "PrecisionRecall",
@@ -39,6 +40,13 @@ __all__ = [
 SYMMETRIC = 1e-6  # rounding of a covariance that was computed or stored in float32
 
 
+def double(name: str, value: Tensor) -> None:
+    """Rule of tensors in float64."""
+    if value.dtype != torch.float64:
+        raise ValueError(f"{name} must be float64; got {value.dtype}")
+
+
+FiniteDouble = Annotated[Tensor, FloatBatch(), double, finite]
 Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 
@@ -50,21 +58,15 @@ class Statistics(Checked):
         count: None where unknown: the files of other programs do not hold it.
     """
 
-    mean: Annotated[Tensor, FloatBatch()]
-    covariance: Annotated[Tensor, FloatBatch()]
+    mean: FiniteDouble
+    covariance: FiniteDouble
     count: Annotated[int, Integer(2)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        d, mean, covariance = len(self.mean), tuple(self.mean.shape), tuple(self.covariance.shape)
-        if not d or mean != (d,) or covariance != (d, d):
-            raise ValueError(
-                f"mean and covariance must be (d,) and (d, d); got {mean} and {covariance}"
-            )
-        for name in ("mean", "covariance"):
-            value = getattr(self, name)
-            if value.dtype != torch.float64 or not bool(value.isfinite().all()):
-                raise ValueError(f"{name} must be finite float64; got {value.dtype}")
+        d, mean, cov = len(self.mean), tuple(self.mean.shape), tuple(self.covariance.shape)
+        if not d or mean != (d,) or cov != (d, d):
+            raise ValueError(f"mean and covariance must be (d,) and (d, d); got {mean} and {cov}")
         size = float(self.covariance.abs().max())
         if float((self.covariance - self.covariance.T).abs().max()) > SYMMETRIC * size:
             raise ValueError("covariance must be symmetric")
@@ -95,7 +97,8 @@ class Statistics(Checked):
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz; got {path}")
         count = {} if self.count is None else {"count": self.count}
-        npz.write_npz(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
+        mean, covariance = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
+        npz.write_npz(path, mu=mean, sigma=covariance, **count)
 
     @staticmethod
     def load(path: str | Path) -> "Statistics":
@@ -132,8 +135,7 @@ def extract(images: Samples, network: Network, batch_size: Count = 128) -> Tenso
         found = [network(batch) for batch in batches]
     for part, n in zip(found, map(len, batches), strict=True):
         if part.ndim != 2 or len(part) != n:
-            shape = tuple(part.shape)
-            raise ValueError(f"network must map {n} images to ({n}, d) features; got shape {shape}")
+            raise ValueError(f"network must map {n} images to ({n}, d) features; got {shown(part)}")
     return torch.cat(found)
 
 
@@ -292,9 +294,7 @@ def gathered(values: Tensor, positions: Tensor, accelerator: Any = None) -> Tens
         accelerator: an `accelerate.Accelerator`, or None for one process.
     """
     if positions.shape != values.shape[:1] or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions must be ({len(values)},) int64; got {validate.shown(positions)}"
-        )
+        raise ValueError(f"positions must be ({len(values)},) int64; got {shown(positions)}")
     if accelerator is not None:
         values = accelerator.gather(accelerator.pad_across_processes(values.contiguous()))
         padded = accelerator.pad_across_processes(positions, pad_index=-1)

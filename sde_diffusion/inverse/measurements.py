@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
-import torch
 from torch import Tensor
 
 from sde_diffusion.inverse.least_squares import least_squares
@@ -62,7 +61,7 @@ class Measurement(Checked):
 
     def cost(self, x0: Tensor) -> Tensor:
         """Return |r|, in units of y."""
-        return torch.linalg.vector_norm(coordinates(self.residual(x0)), dim=1)
+        return coordinates(self.residual(x0)).norm(dim=1)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """Return -|r|^2 / (2 noise_std^2).

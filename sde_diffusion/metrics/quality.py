@@ -5,8 +5,8 @@ figure carries the sizes of both sets, as its bias depends on them. Compare it w
 same metric, at the same sizes, between two halves of the real data.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -131,26 +131,15 @@ def extract(images: Samples, network: Network, batch_size: Count = 128) -> Tenso
     A module runs in eval mode; afterwards it is in the mode that it was in before.
     """
     batches = images.split(batch_size)
-    with evaluating(network), torch.no_grad():
+    with torch.no_grad(), ExitStack() as afterwards:
+        for part in network.modules() if isinstance(network, nn.Module) else ():
+            afterwards.callback(setattr, part, "training", part.training)
+            part.training = False
         found = [network(batch) for batch in batches]
     for part, n in zip(found, map(len, batches), strict=True):
         if part.ndim != 2 or len(part) != n:
             raise ValueError(f"network must map {n} images to ({n}, d) features; got {shown(part)}")
     return torch.cat(found)
-
-
-@contextmanager
-def evaluating(network: Any) -> Iterator[None]:
-    """Put every part of the network in eval mode, and back afterwards."""
-    parts = network.modules() if isinstance(network, nn.Module) else ()
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 Known = Annotated[Statistics, Kind("Statistics", "mean", "covariance", "count")]

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-LAZY = ("data", "files", "inverse", "metrics", "plots", "training", "verify")  # at first use
-
 __all__ = [
     "DDPM",
     "EDM",
@@ -76,6 +74,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in LAZY:
+    if name in __all__:  # a room that is imported at its first use
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

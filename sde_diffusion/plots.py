@@ -15,8 +15,8 @@ def tiles(x: Tensor, columns: int = 8, zoom: int = 3) -> Any:
     from PIL import Image
     from torchvision.utils import make_grid
 
-    pixels = ((x.detach().float().cpu() + 1) / 2).clamp(0, 1)
-    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=0.5)
+    seen = x.detach().float().cpu()
+    grid = make_grid(seen, columns, normalize=True, value_range=(-1, 1), pad_value=0.5)
     grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     return Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -35,9 +35,7 @@ def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
     """Encode PIL images as an endless GIF that shows the last one for a second."""
     buffer = io.BytesIO()
     pace = [int(1000 * seconds / len(images))] * (len(images) - 1) + [1000]
-    images[0].save(
-        buffer, format="gif", save_all=True, append_images=images[1:], duration=pace, loop=0
-    )
+    images[0].save(buffer, "gif", save_all=True, append_images=images[1:], duration=pace, loop=0)
     return buffer.getvalue()
 
 

@@ -2,9 +2,7 @@
 
 import gzip
 import os
-import tempfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -33,9 +31,17 @@ class DataNotFound(FileNotFoundError):
     """A data set is missing or incomplete; the message names the folder that was searched."""
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line, or its type where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+@contextmanager
+def as_not_found(what: str) -> Iterator[None]:
+    """Turn every exception raised inside into a DataNotFound: `what`, then the reason.
+
+    Every exception, not a list of them: decoders raise any at damaged files.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataNotFound(printable(f"{what}: {reason}")) from None
 
 
 def data_root(given: str | Path | None) -> Path:
@@ -53,14 +59,14 @@ def mnist(root: str | Path | None = None, *, train: bool = True, download: bool 
     Raises:
         DataNotFound: naming the files, the folder and what to set.
     """
-    return _idx("MNIST", data_root(root), train, download)
+    return digits("MNIST", data_root(root), train, download)
 
 
 def fashion_mnist(
     root: str | Path | None = None, *, train: bool = True, download: bool = False
 ) -> Images:
     """Load Fashion-MNIST, of MNIST's sizes; also from Debian's dataset-fashion-mnist."""
-    return _idx("FashionMNIST", data_root(root), train, download)
+    return digits("FashionMNIST", data_root(root), train, download)
 
 
 def sample_digits() -> Images:
@@ -69,55 +75,47 @@ def sample_digits() -> Images:
     return Images(tensors["pixels"], tensors["labels"])
 
 
-def _idx(name: str, root: Path, train: bool, download: bool) -> Images:
-    from torchvision import datasets
-
-    made = getattr(datasets, name)
+def digits(name: str, root: Path, train: bool, download: bool) -> Images:
+    """Load a data set that is published as MNIST is."""
     if download:
-        try:
-            made(root, train=train, download=True)
-        except (RuntimeError, OSError) as error:
-            reason = one_line(error)
-            raise DataNotFound(f"{name} could not be downloaded into {root}: {reason}") from None
-    with _unpacked(name, root) as folder:
-        try:
-            loaded = made(folder, train=train)
-            if len(loaded.data) != len(loaded.targets):
-                raise ValueError(f"{len(loaded.data)} images with {len(loaded.targets)} labels")
-        except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
-            reason = one_line(error)
-            raise DataNotFound(f"{name} under {root} cannot be read: {reason}") from None
-        return Images(loaded.data[:, None].clone(), loaded.targets.clone())
+        from torchvision import datasets
+
+        with as_not_found(f"{name} could not be downloaded into {root}"):
+            getattr(datasets, name)(root, download=True)
+    arrays = [idx_array(path) for path in idx_files(name, root)]
+    pixels, targets = arrays[:2] if train else arrays[2:]
+    if len(pixels) != len(targets):
+        got = f"{len(pixels)} images with {len(targets)} labels"
+        raise DataNotFound(f"{name} under {root} cannot be read: {got}")
+    return Images(pixels[:, None], targets.long())
 
 
-@contextmanager
-def _unpacked(name: str, root: Path) -> Iterator[Path]:
-    """Yield a root for torchvision: `root`, or a temporary copy with its .gz files unpacked."""
+def idx_files(name: str, root: Path) -> list[Path]:
+    """Return the files of a data set: images and labels to train, images and labels to test."""
     kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
     files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds]
     usual = root / name / "raw"
     for place, suffix in product((usual, root / name, root), ("", ".gz")):
         found = [place / (file + suffix) for file in files]
         if all(path.is_file() for path in found):
-            break
-    else:
-        raise DataNotFound(
-            f"{name} not found: need {', '.join(files)} (or .gz) in {usual}; "
-            f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
-        )
-    if place == usual and not suffix:
-        yield root
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch, name, "raw")
-        raw.mkdir(parents=True)
-        for path, file in zip(found, files, strict=True):
-            try:
-                data = path.read_bytes()
-                raw.joinpath(file).write_bytes(gzip.decompress(data) if suffix else data)
-            except (OSError, EOFError, zlib.error) as error:
-                raise DataNotFound(f"{path} cannot be unpacked: {error}") from None
-        yield Path(scratch)
+            return found
+    raise DataNotFound(
+        f"{name} not found: need {', '.join(files)} (or .gz) in {usual}; "
+        f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
+    )
+
+
+def idx_array(path: Path) -> Tensor:
+    """Read a file of the IDX format: 0, 0, 8 (uint8), the rank, big-endian sizes, the bytes."""
+    ndim = 3 if "idx3" in path.name else 1  # the name states it
+    with as_not_found(f"{path} cannot be read"):
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        if data[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(f"not an array of bytes with {ndim} axes in the IDX format")
+        sizes = np.frombuffer(data, ">u4", ndim, offset=4)
+        values = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+    return torch.from_numpy(values.copy())
 
 
 @arguments
@@ -161,8 +159,7 @@ def classes(root: Path) -> list[str]:
 
 def images_under(folder: Path) -> list[Path]:
     """Return the paths of the images at any depth, sorted."""
-    every = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
-    return sorted((p for p in every if is_image(p)), key=lambda p: p.as_posix())
+    return sorted(filter(is_image, folder.rglob("*")), key=Path.as_posix)
 
 
 def is_image(path: Path) -> bool:
@@ -174,14 +171,11 @@ def square(path: Path, size: int) -> Tensor:
     """Read the middle of an image file as uint8 (3, size, size)."""
     from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata; decompression bombs are refused
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
-                fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+    with as_not_found(f"{path} cannot be read"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata; decompression bombs are refused
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
+            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
-    except Exception as error:  # decoders raise any exception at damaged files
-        raise DataNotFound(printable(f"{path} cannot be read: {one_line(error)}")) from None

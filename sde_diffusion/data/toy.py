@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.noise.sources import Purpose, stream
-from sde_diffusion.validate import NonNegative, Positive, Share, arguments
 
 __all__ = ["Chequerboard", "Moons", "Pinwheel", "SwissRoll", "Toy", "TwoGaussians"]
 
@@ -37,7 +36,7 @@ AtLeastTwo = Annotated[int, validate.Integer(2)]
 class Toy(validate.Checked, ABC):
     """A distribution in the plane. Implementations are frozen dataclasses of its parameters."""
 
-    @arguments
+    @validate.arguments
     def sample(self, n: validate.Count, seed: int) -> Float[Tensor, "n 2"]:
         """Draw n independent points, float32.
 
@@ -62,14 +61,14 @@ class TwoGaussians(Toy):
     """
 
     mean: Finite = 1.0
-    std: Positive = 0.4
-    weight: Share = 0.5
+    std: validate.Positive = 0.4
+    weight: validate.Share = 0.5
 
     def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         sign = np.where(u[:, :1] < self.weight, 1, -1)
         return sign * self.mean + self.std * z
 
-    @arguments
+    @validate.arguments
     def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
         """Return the log-density at x (..., 2)."""
         shares = torch.tensor([self.weight, 1 - self.weight], dtype=x.dtype, device=x.device)
@@ -102,7 +101,7 @@ class Chequerboard(Toy):
         inside = clear + (1 - 2 * clear) * u[:, 1:]
         return self.side * (corner + inside) - 2
 
-    @arguments
+    @validate.arguments
     def log_prob(self, x: Planar) -> Float[Tensor, "*batch"]:
         """Return the log-density at x (..., 2): -inf on the light squares and off the board."""
         square = ((x + 2) / self.side).floor()
@@ -122,7 +121,7 @@ class Moons(Toy):
     The shape is scikit-learn's `make_moons` (Pedregosa et al. 2011), moved to mean 0.
     """
 
-    noise: NonNegative = 0.1
+    noise: validate.NonNegative = 0.1
 
     def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         upper = np.stack([np.cos(np.pi * u[:, 1]), np.sin(np.pi * u[:, 1])], axis=1)
@@ -140,7 +139,7 @@ class SwissRoll(Toy):
     `make_swiss_roll` (Marsland 2014, ch. 6) seen from its end.
     """
 
-    noise: NonNegative = 0.1
+    noise: validate.NonNegative = 0.1
 
     def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:
         a = 3 * np.pi * (0.5 + u[:, :1])
@@ -157,8 +156,8 @@ class Pinwheel(Toy):
     """
 
     arms: AtLeastTwo = 5
-    radial: NonNegative = 0.3
-    tangential: NonNegative = 0.1
+    radial: validate.NonNegative = 0.3
+    tangential: validate.NonNegative = 0.1
     rate: Finite = 0.25
 
     def points(self, u: np.ndarray, z: np.ndarray) -> np.ndarray:

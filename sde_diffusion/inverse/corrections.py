@@ -12,16 +12,14 @@ move up to a higher level; their first call, and so the derivative, is there.)
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.grids import Grid
-from sde_diffusion.models.conditions import evaluate
-from sde_diffusion.models.derivatives import gradient, leaf, ordinary, recorded
-from sde_diffusion.models.model import Model, Wrapper
-from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.models import Model, Prediction, conditions, derivatives
+from sde_diffusion.models.model import Wrapper
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, posterior_kernel
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
@@ -64,8 +62,22 @@ class Descent(Corrected):
         scale: factor of the gradient.
     """
 
+    through_network: ClassVar[bool]  # True if the derivative is back-propagated to x_t
+
     cost: Annotated[Callable[[Tensor], Tensor], Kind("a function of x0", "__call__")]
     scale: Annotated[float, Number()] = 1.0
+
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        recorded_model = RecordingModel(model, self.through_network)
+        x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
+        first = recorded_model.first
+        _, slope = derivatives.gradient("cost", self.cost, first.x0)
+        if self.through_network:
+            return x_s.sub(first.back(slope), alpha=self.scale), None
+        return x_s.sub(slope, alpha=self.scale / posterior_kernel(s, t)[0]), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +87,7 @@ class BackpropCorrection(Descent):
     The derivative is back-propagated through the network, from the call that the step makes at x_t.
     """
 
-    def step(
-        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:  # fmt: skip
-        recorded_model = TracingModel(model)
-        x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
-        with recorded():
-            cost = self.cost(recorded_model.first.x0)
-            (slope,) = torch.autograd.grad(cost.sum(), recorded_model.first.x)
-        return x_s.sub(slope, alpha=self.scale), None
+    through_network = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,32 +101,24 @@ class PosteriorMeanCorrection(Descent):
         c_0 = alpha_s b^2 / sigma_t^2,      b^2 the variance of the forward kernel from s to t
     """
 
-    def step(
-        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:  # fmt: skip
-        recorded_model = RecordingModel(model)
-        x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
-        _, slope = gradient("cost", self.cost, recorded_model.first.x0)
-        return x_s.sub(slope, alpha=self.scale / posterior_kernel(s, t)[0]), None
+    through_network = False
 
 
 @dataclass(eq=False)
 class RecordingModel(Wrapper):
-    """A model that stores its first prediction."""
+    """A model that stores its first prediction, and the graph from x to it if `traced`."""
 
     model: Any
+    traced: bool
     kept: "Differentiable | None" = None
 
     def __call__(self, x: Tensor, level: Level) -> Prediction:
-        if self.kept is not None:
-            return self.model(x, level)
-        self.kept = self.record(x, level)
-        return self.kept.found
-
-    def record(self, x: Tensor, level: Level) -> "Differentiable":
+        if self.kept is None and self.traced:
+            self.kept = Differentiable.of(self.model, x, level)
+            return self.kept.found
         found = self.model(x, level)
-        return Differentiable(found, x, found.x0)
+        self.kept = self.kept or Differentiable(found, x, found.x0)
+        return found
 
     @property
     def first(self) -> "Differentiable":
@@ -135,13 +130,6 @@ class RecordingModel(Wrapper):
         if self.kept is None:
             raise ValueError("sampler must call the model with the whole batch; got no such call")
         return self.kept
-
-
-class TracingModel(RecordingModel):
-    """A model that stores its first prediction and the graph from x to it."""
-
-    def record(self, x: Tensor, level: Level) -> "Differentiable":
-        return Differentiable.of(self.model, x, level)
 
 
 class Differentiable(NamedTuple):
@@ -159,9 +147,10 @@ class Differentiable(NamedTuple):
 
     @staticmethod
     def of(model: Model, x: Tensor, level: Level, cond: Cond | None = None) -> "Differentiable":
-        with recorded():
-            point = leaf(x)
-            found = evaluate(model, point, Level(*map(ordinary, level)), cond)
+        with derivatives.recorded():
+            point = derivatives.leaf(x)
+            fixed = Level(*map(derivatives.ordinary, level))
+            found = conditions.evaluate(model, point, fixed, cond)
             x0 = found.x0
         if not x0.requires_grad:
             raise ValueError("model must be differentiable in x; got an x0 with no derivative")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.models.derivatives import leaf, recorded
-from sde_diffusion.processes.level import Scalar, coordinates, per_sample
+from sde_diffusion.processes.level import Scalar, coordinates, double, per_sample
 
 __all__ = ["Linearized", "least_squares"]
 
@@ -27,15 +27,13 @@ class Linearized:
             self.seen = operator(self.x0)
             if self.seen.requires_grad:
                 self.dual = torch.zeros_like(self.seen).requires_grad_()
-                (self.pulled,) = torch.autograd.grad(
-                    self.seen, self.x0, self.dual, create_graph=True
-                )
+                self.pulled = self.transposed(self.dual, twice=True)
         if not (self.seen.requires_grad and self.pulled.requires_grad):
             raise ValueError("operator must be differentiable; got one without derivatives")
 
-    def transposed(self, v: Tensor) -> Tensor:
-        """Return A^T v, shaped like x0, by back-propagation."""
-        return torch.autograd.grad(self.seen, self.x0, v, retain_graph=True)[0]
+    def transposed(self, v: Tensor, *, twice: bool = False) -> Tensor:
+        """Return A^T v, shaped like x0, by back-propagation; differentiable in v if `twice`."""
+        return torch.autograd.grad(self.seen, self.x0, v, retain_graph=True, create_graph=twice)[0]
 
     def applied(self, v: Tensor) -> Tensor:
         """Return A v, shaped like the operator's output, as the derivative of A^T v by v."""
@@ -73,9 +71,7 @@ def by_singular_values(
     a, flat = at.matrix(), coordinates(r).double()
     if not bool(a.isfinite().all()):
         raise ValueError("operator must have a finite derivative; got nan or infinity")
-    s, e = (
-        torch.as_tensor(v, dtype=a.dtype, device=a.device).reshape(-1, 1) for v in (spread, ridge)
-    )
+    s, e = (double(v).to(a).reshape(-1, 1) for v in (spread, ridge))
     u, w, vt = (part.expand(len(r), *part.shape[1:]) for part in torch.linalg.svd(a, False))
     counts = w > max(a.shape[1:]) * torch.finfo(w.dtype).eps * w.amax(1, keepdim=True)
     counts = counts & (s * w**2 + e > 0)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
-import torch
 from torch import Tensor
 
 from sde_diffusion.inverse.least_squares import least_squares
@@ -14,7 +13,7 @@ from sde_diffusion.models.model import finite, per_sample_field
 from sde_diffusion.processes.level import Scalar, coordinates, per_sample
 from sde_diffusion.validate import Checked, FloatBatch, Kind, NonNegative
 
-__all__ = ["IS_OBSERVATION", "LogLikelihood", "Measurement", "Observation"]
+__all__ = ["LogLikelihood", "Measurement", "Observation"]
 
 IS_OBSERVATION = Kind("a Measurement or LogLikelihood", "cost", "spread_likelihood")
 
@@ -62,7 +61,7 @@ class Measurement(Checked):
 
     def cost(self, x0: Tensor) -> Tensor:
         """Return |r|, in units of y."""
-        return torch.linalg.vector_norm(coordinates(self.residual(x0)), dim=1)
+        return coordinates(self.residual(x0)).norm(dim=1)
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         """Return -|r|^2 / (2 noise_std^2).

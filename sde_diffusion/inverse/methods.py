@@ -15,10 +15,8 @@ from torch import Tensor
 
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
-from sde_diffusion.models.conditions import evaluate
+from sde_diffusion.models import X0, Prediction, conditions
 from sde_diffusion.models.guidance import Guided, with_added_score
-from sde_diffusion.models.parameterizations import X0
-from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import Cond, Kind, Number, Positive, arguments
@@ -82,7 +80,7 @@ class DiffPIR(Guided):
     lam: Positive = 1.0
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
-        found = evaluate(self.model, x, level, cond)
+        found = conditions.evaluate(self.model, x, level, cond)
         x0, noise = found.x0, self.measurement.noise_std**2 * self.lam
         if noise:  # both sides times lam alpha^2: finite at both ends
             spread, ridge = level.sigma**2, noise * level.alpha**2

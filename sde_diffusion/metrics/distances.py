@@ -5,6 +5,7 @@ samples is not 0 where the laws are equal: compare it with `metrics.floor`.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.validate import Count, Integer, Positive, arguments
 
 __all__ = ["Figure", "MissingExtra", "energy_distance", "mmd", "sliced_wasserstein", "wasserstein"]
 
@@ -81,7 +81,7 @@ Features = Annotated[Tensor, Cloud(2)]
 Samples = Annotated[Tensor, Cloud(above=0)]
 
 
-@arguments
+@validate.arguments
 def wasserstein(real: Points, made: Points) -> Figure:
     r"""Exact Wasserstein-2 distance of two samples, by POT's network simplex.
 
@@ -98,12 +98,12 @@ def wasserstein(real: Points, made: Points) -> Figure:
     return Figure(max(0.0, float(value)) ** 0.5, (len(x), len(y)))
 
 
-@arguments
+@validate.arguments
 def sliced_wasserstein(
     real: Points,
     made: Points,
-    projections: Count = 500,
-    seed: Annotated[int, Integer(0)] = 0,
+    projections: validate.Count = 500,
+    seed: Annotated[int, validate.Integer(0)] = 0,
 ) -> Figure:
     r"""Sliced Wasserstein-2 distance (Bonneel et al. 2015), by POT.
 
@@ -119,8 +119,8 @@ def sliced_wasserstein(
     return Figure(float(value), (len(x), len(y)))
 
 
-@arguments
-def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure:
+@validate.arguments
+def mmd(real: Points, made: Points, bandwidth: validate.Positive | None = None) -> Figure:
     r"""Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, Lemma 6).
 
     MMD^2 = mean_(i != j) k(x_i, x_j) + mean_(i != j) k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
@@ -130,19 +130,13 @@ def mmd(real: Points, made: Points, bandwidth: Positive | None = None) -> Figure
         bandwidth: h; None takes the median distance between two real points.
     """
     x, y = as_points(real, made)
-    xx, yy, xy = gaps(x, x), gaps(y, y), gaps(x, y)
-    h = float(off_diagonal(xx).median()) if bandwidth is None else bandwidth
+    h = float(off_diagonal(gaps(x, x)).median()) if bandwidth is None else bandwidth
     if h == 0:
         raise ValueError("half of the real points are the same one: give a bandwidth")
-
-    def kernel(gap: Tensor) -> Tensor:
-        return torch.exp(-gap.square() / (2 * h**2))
-
-    within = off_diagonal(kernel(xx)).mean() + off_diagonal(kernel(yy)).mean()
-    return Figure(float(within - 2 * kernel(xy).mean()), (len(x), len(y)))
+    return discrepancy(x, y, lambda gap: torch.exp(-gap.square() / (2 * h**2)))
 
 
-@arguments
+@validate.arguments
 def energy_distance(real: Points, made: Points) -> Figure:
     r"""Energy distance, unbiased (Szekely and Rizzo 2013, Section 2).
 
@@ -151,8 +145,13 @@ def energy_distance(real: Points, made: Points) -> Figure:
     parameter, and is below 0 as often as above where they are.
     """
     x, y = as_points(real, made)
-    within = off_diagonal(gaps(x, x)).mean() + off_diagonal(gaps(y, y)).mean()
-    return Figure(float(2 * gaps(x, y).mean() - within), (len(x), len(y)))
+    return discrepancy(x, y, torch.neg)
+
+
+def discrepancy(x: Tensor, y: Tensor, kernel: Callable[[Tensor], Tensor]) -> Figure:
+    """Unbiased squared maximum mean discrepancy for a kernel of the distance of points."""
+    within = sum(off_diagonal(kernel(gaps(part, part))).mean() for part in (x, y))
+    return Figure(float(within - 2 * kernel(gaps(x, y)).mean()), (len(x), len(y)))
 
 
 def gaps(x: Tensor, y: Tensor) -> Tensor:

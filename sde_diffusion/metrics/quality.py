@@ -5,8 +5,8 @@ figure carries the sizes of both sets, as its bias depends on them. Compare it w
 same metric, at the same sizes, between two halves of the real data.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,13 +14,12 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion import validate
-from sde_diffusion.data.datasets import shuffled_indices
-from sde_diffusion.files import storage
-from sde_diffusion.files.npz import read_npz, write_npz
+from sde_diffusion import data, validate
+from sde_diffusion.files import npz, storage
 from sde_diffusion.metrics import distances
 from sde_diffusion.metrics.distances import Features, Figure, Samples
-from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments
+from sde_diffusion.models.model import finite
+from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments, shown
 
 __all__ = [
     "PrecisionRecall",
@@ -41,6 +40,13 @@ __all__ = [
 SYMMETRIC = 1e-6  # rounding of a covariance that was computed or stored in float32
 
 
+def double(name: str, value: Tensor) -> None:
+    """Rule of tensors in float64."""
+    if value.dtype != torch.float64:
+        raise ValueError(f"{name} must be float64; got {value.dtype}")
+
+
+FiniteDouble = Annotated[Tensor, FloatBatch(), double, finite]
 Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 
@@ -52,21 +58,15 @@ class Statistics(Checked):
         count: None where unknown: the files of other programs do not hold it.
     """
 
-    mean: Annotated[Tensor, FloatBatch()]
-    covariance: Annotated[Tensor, FloatBatch()]
+    mean: FiniteDouble
+    covariance: FiniteDouble
     count: Annotated[int, Integer(2)] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        d, mean, covariance = len(self.mean), tuple(self.mean.shape), tuple(self.covariance.shape)
-        if not d or mean != (d,) or covariance != (d, d):
-            raise ValueError(
-                f"mean and covariance must be (d,) and (d, d); got {mean} and {covariance}"
-            )
-        for name in ("mean", "covariance"):
-            value = getattr(self, name)
-            if value.dtype != torch.float64 or not bool(value.isfinite().all()):
-                raise ValueError(f"{name} must be finite float64; got {value.dtype}")
+        d, mean, cov = len(self.mean), tuple(self.mean.shape), tuple(self.covariance.shape)
+        if not d or mean != (d,) or cov != (d, d):
+            raise ValueError(f"mean and covariance must be (d,) and (d, d); got {mean} and {cov}")
         size = float(self.covariance.abs().max())
         if float((self.covariance - self.covariance.T).abs().max()) > SYMMETRIC * size:
             raise ValueError("covariance must be symmetric")
@@ -97,7 +97,8 @@ class Statistics(Checked):
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz; got {path}")
         count = {} if self.count is None else {"count": self.count}
-        write_npz(path, mu=self.mean.cpu().numpy(), sigma=self.covariance.cpu().numpy(), **count)
+        mean, covariance = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
+        npz.write_npz(path, mu=mean, sigma=covariance, **count)
 
     @staticmethod
     def load(path: str | Path) -> "Statistics":
@@ -107,7 +108,7 @@ class Statistics(Checked):
             storage.BadFile: naming the file and the reason.
         """
         path = Path(path)
-        found = read_npz(path, ("mu", "sigma"), ("count",))
+        found = npz.read_npz(path, ("mu", "sigma"), ("count",))
         count = found.get("count")
         with storage.as_bad_file(path):
             for name in ("mu", "sigma"):
@@ -130,27 +131,15 @@ def extract(images: Samples, network: Network, batch_size: Count = 128) -> Tenso
     A module runs in eval mode; afterwards it is in the mode that it was in before.
     """
     batches = images.split(batch_size)
-    with evaluating(network), torch.no_grad():
+    with torch.no_grad(), ExitStack() as afterwards:
+        for part in network.modules() if isinstance(network, nn.Module) else ():
+            afterwards.callback(setattr, part, "training", part.training)
+            part.training = False
         found = [network(batch) for batch in batches]
     for part, n in zip(found, map(len, batches), strict=True):
         if part.ndim != 2 or len(part) != n:
-            shape = tuple(part.shape)
-            raise ValueError(f"network must map {n} images to ({n}, d) features; got shape {shape}")
+            raise ValueError(f"network must map {n} images to ({n}, d) features; got {shown(part)}")
     return torch.cat(found)
-
-
-@contextmanager
-def evaluating(network: Any) -> Iterator[None]:
-    """Put every part of the network in eval mode, and back afterwards."""
-    parts = network.modules() if isinstance(network, nn.Module) else ()
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 Known = Annotated[Statistics, Kind("Statistics", "mean", "covariance", "count")]
@@ -195,8 +184,8 @@ def kid(
     validate.integer("subsets", subsets, 2, smaller // 2)
     size = smaller // subsets
     poly_mmd = distances.required("torchmetrics.image.kid").poly_mmd
-    a = x[shuffled_indices(seed, len(x), 0, subsets * size)].split(size)
-    b = y[shuffled_indices(seed + 1, len(y), 0, subsets * size)].split(size)
+    a = x[data.shuffled_indices(seed, len(x), 0, subsets * size)].split(size)
+    b = y[data.shuffled_indices(seed + 1, len(y), 0, subsets * size)].split(size)
     found = torch.stack(list(map(poly_mmd, a, b)))
     error = float(found.std() / subsets**0.5)
     return Figure(float(found.mean()), (len(x), len(y)), error)
@@ -253,7 +242,7 @@ def principal(real: Features, components: int = 64) -> Principal:
 def halves(real: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split the rows of `real` in two halves, in an order that depends on the seed alone."""
     validate.integer("len(real)", len(real), at_least=2)
-    first, second = real[shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
+    first, second = real[data.shuffled_indices(seed, len(real), 0, len(real))].tensor_split(2)
     return first, second
 
 
@@ -294,9 +283,7 @@ def gathered(values: Tensor, positions: Tensor, accelerator: Any = None) -> Tens
         accelerator: an `accelerate.Accelerator`, or None for one process.
     """
     if positions.shape != values.shape[:1] or positions.dtype != torch.int64:
-        raise ValueError(
-            f"positions must be ({len(values)},) int64; got {validate.shown(positions)}"
-        )
+        raise ValueError(f"positions must be ({len(values)},) int64; got {shown(positions)}")
     if accelerator is not None:
         values = accelerator.gather(accelerator.pad_across_processes(values.contiguous()))
         padded = accelerator.pad_across_processes(positions, pad_index=-1)

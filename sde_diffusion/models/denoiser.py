@@ -119,16 +119,17 @@ class Denoiser(nn.Module):
         Args:
             record: more metadata for the JSON file, such as the command that trained the network.
         """
-        checkpoint.save_parts(Path(path), self, record)
+        checkpoint.save_denoiser(Path(path), self, record)
 
     @staticmethod
+    @arguments
     def load(
         path: str | Path,
-        network: nn.Module | None = None,
+        network: Annotated[nn.Module, IS_NETWORK] | None = None,
         *,
-        process: Process | None = None,
-        parameterization: Parameterization | None = None,
-        noise_input: NoiseInput | None = None,
+        process: Annotated[Process, IS_PROCESS] | None = None,
+        parameterization: Annotated[Parameterization, IS_MEANING] | None = None,
+        noise_input: Annotated[NoiseInput, IS_NOISE_INPUT] | None = None,
     ) -> "Denoiser":
         """Read a file of `save`, in eval mode. Never runs code from the file.
 
@@ -144,8 +145,10 @@ class Denoiser(nn.Module):
             storage.BadFile: if anything is missing or damaged; it names the file and the reason. A
                 given network is then unchanged.
         """
-        parts = checkpoint.load_parts(path, network, process, parameterization, noise_input)
-        return Denoiser(**parts).eval()
+        given = dict(
+            zip(checkpoint.SETTINGS, (process, parameterization, noise_input), strict=True)
+        )
+        return checkpoint.load_denoiser(Denoiser, Path(path), network, given).eval()
 
 
 class NullCond(nn.Module):
@@ -162,10 +165,7 @@ class NullCond(nn.Module):
                 raise ValueError(f"null must have other names for its entries; got {name!r}")
             label = f"null of {name}" if isinstance(null, Mapping) else "null"
             validate.kind(label, value, "a tensor", "dtype")
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
+            setattr(self, name, value if isinstance(value, nn.Parameter) else nn.Buffer(value))
 
     def entry(self, name: str, cond: Tensor) -> Tensor:
         """Return the null of one entry of the condition, shaped like one sample of it."""

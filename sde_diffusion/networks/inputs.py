@@ -3,8 +3,9 @@
 The upper limits keep a record in a file from describing a network that no file could fill.
 """
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -15,6 +16,12 @@ Side = Integer(1, 2**16)
 Width = Annotated[int, Side]
 CondWidth = Annotated[int, Integer(0, 2**16)]
 Widths = Annotated[Sequence[int], Each(Side, 16, 1)]
+
+
+def arguments_of(network: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network's constructor as JSON has them, from its local values."""
+    given = {name: values[name] for name in signature(network).parameters}
+    return {name: list(v) if isinstance(v, Sequence) else v for name, v in given.items()}
 
 
 def check_images(x: Tensor, channels: int) -> None:

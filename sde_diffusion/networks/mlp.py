@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sde_diffusion import validate
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import CondWidth, Side, Width, check_cond
+from sde_diffusion.networks.inputs import CondWidth, Side, Width, arguments_of, check_cond
 from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["MLP"]
@@ -43,14 +43,7 @@ class MLP(nn.Module):
         if fourier == 2:
             raise ValueError("fourier must be 0 or at least 4; got 2")
         size = validate.integer("prod(shape)", prod(shape), at_most=2**24)
-        self.config = {
-            "shape": list(shape),
-            "width": width,
-            "depth": depth,
-            "fourier": fourier,
-            "cond": cond,
-            "dropout": dropout,
-        }
+        self.config = arguments_of(MLP, locals())
         self.shape, self.cond = tuple(shape), cond
         self.embed = Fourier(fourier, max_frequency=50.0) if fourier else None
         layers: list[nn.Module] = []

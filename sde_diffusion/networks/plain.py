@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion.networks.inputs import Width, Widths, check_images
+from sde_diffusion.networks.inputs import Width, Widths, arguments_of, check_images
 from sde_diffusion.validate import arguments
 
 __all__ = ["PlainUNet"]
@@ -28,7 +28,7 @@ class PlainUNet(nn.Module):
     @arguments
     def __init__(self, in_channels: Width = 1, channels: Widths = (32, 64, 128, 256, 256)) -> None:
         super().__init__()
-        self.config = {"in_channels": in_channels, "channels": list(channels)}
+        self.config = arguments_of(PlainUNet, locals())
         widths = [in_channels + 1, *channels]
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         pairs = pairwise(reversed(channels))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion import validate
+from sde_diffusion.networks import inputs
 from sde_diffusion.networks.dropout import Dropout
 from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import CondWidth, Width, check_cond, check_images
 from sde_diffusion.validate import Each, Integer, Share, arguments
 
 __all__ = ["UNet"]
@@ -44,14 +44,14 @@ class UNet(nn.Module):
     @arguments
     def __init__(
         self,
-        in_channels: Width = 1,
+        in_channels: inputs.Width = 1,
         channels: Annotated[Sequence[int], Each(Integer(8, 2**16, 8), 10, 1)] = (32, 64),
         blocks: Annotated[int, Integer(1, 32)] = 2,
         attention: Annotated[Sequence[int], Each(Integer(0, 9), 10)] = (1,),
         patch: Annotated[int, Integer(1, 512)] = 2,
         embedding: Annotated[int, Integer(4, 2**16, 2)] = 128,
-        cond: CondWidth = 0,
-        heads: Width = 4,
+        cond: inputs.CondWidth = 0,
+        heads: inputs.Width = 4,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
@@ -60,17 +60,7 @@ class UNet(nn.Module):
             raise ValueError(f"heads must divide the widths with attention; got {heads}")
         self.stride = patch * 2 ** (len(channels) - 1)
         validate.integer("patch * 2^(len(channels) - 1)", self.stride, at_most=512)
-        self.config = {
-            "in_channels": in_channels,
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": list(attention),
-            "patch": patch,
-            "embedding": embedding,
-            "cond": cond,
-            "heads": heads,
-            "dropout": dropout,
-        }
+        self.config = inputs.arguments_of(UNet, locals())
         self.patch = patch
         self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())
         self.context = nn.Linear(cond, embedding) if cond else None
@@ -114,8 +104,8 @@ class UNet(nn.Module):
         cond: Shaped[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition in [0, 1]; cond: condition vectors."""
-        check_images(x, self.config["in_channels"])
-        check_cond(cond, self.config["cond"])
+        inputs.check_images(x, self.config["in_channels"])
+        inputs.check_cond(cond, self.config["cond"])
         if not len(x):  # torch folds no pixels of an empty batch
             return x
         e = self.noise(c)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.losses.weights import Weight
-from sde_diffusion.models.denoiser import Denoiser
+from sde_diffusion.models.denoiser import IS_MEANING, Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
 from sde_diffusion.processes import Level, Scalar
 from sde_diffusion.processes.level import coordinates
@@ -28,7 +28,6 @@ from sde_diffusion.validate import Checked, Cond, FloatBatch, Kind, Positive
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
-SPACE = Kind("a parameterization such as Eps()", "target")
 WEIGHT = Kind("a function of the level such as SNR()", "__call__")
 PENALTY = Kind("a function of the error such as L2()", "__call__")
 
@@ -75,7 +74,7 @@ def denoising_loss(
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,
-    space: Annotated[Parameterization, SPACE] | None = None,
+    space: Annotated[Parameterization, IS_MEANING] | None = None,
     penalty: Annotated[Penalty, PENALTY] | None = None,
     weight: Annotated[Weight | Callable[[Level], Scalar], WEIGHT] | None = None,
 ) -> Tensor:

@@ -15,19 +15,17 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models.model import Model
+from sde_diffusion.models.model import IS_MODEL, Model
 from sde_diffusion.processes import Scalar
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import FloatBatch, Kind
+from sde_diffusion.validate import FloatBatch
 
 __all__ = ["implicit_loss", "sliced_loss"]
-
-MODEL = Kind("a model, such as a Denoiser", "process", "__call__")
 
 
 @validate.arguments
 def implicit_loss(
-    model: Annotated[Model, MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
+    model: Annotated[Model, IS_MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
 ) -> Tensor:
     """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
@@ -48,7 +46,7 @@ def implicit_loss(
 
 @validate.arguments
 def sliced_loss(
-    model: Annotated[Model, MODEL],
+    model: Annotated[Model, IS_MODEL],
     x: Annotated[Tensor, FloatBatch()],
     t: Scalar,
     probes: Sequence[Tensor],

@@ -5,7 +5,7 @@ allocates no memory), compares them with the header of the tensors, and only the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,8 @@ from sde_diffusion.processes import Process
 
 __all__ = ["load_denoiser", "save_denoiser"]
 
-SETTINGS = {  # parts that are dataclasses, with the modules of their classes
-    "process": processes,
-    "parameterization": parameterizations,
-    "noise_input": noise_inputs,
-}
+# The parts of a denoiser that are dataclasses, with the modules of their classes.
+PARTS = {"process": processes, "parameterization": parameterizations, "noise_input": noise_inputs}
 OPTIONAL = ("trained", "null")
 EXTRA = "+"  # prefix of tensors outside the network: +null.cond, +process.rate
 ADDED = {"dropout": 0.0}  # arguments that older files lack, with their values at that time
@@ -38,7 +35,7 @@ def save_denoiser(path: Path, denoiser: Any, record: dict[str, object]) -> None:
     if "denoiser" in record:
         raise ValueError("record must not hold the reserved name denoiser")
     parts: dict[str, Any] = {"network": network_record(denoiser.network)}
-    parts |= {name: describe.to_record(getattr(denoiser, name)) for name in SETTINGS}
+    parts |= {name: describe.to_record(getattr(denoiser, name)) for name in PARTS}
     if denoiser.trained is not None:
         low, high, only = denoiser.trained
         parts["trained"] = [*(x if math.isfinite(x) else None for x in (low, high)), only]
@@ -55,7 +52,7 @@ def in_file(name: str) -> str:
 
 
 def load_denoiser(
-    make: Callable[..., Any], path: Path, network: nn.Module | None, given: dict[str, Any]
+    make: Callable[..., Any], path: Path, network: nn.Module | None, given: Sequence[Any]
 ) -> Any:
     """Return the denoiser in a file.
 
@@ -63,14 +60,14 @@ def load_denoiser(
         make: the class, called with the parts by name.
         path: the .safetensors file.
         network: a network that receives the weights; None makes the one described.
-        given: the other parts by name, each None or equal to the saved one.
+        given: the PARTS, each None or equal to the saved one.
     """
     saved = storage.examine(path)
     with storage.as_bad_record(path):
         parts = described_parts(saved.record)
         made = {
-            name: describe.from_record(name, public(module), parts[name], given[name])
-            for name, module in SETTINGS.items()
+            name: describe.from_record(name, public(module), parts[name], own)
+            for (name, module), own in zip(PARTS.items(), given, strict=True)
         }
         check_levels(**made)
         filled = network if network is not None else empty_network(parts["network"])
@@ -79,9 +76,7 @@ def load_denoiser(
         denoiser = make(filled, **made, trained=trained_of(parts), null=null or None)
         wanted = {in_file(name): value for name, value in denoiser.state_dict().items()}
         if network is None:
-            ours = [name for name in wanted if not name.startswith(EXTRA)]
-            dtype = common_dtype(saved.outline, ours)
-            wanted |= {name: wanted[name].to(dtype) for name in ours}
+            wanted |= in_saved_dtype(filled.state_dict(), saved.outline)
         storage.check_fit(saved.outline, wanted)
     tensors = storage.load(saved)
     with storage.as_bad_file(path):
@@ -127,7 +122,7 @@ def described_parts(record: dict[str, Any]) -> dict[str, Any]:
     parts = record["denoiser"]
     describe.check_object("denoiser", parts)
     needed = [name for name in parts if name not in OPTIONAL]
-    storage.check_names("denoiser part", needed, ["network", *SETTINGS])
+    storage.check_names("denoiser part", needed, ["network", *PARTS])
     return parts
 
 
@@ -165,9 +160,9 @@ def check_levels(
         raise ValueError("its process and parameterization give levels that are not finite, or 0")
 
 
-def common_dtype(outline: dict[str, Tensor], names: list[str]) -> torch.dtype:
-    """Return the floating-point dtype of a network, that of the first of its tensors in a file."""
-    dtype = next((outline[name].dtype for name in names if name in outline), torch.float32)
+def in_saved_dtype(state: dict[str, Tensor], outline: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a network in the dtype of the first of them that a file holds."""
+    dtype = next((outline[name].dtype for name in state if name in outline), torch.float32)
     if not dtype.is_floating_point:
         raise ValueError(f"tensors of a network must be floating-point; got {dtype}")
-    return dtype
+    return {name: value.to(dtype) for name, value in state.items()}

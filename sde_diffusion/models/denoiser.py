@@ -145,9 +145,7 @@ class Denoiser(nn.Module):
             storage.BadFile: if anything is missing or damaged; it names the file and the reason. A
                 given network is then unchanged.
         """
-        given = dict(
-            zip(checkpoint.SETTINGS, (process, parameterization, noise_input), strict=True)
-        )
+        given = process, parameterization, noise_input
         return checkpoint.load_denoiser(Denoiser, Path(path), network, given).eval()
 
 

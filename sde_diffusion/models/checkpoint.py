@@ -93,10 +93,10 @@ def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
         return None
     if not describe.matches_type(given, tuple[float | None, float | None, bool]):
         raise ValueError("trained must be [low, high, only], numbers or null and a bool")
-    low, high, only = given
-    return LogSNRRange(
-        -math.inf if low is None else float(low), math.inf if high is None else float(high), only
-    )
+    ends = {
+        name: float(x) for name, x in zip(("low", "high"), given, strict=False) if x is not None
+    }
+    return LogSNRRange(**ends, only=given[2])
 
 
 def empty_null(parts: dict[str, Any], outline: dict[str, Tensor]) -> dict[str, Tensor]:

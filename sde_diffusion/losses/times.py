@@ -111,8 +111,7 @@ class LikelihoodTimes(Checked):
     def total(self) -> float:
         """The integral of g^2 / sigma^2 over [t_min, t_max]."""
         ends = torch.tensor(self.support, dtype=torch.float64)
-        first, last = self.process.log_snr(ends).tolist()
-        return first - last
+        return -float(self.process.log_snr(ends).diff())
 
     def __call__(self, quantile: Tensor) -> Tensor:
         first = self.process.log_snr(self.t_min)

@@ -93,10 +93,9 @@ def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
         return None
     if not describe.matches_type(given, tuple[float | None, float | None, bool]):
         raise ValueError("trained must be [low, high, only], numbers or null and a bool")
-    ends = {
-        name: float(x) for name, x in zip(("low", "high"), given, strict=False) if x is not None
-    }
-    return LogSNRRange(**ends, only=given[2])
+    low, high, only = given
+    ends = {"low": low, "high": high}
+    return LogSNRRange(**{name: float(x) for name, x in ends.items() if x is not None}, only=only)
 
 
 def empty_null(parts: dict[str, Any], outline: dict[str, Tensor]) -> dict[str, Tensor]:

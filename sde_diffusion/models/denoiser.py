@@ -98,8 +98,9 @@ class Denoiser(nn.Module):
         """
 
         def kept(name: str, value: Tensor) -> Tensor:
-            null = self._null_of(name, value).to(value.device, value.dtype)
-            return torch.where(per_sample(keep, value), value, null)
+            own = self.null
+            null = conditions.zero_null(name, value) if own is None else own.entry(name, value)
+            return torch.where(per_sample(keep, value), value, null.to(value.device, value.dtype))
 
         return conditions.map_entries(kept, cond)
 
@@ -107,11 +108,6 @@ class Denoiser(nn.Module):
         """Return the null condition for as many samples as cond has."""
         first = next(iter(conditions.entries(cond).values()))
         return self.with_null(cond, torch.zeros(len(first), dtype=torch.bool, device=first.device))
-
-    def _null_of(self, name: str, cond: Tensor) -> Tensor:
-        if self.null is not None:
-            return self.null.entry(name, cond)
-        return conditions.zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors) and, beside it, a JSON file with metadata and SHA-256.

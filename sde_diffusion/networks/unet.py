@@ -60,9 +60,8 @@ class UNet(nn.Module):
         integer("patch * 2^(len(channels) - 1)", self.stride, at_most=512)
         self.config = layers.arguments_of(UNet, locals())
         self.patch = patch
-        self.noise = nn.Sequential(
-            layers.Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU()
-        )
+        features = layers.Fourier(embedding)
+        self.noise = nn.Sequential(features, nn.Linear(embedding, embedding), nn.SiLU())
         self.context = nn.Linear(cond, embedding) if cond else None
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
 

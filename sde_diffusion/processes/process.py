@@ -251,9 +251,8 @@ class Process(Checked, ABC):
     @property
     def rates_domain(self) -> str:
         """The rule of times for drift and diffusion, for messages."""
-        return (
-            f"drift and diffusion of {type(self).__name__} are defined for t in [0, {self.t_max}]"
-        )
+        name = type(self).__name__
+        return f"drift and diffusion of {name} are defined for t in [0, {self.t_max}]"
 
     def _fields(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = within(t, 1.0, "times must lie in [0, 1]").detach()

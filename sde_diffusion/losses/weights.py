@@ -82,7 +82,8 @@ class MinSNR(Checked):
 class EDMWeight(Checked):
     """(r^2 + s^2) / (r s)^2 with r = sigma / alpha, s = sigma_data, on errors of x0.
 
-    Karras et al. 2022, Table 1: 1 on errors of their network's output (space=Karras(sigma_data)).
+    Karras et al. 2022, Table 1: 1 on errors of their network's output, which is the space
+    Preconditioned(sigma_data).
     """
 
     space: ClassVar[Parameterization] = X0()

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from sde_diffusion import networks, processes
 from sde_diffusion.files import describe, storage
-from sde_diffusion.files.describe import public
 from sde_diffusion.models import noise_inputs, parameterizations
 from sde_diffusion.models.model import LogSNRRange
-from sde_diffusion.models.noise_inputs import NoiseInput
 from sde_diffusion.models.prediction import Parameterization
-from sde_diffusion.processes import Process
 
 __all__ = ["load_denoiser", "save_denoiser"]
 
@@ -66,7 +63,7 @@ def load_denoiser(
     with storage.as_bad_record(path):
         parts = described_parts(saved.record)
         made = {
-            name: describe.from_record(name, public(module), parts[name], own)
+            name: describe.from_record(name, describe.public(module), parts[name], own)
             for (name, module), own in zip(PARTS.items(), given, strict=True)
         }
         check_levels(**made)
@@ -130,7 +127,8 @@ def empty_network(description: Any) -> nn.Module:
 
     The constructors of networks limit their integers, so this takes less than a second.
     """
-    kind, given = describe.class_and_arguments("network", public(networks), description, ADDED)
+    known = describe.public(networks)
+    kind, given = describe.class_and_arguments("network", known, description, ADDED)
     with torch.device("meta"):
         return kind(**given)
 
@@ -144,7 +142,9 @@ def check_same(network: nn.Module, description: Any) -> None:
 
 
 def check_levels(
-    process: Process, parameterization: Parameterization, noise_input: NoiseInput
+    process: processes.Process,
+    parameterization: Parameterization,
+    noise_input: noise_inputs.NoiseInput,
 ) -> None:
     """Refuse settings that are valid one by one but together give levels that are not finite."""
     try:

@@ -18,17 +18,14 @@ from typing import Annotated, Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.losses.weights import Weight
-from sde_diffusion.models.denoiser import Denoiser
+from sde_diffusion.models.denoiser import IS_MEANING, Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
-from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import Checked, Cond, FloatBatch, Kind, Positive
+from sde_diffusion.processes.level import Level, Scalar, coordinates
+from sde_diffusion.validate import Checked, Cond, FloatBatch, Kind, Positive, arguments, kind, shown
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
 
-SPACE = Kind("a parameterization such as Eps()", "target")
 WEIGHT = Kind("a function of the level such as SNR()", "__call__")
 PENALTY = Kind("a function of the error such as L2()", "__call__")
 
@@ -66,7 +63,7 @@ class Huber(Checked):
         return torch.nn.functional.huber_loss(error, zero, reduction="none", delta=self.delta)
 
 
-@validate.arguments
+@arguments
 def denoising_loss(
     denoiser: Annotated[Denoiser, Kind("a Denoiser", "parameterization")],
     x0: Annotated[Tensor, FloatBatch()],
@@ -75,7 +72,7 @@ def denoising_loss(
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,
-    space: Annotated[Parameterization, SPACE] | None = None,
+    space: Annotated[Parameterization, IS_MEANING] | None = None,
     penalty: Annotated[Penalty, PENALTY] | None = None,
     weight: Annotated[Weight | Callable[[Level], Scalar], WEIGHT] | None = None,
 ) -> Tensor:
@@ -103,10 +100,10 @@ def denoising_loss(
     if space is not None and own is not None and space != own:
         raise ValueError(f"{weight} weighs errors of {own}; got space={space}: leave it out")
     if keep is not None:
-        validate.kind("keep", keep, "a tensor of bools (B,)", "dtype", "shape")
+        kind("keep", keep, "a tensor of bools (B,)", "dtype", "shape")
         if keep.shape != x0.shape[:1] or keep.dtype != torch.bool or cond is None:
             rule = f"a bool for each condition, ({len(x0)},), given with cond"
-            raise ValueError(f"keep must be {rule}; got {validate.shown(keep)}")
+            raise ValueError(f"keep must be {rule}; got {shown(keep)}")
         cond = denoiser.with_null(cond, keep)
     space = space or own or denoiser.parameterization
     level = denoiser.process.level(t, x0)

@@ -14,20 +14,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
-from sde_diffusion.models.model import Model
-from sde_diffusion.processes import Scalar
-from sde_diffusion.processes.level import coordinates
-from sde_diffusion.validate import FloatBatch, Kind
+from sde_diffusion.models.model import IS_MODEL, Model
+from sde_diffusion.processes.level import Scalar, coordinates
+from sde_diffusion.validate import FloatBatch, arguments, batch
 
 __all__ = ["implicit_loss", "sliced_loss"]
 
-MODEL = Kind("a model, such as a Denoiser", "process", "__call__")
 
-
-@validate.arguments
+@arguments
 def implicit_loss(
-    model: Annotated[Model, MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
+    model: Annotated[Model, IS_MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
 ) -> Tensor:
     """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
@@ -46,9 +42,9 @@ def implicit_loss(
     return coordinates(score**2).mean(1) + 2 * torch.stack(slopes).sum(0) / len(basis)
 
 
-@validate.arguments
+@arguments
 def sliced_loss(
-    model: Annotated[Model, MODEL],
+    model: Annotated[Model, IS_MODEL],
     x: Annotated[Tensor, FloatBatch()],
     t: Scalar,
     probes: Sequence[Tensor],
@@ -64,7 +60,7 @@ def sliced_loss(
     Returns:
         (B,) losses, differentiable in the model's parameters.
     """
-    shapes = [tuple(validate.batch("each of probes", v).shape) for v in probes]
+    shapes = [tuple(batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
     if not shapes or not set(shapes) <= set(allowed):
         rule = f"at least one tensor shaped like x, {allowed[0]}, or {allowed[1]}"

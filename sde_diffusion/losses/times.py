@@ -10,11 +10,9 @@ from typing import Annotated, Any, Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.models.model import LogSNRRange
-from sde_diffusion.processes import Process
-from sde_diffusion.processes.process import IS_PROCESS
-from sde_diffusion.validate import Checked, Count, Number, Positive, Share
+from sde_diffusion.processes.process import IS_PROCESS, Process
+from sde_diffusion.validate import Checked, Count, Number, Positive, Share, arguments, kind, number
 
 __all__ = [
     "DiscreteTimes",
@@ -55,7 +53,7 @@ class UniformTimes(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate.number("t_max", self.t_max, self.t_min, 1, strict=True)
+        number("t_max", self.t_max, self.t_min, 1, strict=True)
 
     @property
     def support(self) -> tuple[float, float]:
@@ -113,8 +111,7 @@ class LikelihoodTimes(Checked):
     def total(self) -> float:
         """The integral of g^2 / sigma^2 over [t_min, t_max]."""
         ends = torch.tensor(self.support, dtype=torch.float64)
-        first, last = self.process.log_snr(ends).tolist()
-        return first - last
+        return -float(self.process.log_snr(ends).diff())
 
     def __call__(self, quantile: Tensor) -> Tensor:
         first = self.process.log_snr(self.t_min)
@@ -155,7 +152,7 @@ class NormalLogSNR(Checked):
         return self.process.time(self.mean - self.std * torch.special.ndtri(share))
 
 
-@validate.arguments
+@arguments
 def stratified(
     offset: Annotated[float, Number(0, 1)], positions: Tensor, batch_size: Count
 ) -> Tensor:
@@ -169,7 +166,7 @@ def stratified(
 
 def checked_quantile(quantile: Tensor) -> Tensor:
     """Return a tensor of shares in [0, 1]; not checked on a GPU, which would synchronize."""
-    validate.kind("quantile", quantile, "a tensor", "is_floating_point", "device")
+    kind("quantile", quantile, "a tensor", "is_floating_point", "device")
     allowed = (quantile >= 0) & (quantile <= 1)
     if quantile.device.type == "cpu" and not bool(allowed.all()):
         raise ValueError(f"quantile must lie in [0, 1]; got {quantile[~allowed][0].item()}")

@@ -50,10 +50,8 @@ class Likelihood(Checked):
         g2 = self.process.rates(t)[1]
         unknown = g2.isnan()
         if t.device.type == "cpu" and bool(unknown.any()):
-            raise ValueError(
-                f"t must be at most the process's t_max, where g^2 is defined; "
-                f"got {t[unknown][0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
-            )
+            got = f"{t[unknown][0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
+            raise ValueError(f"t must be at most t_max, where g^2 is defined; got {got}")
         return like(g2, level.sigma)
 
 
@@ -84,7 +82,8 @@ class MinSNR(Checked):
 class EDMWeight(Checked):
     """(r^2 + s^2) / (r s)^2 with r = sigma / alpha, s = sigma_data, on errors of x0.
 
-    Karras et al. 2022, Table 1: 1 on errors of their network's output (space=Karras(sigma_data)).
+    Karras et al. 2022, Table 1: 1 on errors of their network's output, which is the space
+    Preconditioned(sigma_data).
     """
 
     space: ClassVar[Parameterization] = X0()
@@ -115,9 +114,8 @@ class VLB(Checked):
         super().__post_init__()
         self.process.model_variances(self.variance)
         if self.process.betas[-1] == 1:
-            raise ValueError(
-                "process must have alpha > 0 at i = N; got zero terminal SNR; use DDPM.bound_term"
-            )
+            got = "zero terminal SNR; use DDPM.bound_term"
+            raise ValueError(f"process must have alpha > 0 at i = N; got {got}")
 
     def __call__(self, level: Level) -> Scalar:
         n = self.process.num_steps

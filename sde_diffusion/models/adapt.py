@@ -16,14 +16,13 @@ from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.model import IS_MODEL, LogSNRRange, Model, level_of, trained_range
 from sde_diffusion.models.noise_inputs import WholeTimestep
 from sde_diffusion.models.prediction import Parameterization, Prediction, Row
-from sde_diffusion.processes import Discrete, Level, Process
-from sde_diffusion.processes.level import double, enter, leave
-from sde_diffusion.processes.process import IS_PROCESS
+from sde_diffusion.processes.discrete import IS_CHAIN, Discrete
+from sde_diffusion.processes.level import Level, double, enter, leave
+from sde_diffusion.processes.process import IS_PROCESS, Process
 from sde_diffusion.validate import Checked, Cond, Integer, Kind, arguments
 
 __all__ = ["Matched", "adopt", "match"]
 
-IS_CHAIN = Kind("a Discrete process", "betas")
 IS_FUNCTION = Kind("a network: a torch module or a function network(x, step)", "__call__")
 
 

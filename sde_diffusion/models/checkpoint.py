@@ -5,98 +5,82 @@ allocates no memory), compares them with the header of the tensors, and only the
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sde_diffusion import networks, processes
 from sde_diffusion.files import describe, storage
-from sde_diffusion.files.describe import public
 from sde_diffusion.models import noise_inputs, parameterizations
 from sde_diffusion.models.model import LogSNRRange
-from sde_diffusion.models.noise_inputs import NoiseInput
 from sde_diffusion.models.prediction import Parameterization
-from sde_diffusion.processes import Process
-from sde_diffusion.validate import Kind, arguments
 
-__all__ = ["PARTS", "load_parts", "save_parts"]
+__all__ = ["load_denoiser", "save_denoiser"]
 
-PARTS = ("network", "process", "parameterization", "noise_input")  # of a description
+# The parts of a denoiser that are dataclasses, with the modules of their classes.
+PARTS = {"process": processes, "parameterization": parameterizations, "noise_input": noise_inputs}
 OPTIONAL = ("trained", "null")
 EXTRA = "+"  # prefix of tensors outside the network: +null.cond, +process.rate
 ADDED = {"dropout": 0.0}  # arguments that older files lack, with their values at that time
 
 
-def save_parts(path: Path, denoiser: Any, record: dict[str, object]) -> None:
+def save_denoiser(path: Path, denoiser: Any, record: dict[str, object]) -> None:
     """Write the tensors of a denoiser, and a record of its network and other parts."""
     if "denoiser" in record:
         raise ValueError("record must not hold the reserved name denoiser")
-    parts: dict[str, Any]
-    parts = {name: describe.to_record(getattr(denoiser, name)) for name in PARTS[1:]}
-    parts["network"] = network_record(denoiser.network)
+    parts: dict[str, Any] = {"network": network_record(denoiser.network)}
+    parts |= {name: describe.to_record(getattr(denoiser, name)) for name in PARTS}
     if denoiser.trained is not None:
         low, high, only = denoiser.trained
         parts["trained"] = [*(x if math.isfinite(x) else None for x in (low, high)), only]
     if denoiser.null is not None:
         learned = dict(denoiser.null.named_parameters())
         parts["null"] = {name: name in learned for name in denoiser.null.state_dict()}
-    tensors = {
-        name.removeprefix("network.") if name.startswith("network.") else EXTRA + name: value
-        for name, value in denoiser.state_dict().items()
-    }
+    tensors = {in_file(name): value for name, value in denoiser.state_dict().items()}
     storage.write(path, tensors, {"denoiser": parts, **record})
 
 
-@arguments
-def load_parts(
-    path: str | Path,
-    network: Annotated[nn.Module, Kind("a torch module", "state_dict", "load_state_dict")] | None,
-    process: Annotated[Process, Kind("a process such as VP()", "log_alpha", "variance")] | None,
-    parameterization: Annotated[Parameterization, Kind("one such as Eps()", "x0", "target")] | None,
-    noise_input: Annotated[NoiseInput, Kind("one such as ContinuousTime()", "__call__")] | None,
-) -> dict[str, Any]:
-    """Return the parts of a saved denoiser by name; given parts must equal the saved ones."""
-    path = Path(path)
+def in_file(name: str) -> str:
+    """Return the name in a file of a tensor of a denoiser: without a prefix for the network's."""
+    return name.removeprefix("network.") if name.startswith("network.") else EXTRA + name
+
+
+def load_denoiser(
+    make: Callable[..., Any], path: Path, network: nn.Module | None, given: Sequence[Any]
+) -> Any:
+    """Return the denoiser in a file.
+
+    Args:
+        make: the class, called with the parts by name.
+        path: the .safetensors file.
+        network: a network that receives the weights; None makes the one described.
+        given: the PARTS, each None or equal to the saved one.
+    """
     saved = storage.examine(path)
     with storage.as_bad_record(path):
         parts = described_parts(saved.record)
         made = {
-            name: describe.from_record(name, public(module), parts[name], given)
-            for name, module, given in (
-                ("process", processes, process),
-                ("parameterization", parameterizations, parameterization),
-                ("noise_input", noise_inputs, noise_input),
-            )
+            name: describe.from_record(name, describe.public(module), parts[name], own)
+            for (name, module), own in zip(PARTS.items(), given, strict=True)
         }
         check_levels(**made)
-        trained, learned = trained_of(parts), learned_of(parts)
         filled = network if network is not None else empty_network(parts["network"])
         check_same(filled, parts["network"])
-        wanted = filled.state_dict()
+        null = empty_null(parts, saved.outline)
+        denoiser = make(filled, **made, trained=trained_of(parts), null=null or None)
+        wanted = {in_file(name): value for name, value in denoiser.state_dict().items()}
         if network is None:
-            dtype = common_dtype(
-                {name: value for name, value in saved.outline.items() if name[:1] != EXTRA}
-            )
-            wanted = {name: value.to(dtype) for name, value in wanted.items()}
-        state = made["process"].state_dict() if isinstance(made["process"], nn.Module) else {}
-        wanted |= {f"{EXTRA}process.{name}": value for name, value in state.items()}
-        names = [f"{EXTRA}null.{name}" for name in learned]
-        storage.check_names("tensor", saved.outline, names, others=True)
-        storage.check_fit(saved.outline, wanted | {name: saved.outline[name] for name in names})
+            wanted |= in_saved_dtype(filled.state_dict(), saved.outline)
+        storage.check_fit(saved.outline, wanted)
     tensors = storage.load(saved)
     with storage.as_bad_file(path):
         # Cloned, as the tensors of a file are not aligned in memory.
-        own = {name: value.clone() if network is None else value
-               for name, value in tensors.items() if not name.startswith(EXTRA)}  # fmt: skip
-        filled.load_state_dict(own, assign=network is None)
-        if state:
-            state = {name: tensors[f"{EXTRA}process.{name}"] for name in state}
-            made["process"].load_state_dict(state)
-    null = {name: nn.Parameter(tensors[full].clone()) if learned[name] else tensors[full].clone()
-            for name, full in zip(learned, names, strict=True)}  # fmt: skip
-    return {"network": filled, **made, "trained": trained, "null": null or None}
+        state = {name: tensors[in_file(name)].clone() for name in denoiser.state_dict()}
+        denoiser.load_state_dict(state, assign=network is None)
+    return denoiser
 
 
 def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
@@ -107,19 +91,20 @@ def trained_of(parts: dict[str, Any]) -> LogSNRRange | None:
     if not describe.matches_type(given, tuple[float | None, float | None, bool]):
         raise ValueError("trained must be [low, high, only], numbers or null and a bool")
     low, high, only = given
-    return LogSNRRange(
-        -math.inf if low is None else float(low), math.inf if high is None else float(high), only
-    )
+    ends = {"low": low, "high": high}
+    return LogSNRRange(**{name: float(x) for name, x in ends.items() if x is not None}, only=only)
 
 
-def learned_of(parts: dict[str, Any]) -> dict[str, bool]:
-    """Return the names of the null's entries, and whether each is a parameter."""
+def empty_null(parts: dict[str, Any], outline: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the null that a record describes, without values; parameters where it is learned."""
     given = parts.get("null", {})
     if not isinstance(given, dict) or not all(
         name.isidentifier() and isinstance(learned, bool) for name, learned in given.items()
     ):
         raise ValueError("null must map identifiers to true (learned) or false")
-    return given
+    storage.check_names("tensor", outline, [f"{EXTRA}null.{name}" for name in given], others=True)
+    null = {name: torch.empty_like(outline[f"{EXTRA}null.{name}"], device="cpu") for name in given}
+    return {name: nn.Parameter(value) if given[name] else value for name, value in null.items()}
 
 
 def network_record(network: nn.Module) -> dict[str, Any]:
@@ -133,7 +118,7 @@ def described_parts(record: dict[str, Any]) -> dict[str, Any]:
     parts = record["denoiser"]
     describe.check_object("denoiser", parts)
     needed = [name for name in parts if name not in OPTIONAL]
-    storage.check_names("denoiser part", needed, PARTS)
+    storage.check_names("denoiser part", needed, ["network", *PARTS])
     return parts
 
 
@@ -142,22 +127,24 @@ def empty_network(description: Any) -> nn.Module:
 
     The constructors of networks limit their integers, so this takes less than a second.
     """
-    kind, given = describe.class_and_arguments("network", public(networks), description, ADDED)
+    known = describe.public(networks)
+    kind, given = describe.class_and_arguments("network", known, description, ADDED)
     with torch.device("meta"):
         return kind(**given)
 
 
 def check_same(network: nn.Module, description: Any) -> None:
     """Refuse a network whose class or arguments differ from the saved ones."""
+    describe.check_object("network", description)
     ours = network_record(network)
     older = {name: value for name, value in ADDED.items() if name in ours}
-    if isinstance(description, dict):
-        description = {**older, **description}
-    describe.same("network", description, ours)
+    describe.same("network", older | description, ours)
 
 
 def check_levels(
-    process: Process, parameterization: Parameterization, noise_input: NoiseInput
+    process: processes.Process,
+    parameterization: Parameterization,
+    noise_input: noise_inputs.NoiseInput,
 ) -> None:
     """Refuse settings that are valid one by one but together give levels that are not finite."""
     try:
@@ -172,9 +159,9 @@ def check_levels(
         raise ValueError("its process and parameterization give levels that are not finite, or 0")
 
 
-def common_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """Return the floating-point dtype of a network with these tensors."""
-    dtype = next(iter(tensors.values())).dtype if tensors else torch.float32
+def in_saved_dtype(state: dict[str, Tensor], outline: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a network in the dtype of the first of them that a file holds."""
+    dtype = next((outline[name].dtype for name in state if name in outline), torch.float32)
     if not dtype.is_floating_point:
         raise ValueError(f"tensors of a network must be floating-point; got {dtype}")
-    return dtype
+    return {name: value.to(dtype) for name, value in state.items()}

@@ -61,8 +61,7 @@ def null_of(model: Any, cond: Cond) -> Cond:
 def zero_null(name: str, cond: Tensor) -> Tensor:
     """Return zeros shaped like a float vector (B, width), the default null condition."""
     if not (cond.is_floating_point() and cond.ndim == 2):
-        raise ValueError(
-            f"null must be given for {name} of shape {tuple(cond.shape)}, {cond.dtype}; got None; "
-            f"e.g. Denoiser(..., null=torch.zeros({tuple(cond.shape[1:])}, dtype={cond.dtype}))"
-        )
+        one = f"torch.zeros({tuple(cond.shape[1:])}, dtype={cond.dtype})"
+        what = f"{name} of shape {tuple(cond.shape)}, {cond.dtype}"
+        raise ValueError(f"null must be given for {what}; got None; e.g. Denoiser(..., null={one})")
     return torch.zeros_like(cond)

@@ -98,8 +98,9 @@ class Denoiser(nn.Module):
         """
 
         def kept(name: str, value: Tensor) -> Tensor:
-            null = self._null_of(name, value).to(value.device, value.dtype)
-            return torch.where(per_sample(keep, value), value, null)
+            own = self.null
+            null = conditions.zero_null(name, value) if own is None else own.entry(name, value)
+            return torch.where(per_sample(keep, value), value, null.to(value.device, value.dtype))
 
         return conditions.map_entries(kept, cond)
 
@@ -108,27 +109,23 @@ class Denoiser(nn.Module):
         first = next(iter(conditions.entries(cond).values()))
         return self.with_null(cond, torch.zeros(len(first), dtype=torch.bool, device=first.device))
 
-    def _null_of(self, name: str, cond: Tensor) -> Tensor:
-        if self.null is not None:
-            return self.null.entry(name, cond)
-        return conditions.zero_null(name, cond)[0] if len(cond) else cond.new_zeros(cond.shape[1:])
-
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors) and, beside it, a JSON file with metadata and SHA-256.
 
         Args:
             record: more metadata for the JSON file, such as the command that trained the network.
         """
-        checkpoint.save_parts(Path(path), self, record)
+        checkpoint.save_denoiser(Path(path), self, record)
 
     @staticmethod
+    @arguments
     def load(
         path: str | Path,
-        network: nn.Module | None = None,
+        network: Annotated[nn.Module, IS_NETWORK] | None = None,
         *,
-        process: Process | None = None,
-        parameterization: Parameterization | None = None,
-        noise_input: NoiseInput | None = None,
+        process: Annotated[Process, IS_PROCESS] | None = None,
+        parameterization: Annotated[Parameterization, IS_MEANING] | None = None,
+        noise_input: Annotated[NoiseInput, IS_NOISE_INPUT] | None = None,
     ) -> "Denoiser":
         """Read a file of `save`, in eval mode. Never runs code from the file.
 
@@ -144,8 +141,8 @@ class Denoiser(nn.Module):
             storage.BadFile: if anything is missing or damaged; it names the file and the reason. A
                 given network is then unchanged.
         """
-        parts = checkpoint.load_parts(path, network, process, parameterization, noise_input)
-        return Denoiser(**parts).eval()
+        given = process, parameterization, noise_input
+        return checkpoint.load_denoiser(Denoiser, Path(path), network, given).eval()
 
 
 class NullCond(nn.Module):
@@ -162,10 +159,7 @@ class NullCond(nn.Module):
                 raise ValueError(f"null must have other names for its entries; got {name!r}")
             label = f"null of {name}" if isinstance(null, Mapping) else "null"
             validate.kind(label, value, "a tensor", "dtype")
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
+            setattr(self, name, value if isinstance(value, nn.Parameter) else nn.Buffer(value))
 
     def entry(self, name: str, cond: Tensor) -> Tensor:
         """Return the null of one entry of the condition, shaped like one sample of it."""

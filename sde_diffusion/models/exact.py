@@ -126,9 +126,8 @@ class GaussianMixture:
         of_y = matrix @ covariances @ matrix.T
         of_y.diagonal(dim1=1, dim2=2).add_(noise_std**2)
         if noise_std == 0 and torch.linalg.matrix_rank(matrix) < len(matrix):
-            raise ValueError(
-                "matrix must have independent rows for noise_std=0; got dependent ones"
-            )
+            rule = "have independent rows for noise_std=0"
+            raise ValueError(f"matrix must {rule}; got dependent ones")
         root = torch.linalg.cholesky(of_y)
         gain = torch.cholesky_solve(matrix @ covariances, root).mT  # (K, d, m)
         off = y - self.means @ matrix.T

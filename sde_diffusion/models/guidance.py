@@ -95,9 +95,8 @@ class ClassifierFree(Guided):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not conditions.takes_cond(self.model):
-            raise TypeError(
-                f"model must be called as model(x, level, cond); got {shown(self.model)}"
-            )
+            got = shown(self.model)
+            raise TypeError(f"model must be called as model(x, level, cond); got {got}")
         for name, value in conditions.entries({} if self.null is None else self.null).items():
             if not getattr(value, "ndim", 0):
                 got = f"{shown(value)} for {name}; e.g. torch.tensor([10])"

@@ -8,11 +8,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from sde_diffusion import validate
-from sde_diffusion.networks.dropout import Dropout
-from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import CondWidth, Side, Width, check_cond
-from sde_diffusion.validate import Each, Integer, Share, arguments
+from sde_diffusion.networks import layers
+from sde_diffusion.validate import Each, Integer, Share, arguments, integer
 
 __all__ = ["MLP"]
 
@@ -32,34 +29,27 @@ class MLP(nn.Module):
     @arguments
     def __init__(
         self,
-        shape: Annotated[Sequence[int], Each(Side, 8)] = (2,),
-        width: Width = 128,
+        shape: Annotated[Sequence[int], Each(layers.Side, 8)] = (2,),
+        width: layers.Width = 128,
         depth: Annotated[int, Integer(1, 1000)] = 3,
         fourier: Annotated[int, Integer(0, 2**16, multiple_of=2)] = 0,
-        cond: CondWidth = 0,
+        cond: layers.CondWidth = 0,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
         if fourier == 2:
             raise ValueError("fourier must be 0 or at least 4; got 2")
-        size = validate.integer("prod(shape)", prod(shape), at_most=2**24)
-        self.config = {
-            "shape": list(shape),
-            "width": width,
-            "depth": depth,
-            "fourier": fourier,
-            "cond": cond,
-            "dropout": dropout,
-        }
+        size = integer("prod(shape)", prod(shape), at_most=2**24)
+        self.config = layers.arguments_of(MLP, locals())
         self.shape, self.cond = tuple(shape), cond
-        self.embed = Fourier(fourier, max_frequency=50.0) if fourier else None
-        layers: list[nn.Module] = []
+        self.embed = layers.Fourier(fourier, max_frequency=50.0) if fourier else None
+        hidden: list[nn.Module] = []
         wide = size + (fourier or 1) + cond
         for _ in range(depth):
-            layers += [nn.Linear(wide, width), nn.SiLU()]
-            layers += [Dropout(dropout)] if dropout else []
+            hidden += [nn.Linear(wide, width), nn.SiLU()]
+            hidden += [layers.Dropout(dropout)] if dropout else []
             wide = width
-        self.layers = nn.Sequential(*layers, nn.Linear(width, size))
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, size))
 
     def forward(
         self,
@@ -70,7 +60,7 @@ class MLP(nn.Module):
         """x: noisy data; c: noise condition; cond: condition vectors."""
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
-        check_cond(cond, self.cond)
+        layers.check_cond(cond, self.cond)
         noise = c[:, None] if self.embed is None else self.embed(c)
         extra = [] if cond is None else [cond.to(x.dtype)]
         h = torch.cat([x.reshape(len(x), prod(self.shape)), noise, *extra], dim=1)

@@ -1,10 +1,7 @@
-"""A small U-Net for images, conditioned on the noise level and optionally on a cond vector.
-
-The first layer folds patch x patch pixels into channels, so that on 28x28 digits nearly all of the
-work happens at 14x14 and 7x7: about four times cheaper than a U-Net that starts at full resolution.
-"""
+"""U-Nets for images: a residual one with attention, and one of plain convolutions."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -13,17 +10,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion import validate
-from sde_diffusion.networks.dropout import Dropout
-from sde_diffusion.networks.embeddings import Fourier
-from sde_diffusion.networks.inputs import CondWidth, Width, check_cond, check_images
-from sde_diffusion.validate import Each, Integer, Share, arguments
+from sde_diffusion.networks import layers
+from sde_diffusion.validate import Each, Integer, Share, arguments, integer
 
-__all__ = ["UNet"]
+__all__ = ["PlainUNet", "UNet"]
 
 
 class UNet(nn.Module):
     """Residual U-Net with attention (Ho et al. 2020, App. B; Dhariwal & Nichol 2021, sec. 3).
+
+    Conditioned on the noise level and optionally on a cond vector. The first layer folds patch x
+    patch pixels into channels, so that on 28x28 digits nearly all of the work happens at 14x14 and
+    7x7: about four times cheaper than a U-Net that starts at full resolution.
 
     Args:
         in_channels: image channels; the output has as many.
@@ -44,35 +42,26 @@ class UNet(nn.Module):
     @arguments
     def __init__(
         self,
-        in_channels: Width = 1,
+        in_channels: layers.Width = 1,
         channels: Annotated[Sequence[int], Each(Integer(8, 2**16, 8), 10, 1)] = (32, 64),
         blocks: Annotated[int, Integer(1, 32)] = 2,
         attention: Annotated[Sequence[int], Each(Integer(0, 9), 10)] = (1,),
         patch: Annotated[int, Integer(1, 512)] = 2,
         embedding: Annotated[int, Integer(4, 2**16, 2)] = 128,
-        cond: CondWidth = 0,
-        heads: Width = 4,
+        cond: layers.CondWidth = 0,
+        heads: layers.Width = 4,
         dropout: Share = 0.0,
     ) -> None:
         super().__init__()
-        validate.integer("max(attention)", max(attention, default=0), 0, len(channels) - 1)
+        integer("max(attention)", max(attention, default=0), 0, len(channels) - 1)
         if any(channels[level] % heads for level in attention):
             raise ValueError(f"heads must divide the widths with attention; got {heads}")
         self.stride = patch * 2 ** (len(channels) - 1)
-        validate.integer("patch * 2^(len(channels) - 1)", self.stride, at_most=512)
-        self.config = {
-            "in_channels": in_channels,
-            "channels": list(channels),
-            "blocks": blocks,
-            "attention": list(attention),
-            "patch": patch,
-            "embedding": embedding,
-            "cond": cond,
-            "heads": heads,
-            "dropout": dropout,
-        }
+        integer("patch * 2^(len(channels) - 1)", self.stride, at_most=512)
+        self.config = layers.arguments_of(UNet, locals())
         self.patch = patch
-        self.noise = nn.Sequential(Fourier(embedding), nn.Linear(embedding, embedding), nn.SiLU())
+        features = layers.Fourier(embedding)
+        self.noise = nn.Sequential(features, nn.Linear(embedding, embedding), nn.SiLU())
         self.context = nn.Linear(cond, embedding) if cond else None
         self.enter = nn.Conv2d(in_channels * patch**2, channels[0], 3, padding=1)
 
@@ -114,8 +103,8 @@ class UNet(nn.Module):
         cond: Shaped[Tensor, "batch cond"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """x: noisy images; c: noise condition in [0, 1]; cond: condition vectors."""
-        check_images(x, self.config["in_channels"])
-        check_cond(cond, self.config["cond"])
+        layers.check_images(x, self.config["in_channels"])
+        layers.check_cond(cond, self.config["cond"])
         if not len(x):  # torch folds no pixels of an empty batch
             return x
         e = self.noise(c)
@@ -140,6 +129,50 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.leave(h), self.patch)[..., :height, :width]
 
 
+class PlainUNet(nn.Module):
+    """Convolution and pooling down, convolution and repetition up; the condition is a channel.
+
+    No normalization, no attention, no residual blocks. With its default widths it is the network
+    of the DTU exercise 3.5, after the score-based tutorial of M. F. Kasim. Odd sides are rounded
+    up when they are halved, so 28x28 goes to 14, 7, 4 and 2.
+
+    Args:
+        in_channels: image channels; the output has as many.
+        channels: width at each resolution, finest first.
+    """
+
+    @arguments
+    def __init__(
+        self, in_channels: layers.Width = 1, channels: layers.Widths = (32, 64, 128, 256, 256)
+    ) -> None:
+        super().__init__()
+        self.config = layers.arguments_of(PlainUNet, locals())
+        widths = [in_channels + 1, *channels]
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        pairs = pairwise(reversed(channels))
+        self.up = nn.ModuleList(nn.Conv2d(a + b, b, 3, padding=1) for a, b in pairs)
+        self.leave = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        c: Float[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """x: noisy images; c: noise condition, best in [0, 1]."""
+        layers.check_images(x, self.config["in_channels"])
+        h = torch.cat([x, c[:, None, None, None].expand(-1, 1, *x.shape[2:])], dim=1)
+        skips: list[Tensor] = []
+        for layer in self.down:
+            h = F.max_pool2d(h, 2, ceil_mode=True) if skips else h
+            skips.append(h := F.silu(layer(h)))
+        skips.pop()
+        for layer in self.up:
+            skip = skips.pop()
+            h = F.interpolate(h, size=skip.shape[2:], mode="nearest")
+            h = F.silu(layer(torch.cat([h, skip], dim=1)))
+        return self.leave(h)
+
+
 class Residual(nn.Module):
     """x + conv(silu(modulated norm(conv(silu(norm(x)))))), modulated by the condition."""
 
@@ -149,7 +182,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.modulate = nn.Linear(embedding, 2 * width_out)
         self.norm2 = nn.GroupNorm(8, width_out)
-        self.dropout = Dropout(dropout)
+        self.dropout = layers.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
         self.skip = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 

@@ -28,14 +28,6 @@ __all__ = [
 ]
 
 # At their published parameters: tests, certificates, docs and the command line run over these.
-CATALOGUE: tuple[Process, ...] = (
-    VP(),
-    SubVP(),
-    VE(),
-    OU(),
-    Cosine(),
-    EDM(),
-    RectifiedFlow(),
-    Discrete.linear(),
-    continuous(Discrete.linear()),
-)
+SMOOTH = VP(), SubVP(), VE(), OU(), Cosine(), EDM(), RectifiedFlow()
+CHAIN = Discrete.linear()
+CATALOGUE: tuple[Process, ...] = (*SMOOTH, CHAIN, continuous(CHAIN))

@@ -18,7 +18,7 @@ from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
 from sde_diffusion.validate import Choice, Count, Kind, Number, Positive, arguments
 
-__all__ = ["Discrete", "Interpolated", "continuous", "discretize", "kernel_variances"]
+__all__ = ["Discrete", "Interpolated", "continuous", "discretize"]
 
 Beta = Annotated[float, Number(0, 1, strict=True)]
 Variance = Annotated[Literal["beta", "posterior"], Choice("beta", "posterior")]
@@ -147,8 +147,7 @@ class Discrete(Interpolated):
 
         Nichol & Dhariwal 2021, eq. 17; equal to clipping alpha_i to [0.001, 1].
         """
-        t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-        betas = kernel_variances(Cosine(s).log_alpha(t))
+        betas = discretize(Cosine(s), num_steps, "exact").beta_table
         return cls(tuple(betas.clamp(max=max_beta).tolist()))
 
     @classmethod
@@ -188,6 +187,15 @@ class Discrete(Interpolated):
     def chain_steps(self) -> int:
         return self.num_steps
 
+    def nearest(self, times: Tensor) -> Tensor:
+        n = self.num_steps
+        found = (times * n).round() / n
+        if len(found.unique()) < len(times):
+            most = f"{round(float(times[0]) * n)} on a chain of {n} from t={float(times[0]):g}"
+            advice = "use grid=grids.Uniform() to go between its times"
+            raise ValueError(f"steps must be at most {most}; got {len(times) - 1}; {advice}")
+        return found
+
     @cached_property
     def posterior_variances(self) -> Tensor:
         """Variance of q(x_(i-1) | x_i, x_0) for i = 1 .. N: (N,) float64 (Ho et al. 2020, eq. 7).
@@ -208,11 +216,6 @@ class Discrete(Interpolated):
         variances = self.posterior_variances.clone()
         variances[0] = variances[1] if self.num_steps > 1 else self.betas[0]
         return variances
-
-
-def kernel_variances(log_alpha: Tensor) -> Tensor:
-    """beta_i = 1 - (alpha_i / alpha_(i-1))^2, (N,), from log alpha at i = 0 .. N."""
-    return -torch.expm1(2 * log_alpha.diff())
 
 
 def checked_betas(given: Sequence[float] | np.ndarray | Tensor) -> tuple[float, ...]:
@@ -266,7 +269,7 @@ def discretize(
     if not torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-12):
         raise ValueError(f"process must be variance-preserving; got {process!r:.80}")
     if rule == "exact":
-        betas = kernel_variances(log_alpha)
+        betas = -torch.expm1(2 * log_alpha.diff())
     elif process.t_max < 1:
         drift = f"{type(process).__name__}, whose drift is defined on [0, {process.t_max}]"
         raise ValueError(f"rule must be 'exact' for {drift}; got 'euler'")

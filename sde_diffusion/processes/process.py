@@ -20,10 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.noise.sources import start
 from sde_diffusion.processes.level import Level, RatedLevel, Scalar, double, log_snr_at, u_at
-from sde_diffusion.validate import Kind
+from sde_diffusion.validate import Checked, Kind, batch
 
 __all__ = ["IS_PROCESS", "Process", "VariancePreserving"]
 
@@ -32,7 +31,7 @@ IS_PROCESS = Kind("a Process such as VP()", "log_alpha", "variance")
 
 
 @dataclass(frozen=True)
-class Process(validate.Checked, ABC):
+class Process(Checked, ABC):
     """A linear-Gaussian noising process. Subclasses define `log_alpha` and `variance`.
 
     Attributes:
@@ -135,15 +134,7 @@ class Process(validate.Checked, ABC):
         Raises:
             ValueError: if two of the times have the same nearest one.
         """
-        n = self.chain_steps
-        if n is None:
-            return times
-        found = (times * n).round() / n
-        if len(found.unique()) < len(times):
-            most = f"{round(float(times[0]) * n)} on a chain of {n} from t={float(times[0]):g}"
-            advice = "use grid=grids.Uniform() to go between its times"
-            raise ValueError(f"steps must be at most {most}; got {len(times) - 1}; {advice}")
-        return found
+        return times
 
     # ---- levels and batches ------------------------------------------------------------------
 
@@ -155,7 +146,7 @@ class Process(validate.Checked, ABC):
             like: the batch (B, ...), which sets rank, dtype and device of the fields; t and
                 log_snr, the inputs of networks, are at least float32.
         """
-        validate.batch("like", like)
+        batch("like", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(f"t must have shape () or ({len(like)},); got {tuple(t.shape)}")

@@ -60,7 +60,7 @@ def load_parts(
     """Return the parts of a saved denoiser by name; given parts must equal the saved ones."""
     path = Path(path)
     saved = storage.examine(path)
-    with storage.as_bad_record(path):
+    with storage.as_bad_file(path.with_suffix(".json")):
         parts = described_parts(saved.record)
         made = {
             name: describe.from_record(name, public(module), parts[name], given)

@@ -236,12 +236,10 @@ def as_bad_file(path: Path) -> Iterator[None]:
 
 def check_memory(size: int) -> None:
     """Refuse a file larger than the memory of this machine, if the system reports it."""
-    try:
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return
-    if size > most:
-        raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
+        if size > most:
+            raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -294,9 +292,6 @@ def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
         entries = parsed(header)
     except ValueError as error:
         raise ValueError(f"damaged, or not a safetensors file; its header: {error}") from None
-    notes = entries.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("__metadata__ must hold strings only")
     if len(entries) > TENSORS:
         raise ValueError(f"a file must hold at most {TENSORS:,} tensors; got {len(entries):,}")
     outline: dict[str, Tensor] = {}

@@ -55,17 +55,16 @@ def import_weights(
     path = Path(path)
     with storage.regular(path) as (file, size):
         storage.check_memory(size)
-        start = file.read(4)
-        if start != b"PK\x03\x04" and sha256 is None:
+        data = file.read(size)
+        archive = data.startswith(b"PK\x03\x04")
+        if not archive and sha256 is None:
             advice = "if it is from before version 1.6 and you know its source, give sha256="
             raise ValueError(f"not a zip archive of torch.save, which has checksums; {advice}")
-        data = start + file.read(size)
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256.lower():
             raise ValueError(f"its SHA-256 is {found}, not the one given")
-        if start == b"PK\x03\x04":
-            data = checked_archive(data)
-        return tensors_of(entry_of(unpacked(data), key), size)
+        loaded = unpacked(checked_archive(data) if archive else data)
+        return tensors_of(entry_of(loaded, key), size)
 
 
 def unpacked(data: bytes) -> Any:

@@ -96,7 +96,7 @@ def mask(
 ) -> None:
     """Set the keys of each layer's masks for this part of the step's batch."""
     positions = range(batch.first, batch.first + len(batch.x0))
-    bases = words(recipe.seed, Purpose.DROPOUT, step, len(layers))
+    bases = words(recipe.seed, Purpose.DROPOUT, step, len(layers)) if layers else []
     for layer, base in zip(layers, bases, strict=True):
         layer.keys = row_keys(base, positions, device)
 

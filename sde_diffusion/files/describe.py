@@ -33,13 +33,11 @@ def public(module: Any) -> list[type]:
 
 def from_record(kind: str, classes: Sequence[type], description: Any, given: Any = None) -> Any:
     """Make the object of these classes that a description names, or return `given` if it fits."""
-    if given is not None:
-        same(kind, description, to_record(given))
-        return given
-    made, arguments = class_and_arguments(kind, classes, description)
-    value = made(**arguments)
-    same(kind, description, to_record(value))
-    return value
+    if given is None:
+        made, arguments = class_and_arguments(kind, classes, description)
+        given = made(**arguments)
+    same(kind, description, to_record(given))
+    return given
 
 
 def class_and_arguments(

@@ -12,15 +12,14 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from operator import itemgetter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.files.strict_json import LIMIT, json_text, near, parsed, plain, printable
+from sde_diffusion.files.strict_json import LIMIT, near, parsed, plain, printable
 
 __all__ = ["BadFile", "Saved", "check_fit", "examine", "load", "read", "write"]
 
@@ -67,7 +66,6 @@ class Saved(NamedTuple):
     record: dict[str, Any]
     outline: dict[str, Tensor]  # names, shapes and dtypes: tensors on the meta device
     size: int  # bytes
-    data: bytes | None  # the whole file if it is small
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -165,11 +163,13 @@ def examine(path: Path) -> Saved:
     with regular(path) as (file, size):
         start = file.read(8)
         outline = parse_header(file.read(header_end(start, size) - 8), size)
-    with regular(path.with_suffix(".json"), record_note(path)) as (file, _):
+    with regular(path.with_suffix(".json")) as (file, _):
         record = parsed(file.read(LIMIT + 1))
         check_record(record)
-    saved = Saved(path, record, outline, size, None)
-    return saved._replace(data=checked_bytes(saved)) if size <= SMALL else saved
+    saved = Saved(path, record, outline, size)
+    if size <= SMALL:  # then what is damaged is refused as damaged
+        checked_bytes(saved)
+    return saved
 
 
 def load(saved: Saved) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def load(saved: Saved) -> dict[str, Tensor]:
     from safetensors.torch import load as decode
 
     with as_bad_file(saved.path):
-        tensors = decode(checked_bytes(saved) if saved.data is None else saved.data)
+        tensors = decode(checked_bytes(saved))
         check_numbers(tensors)
     return tensors
 
@@ -200,11 +200,11 @@ def check_suffix(name: str, path: Path) -> None:
 
 
 @contextmanager
-def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
+def regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file for reading and yield it with its size; any exception is a BadFile."""
     no_wait = getattr(os, "O_NONBLOCK", 0)  # opening a pipe without a writer would block
     with (
-        as_bad_file(path, note),
+        as_bad_file(path),
         open(path, "rb", opener=lambda name, how: os.open(name, how | no_wait)) as file,
     ):
         status = os.fstat(file.fileno())
@@ -214,12 +214,13 @@ def regular(path: Path, note: str = "") -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
-    """Turn every exception raised inside into a BadFile of `path`.
+def as_bad_file(path: Path) -> Iterator[None]:
+    """Turn every exception raised inside into a BadFile of `path`, and of the file it describes.
 
     Every exception, not a list of them: the exceptions that torch and constructors raise at numbers
     far outside their range are not documented.
     """
+    note = f" (the record of {path.with_suffix('.safetensors')})" if path.suffix == ".json" else ""
     try:
         yield
     except BadFile:
@@ -233,35 +234,21 @@ def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
         raise BadFile(f"{path}: {lines[0]:.500}{note}") from None
 
 
-def as_bad_record(path: Path) -> AbstractContextManager[None]:
-    """`as_bad_file` for the JSON record beside the .safetensors file `path`."""
-    return as_bad_file(path.with_suffix(".json"), record_note(path))
-
-
-def record_note(path: Path) -> str:
-    """Return the note that names the .safetensors file of a record."""
-    return f" (the record of {path})"
-
-
 def check_memory(size: int) -> None:
     """Refuse a file larger than the memory of this machine, if the system reports it."""
-    try:
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return
-    if size > most:
-        raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
+        if size > most:
+            raise ValueError(f"{size:,} bytes; this machine has {most:,} of memory")
 
 
-def check_record(record: Any) -> None:
+def check_record(record: Mapping[str, Any]) -> None:
     """Refuse anything but a record of `write`."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object; got {json_text(record)}")
     check_names("entry", record, OURS, others=True)
     found = record["format"]
     if type(found) is not int or found != FORMAT:
-        known = "unknown" if type(found) is not int or found < 1 else "an older one"
-        age = "of a newer version" if type(found) is int and found > FORMAT else known
+        known = type(found) is int and found > 0
+        age = ("of a newer version" if found > FORMAT else "an older one") if known else "unknown"
         raise ValueError(f"format {found!r:.40}, {age}; this version reads format {FORMAT}")
     if record["record_sha256"] != record_hash(record):
         raise ValueError("damaged: its SHA-256 differs from the recorded one")
@@ -298,54 +285,30 @@ def header_end(start: bytes, size: int) -> int:
 def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
     """Return the tensors in the header of a file of `size` bytes, on the meta device.
 
-    Their bytes must follow each other and fill the rest of the file.
+    Their offsets are left to safetensors: in `load` it refuses tensors whose bytes overlap, leave
+    gaps, or are not as many as their shapes need.
     """
     try:
         entries = parsed(header)
     except ValueError as error:
         raise ValueError(f"damaged, or not a safetensors file; its header: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"not a safetensors file: its header is {json_text(entries)}")
-    notes = entries.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError("__metadata__ must hold strings only")
     if len(entries) > TENSORS:
         raise ValueError(f"a file must hold at most {TENSORS:,} tensors; got {len(entries):,}")
-    pieces = sorted(map(parse_entry, entries, entries.values()), key=itemgetter(2, 3))
-    end = 0
-    for name, _, begin, stop in pieces:
-        if begin != end:
-            raise ValueError(f"tensor {name!r:.80} must begin at byte {end}; got {begin}")
-        end = stop
-    if (accounted := 8 + len(header) + end) != size:
-        raise ValueError(f"truncated or damaged: {size:,} bytes; its header needs {accounted:,}")
-    return {name: tensor for name, tensor, _, _ in pieces}
-
-
-def parse_entry(name: str, entry: Any) -> tuple[str, Tensor, int, int]:
-    """Return name, outline, first and last byte of one tensor."""
-    if not name.isprintable() or len(name) > 200:
-        raise ValueError(f"a tensor's name is not printable, or too long: {name!r:.80}")
-    if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
-        raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets only")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r:.40}")
-    dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not naturals(shape) or len(shape) > 64:
-        raise ValueError(f"tensor {name!r} has the shape {shape!r:.80}")
-    if not naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has the data_offsets {offsets!r:.80}")
-    count, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
-    if found != count:
-        raise ValueError(f"tensor {name!r} of {shape!r:.80} needs {count} bytes; got {found}")
-    return name, torch.empty(shape, dtype=dtype, device="meta"), offsets[0], offsets[1]
-
-
-def naturals(value: Any) -> bool:
-    """True for a list of integers in [0, 2^63)."""
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        return False
-    return not value or (min(value) >= 0 and max(value) < 2**63)
+    outline: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if not name.isprintable() or len(name) > 200:
+            raise ValueError(f"a tensor's name is not printable, or too long: {name!r:.80}")
+        if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
+            raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets only")
+        if (dtype := DTYPES.get(str(entry["dtype"]))) is None:
+            raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r:.40}")
+        if not isinstance(entry["shape"], list) or len(entry["shape"]) > 64:
+            raise ValueError(f"tensor {name!r} has the shape {entry['shape']!r:.80}")
+        outline[name] = torch.empty(entry["shape"], dtype=dtype, device="meta")
+    needed = 8 + len(header) + sum(tensor.nbytes for tensor in outline.values())
+    if needed != size:
+        raise ValueError(f"truncated or damaged: {size:,} bytes; its header needs {needed:,}")
+    return outline
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
@@ -362,7 +325,13 @@ def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None
     """Refuse tensors whose names, shapes or dtypes are not the wanted ones."""
     check_names("tensor", found, wanted)
     for name, like in wanted.items():
-        value = found[name]
-        if value.shape != like.shape or value.dtype != like.dtype:
-            right, got = (f"{tuple(each.shape)} of {each.dtype}" for each in (like, value))
+        right, got = kind_of(like), kind_of(found[name])
+        if right != got:
             raise ValueError(f"tensor {name!r} must be {right}; got {got}")
+
+
+def kind_of(value: Any) -> str:
+    """Return shape and dtype of a tensor, or the type of another value."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__

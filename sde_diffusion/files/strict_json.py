@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from types import NoneType
 from typing import Any
 
 __all__ = ["json_text", "near", "parsed", "plain", "printable"]
@@ -18,30 +17,30 @@ BRACKETS = 100_000  # in all
 DIGITS = 40  # of an integer; a seed has up to 39
 
 
-def parsed(data: bytes) -> Any:
-    """Parse JSON: UTF-8, finite numbers, distinct names, limited sizes; or raise ValueError."""
+def parsed(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object: UTF-8, finite numbers, distinct names, limited sizes; or ValueError."""
     if len(data) > LIMIT:
         raise ValueError(f"more than {LIMIT:,} bytes")
     if data.count(b"[") + data.count(b"{") > BRACKETS:
         raise ValueError(f"more than {BRACKETS:,} lists and objects")
     try:
-        kinds = {
-            "parse_int": parse_integer,
-            "parse_float": finite_number,
-            "parse_constant": finite_number,
-        }
-        value = json.loads(data.decode(), object_pairs_hook=distinct, **kinds)
+        value = json.loads(data.decode(), object_pairs_hook=distinct, parse_int=parse_integer,
+                           parse_float=finite_number, parse_constant=finite_number)  # fmt: skip
+        if depth(value) > DEPTH:
+            raise ValueError(f"nested more than {DEPTH} deep")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"not JSON ({error})") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEPTH):
-        parts = [v.values() if isinstance(v, dict) else v for v in level]
-        level = [v for part in parts for v in part if isinstance(v, dict | list)]
-    if level:
-        raise ValueError(f"nested more than {DEPTH} deep")
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object; got {json_text(value)}")
     return value
+
+
+def depth(value: Any) -> int:
+    """Return the number of brackets around the innermost value."""
+    parts = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, parts), default=0) if isinstance(value, dict | list) else 0
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,10 +87,8 @@ def near(word: str, words: Iterable[str]) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Return the kind of a JSON value and the value itself, cut to 80 characters."""
-    kinds = {bool: "", int: "the number ", float: "the number ", str: "the string ",
-             list: "the list ", dict: "the object ", NoneType: ""}  # fmt: skip
-    return f"{kinds.get(type(value), '')}{json.dumps(value):.80}"
+    """Return a value as JSON, cut to 80 characters."""
+    return f"{json.dumps(value):.80}"
 
 
 def printable(text: str, most: int = 2000) -> str:

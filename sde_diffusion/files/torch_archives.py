@@ -8,7 +8,6 @@ torch reads a copy that is made of the checked members.
 
 import hashlib
 import io
-import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -56,17 +55,16 @@ def import_weights(
     path = Path(path)
     with storage.regular(path) as (file, size):
         storage.check_memory(size)
-        start = file.read(4)
-        if start != b"PK\x03\x04" and sha256 is None:
+        data = file.read(size)
+        archive = data.startswith(b"PK\x03\x04")
+        if not archive and sha256 is None:
             advice = "if it is from before version 1.6 and you know its source, give sha256="
             raise ValueError(f"not a zip archive of torch.save, which has checksums; {advice}")
-        data = start + file.read(size)
         found = hashlib.sha256(data).hexdigest()
         if sha256 is not None and found != sha256.lower():
             raise ValueError(f"its SHA-256 is {found}, not the one given")
-        if start == b"PK\x03\x04":
-            data = checked_archive(data)
-        return tensors_of(entry_of(unpacked(data), key), size)
+        loaded = unpacked(checked_archive(data) if archive else data)
+        return tensors_of(entry_of(loaded, key), size)
 
 
 def unpacked(data: bytes) -> Any:
@@ -151,7 +149,6 @@ def entry_of(loaded: Any, key: str | None) -> dict[Any, Any]:
 def tensors_of(found: dict[Any, Any], size: int) -> dict[str, Tensor]:
     """Return contiguous copies of the entries, which must be plain tensors of finite numbers."""
     dicts = [k for k, v in found.items() if isinstance(k, str) and dict_of_tensors(v)]
-    total = 0
     for name, value in found.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
             raise ValueError(f"names must be printable, of 200 letters at most; got {name!r:.80}")
@@ -160,9 +157,8 @@ def tensors_of(found: dict[Any, Any], size: int) -> dict[str, Tensor]:
             raise ValueError(f"{name!r} must be a tensor; got a {type(value).__name__}{hint}")
         if value.dtype not in storage.DTYPES.values():
             raise ValueError(f"tensor {name!r} has the unknown dtype {value.dtype}")
-        total += math.prod(value.shape) * value.dtype.itemsize
-        if total > 2 * size + SLACK:  # twice, as tied weights are stored once
-            raise ValueError(f"its tensors take more than twice the {size:,} bytes of the file")
+    if sum(value.nbytes for value in found.values()) > 2 * size + SLACK:  # tied weights: twice
+        raise ValueError(f"its tensors take more than twice the {size:,} bytes of the file")
     tensors = storage.copies(found)
     storage.check_numbers(tensors)
     return tensors

@@ -60,7 +60,7 @@ def load_denoiser(
         given: the PARTS, each None or equal to the saved one.
     """
     saved = storage.examine(path)
-    with storage.as_bad_record(path):
+    with storage.as_bad_file(path.with_suffix(".json")):
         parts = described_parts(saved.record)
         made = {
             name: describe.from_record(name, describe.public(module), parts[name], own)

@@ -17,7 +17,6 @@ from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.counter import normals, row_keys, uniforms
 from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.training.recipe import Recipe
-from sde_diffusion.validate import Cond, Integer, Kind
 
 __all__ = ["Batch", "draw"]
 
@@ -37,7 +36,7 @@ class Batch(NamedTuple):
     x0: Tensor
     t: Tensor
     eps: Tensor
-    cond: Cond | None
+    cond: validate.Cond | None
     first: int = 0
     keep: Tensor | None = None
 
@@ -45,10 +44,10 @@ class Batch(NamedTuple):
 @validate.arguments
 def draw(
     data: Data,
-    recipe: Annotated[Recipe, Kind("a Recipe", "batch_size", "seed")],
+    recipe: Annotated[Recipe, validate.Kind("a Recipe", "batch_size", "seed")],
     times: TimeDistribution,
-    step: Annotated[int, Integer(0, 2**63 - 1)],
-    positions: Annotated[range, Kind("a range", "start", "stop")] | None = None,
+    step: Annotated[int, validate.Integer(0, 2**63 - 1)],
+    positions: Annotated[range, validate.Kind("a range", "start", "stop")] | None = None,
     device: torch.device | None = None,
 ) -> Batch:
     """Draw the part `positions` of the global batch of `step`, a function of its arguments alone.
@@ -77,13 +76,11 @@ def draw(
     if x0.shape != like.shape or not x0.is_floating_point():
         got = f"{tuple(x0.shape)}, {x0.dtype}"
         raise ValueError(f"data.batch must return floats of shape {tuple(like.shape)}; got {got}")
-    if cond is None and recipe.cond_dropout:
-        raise ValueError(
-            f"cond_dropout must be 0 for data without conditions; got {recipe.cond_dropout}"
-        )
-    keep = None
-    if cond is not None and recipe.cond_dropout:
-        keep = uniforms(row_keys(dropped, positions, device), ()) >= recipe.cond_dropout
+    keep, share = None, recipe.cond_dropout
+    if share and cond is None:
+        raise ValueError(f"cond_dropout must be 0 for data without conditions; got {share}")
+    if share:
+        keep = uniforms(row_keys(dropped, positions, device), ()) >= share
     return Batch(x0, t, eps, cond, positions.start, keep)
 
 

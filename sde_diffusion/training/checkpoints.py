@@ -8,25 +8,25 @@ import os
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
-from torch import is_tensor
 
 from sde_diffusion import validate
 from sde_diffusion.files import storage
 from sde_diffusion.files.strict_json import plain
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.training.engine import full, like_ours
-from sde_diffusion.training.optimizers import flat, load_state, outline
+from sde_diffusion.training.optimizers import flat, kinds_of, load_state
 from sde_diffusion.training.state import TrainState
-from sde_diffusion.validate import Kind
 
 __all__ = ["OtherSettings", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
 
 PREFIX = "checkpoint-"
+PROGRESS = ("step", "skipped", "settings")  # of a state and of its record
 ADDED = {"cond_dropout": 0.0}  # settings that older checkpoints do not have, and their values
-STATE = Kind("a TrainState", "settings", "averaged")
+STATE = validate.Kind("a TrainState", "settings", "averaged")
 
 
 class OtherSettings(storage.BadFile):
@@ -52,35 +52,27 @@ def save(state: Annotated[TrainState, STATE], folder: str | Path, **record: obje
     folder = Path(folder)
     target = folder / f"{PREFIX}{state.step:08d}"
     averaged = state.averaged
-    tensors = {**state.tensors, **flat(state.optimizer)}
-    numbers = {name: tensors.pop(name) for name in list(tensors) if not is_tensor(tensors[name])}
-    tensors = {name: full(value) for name, value in tensors.items()}
-    progress = {
-        "step": state.step,
-        "skipped": state.skipped,
-        "settings": state.settings,
-        "numbers": numbers,
-    }
+    values = {**state.tensors, **flat(state.optimizer)}
+    tensors = {name: full(value) for name, value in values.items() if torch.is_tensor(value)}
+    progress = {name: getattr(state, name) for name in PROGRESS}
+    progress["numbers"] = {name: value for name, value in values.items() if name not in tensors}
     if state.engine.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for end in ("part", "old"):
-            for leftover in folder.glob(f".{PREFIX}*.{end}"):
-                shutil.rmtree(leftover)
-        scratch = folder / f".{target.name}.part"
-        try:
-            averaged.save(scratch / "denoiser.safetensors", step=state.step, **record)
-            storage.write(scratch / "training.safetensors", tensors, progress)
-        except (OSError, ValueError):
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        sync_folder(scratch)
-        if target.exists():
-            discard(target)
-        os.replace(scratch, target)
-        sync_folder(folder)
-        # Folders beyond this step are damaged, or of another run: they do not count.
-        for old in [path for path in checkpoints(folder) if step_of(path) <= state.step][:-2]:
-            discard(old)
+        for leftover in folder.glob(f".{PREFIX}*.part"):
+            shutil.rmtree(leftover)
+        with TemporaryDirectory(".part", f".{PREFIX}", folder) as scratch:
+            made = Path(scratch, "made")
+            averaged.save(made / "denoiser.safetensors", step=state.step, **record)
+            storage.write(made / "training.safetensors", tensors, progress)
+            sync_folder(made)
+            # What has to go is renamed, too: it is whole or absent at every instant.
+            if target.exists():
+                os.replace(target, Path(scratch, "replaced"))
+            os.replace(made, target)
+            sync_folder(folder)
+            # Folders beyond this step are damaged, or of another run: they do not count.
+            for old in [path for path in checkpoints(folder) if step_of(path) <= state.step][:-2]:
+                os.replace(old, Path(scratch, old.name))
     state.engine.wait_for_everyone()
     return target
 
@@ -96,14 +88,10 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
     checkpoint = Path(checkpoint)
     path = checkpoint / "training.safetensors"
     tensors, record = storage.read(path)
-    step, skipped, theirs, numbers = progress_of(path, record)
-    theirs = {**ADDED, **theirs}
-    ours = plain(state.settings)
-    changed = [
-        f"{name} {theirs.get(name)} -> {ours.get(name)}"
-        for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
-    ]
+    step, skipped, settings, numbers = progress_of(path, record)
+    theirs, ours = {**ADDED, **settings}, plain(state.settings)
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in {**theirs, **ours}}
+    changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise OtherSettings(f"{path}: its run had other settings: {', '.join(changed)}")
     blank = copy.deepcopy(state.averaged)
@@ -115,18 +103,14 @@ def restore(state: Annotated[TrainState, STATE], checkpoint: str | Path) -> None
         for name, ours in state.tensors.items():
             ours.copy_(like_ours(values.pop(name), ours))
     state.copy_buffers()
-    slots: dict[int, dict[str, Any]] = {}
-    for name in sorted(values):  # sharding is a call of all processes, in one order
-        _, index, slot = name.split(".", 2)
-        slots.setdefault(int(index), {})[slot] = values[name]
-    load_state(state.optimizer, slots)
+    load_state(state.optimizer, values)
     state.step, state.skipped = step, skipped
 
 
 def progress_of(path: Path, record: dict[str, Any]) -> tuple[int, int, dict[str, Any], Any]:
     """Steps done, steps skipped, settings, numbers of the optimizer."""
     record = {"numbers": {}, **record}
-    values: list[Any] = [record.get(name) for name in ("step", "skipped", "settings", "numbers")]
+    values: list[Any] = [record.get(name) for name in (*PROGRESS, "numbers")]
     step, skipped, settings, numbers = values
     if [*map(type, values)] != [int, int, dict, dict] or not 0 <= skipped <= step:
         raise storage.BadFile(f"{path.with_suffix('.json')}: not the record of a training run")
@@ -138,11 +122,11 @@ def check_named(path: Path, values: dict[str, Any], state: TrainState, *, moved:
 
     A parameter that never had a gradient has no slots; any other has all of them.
     """
-    found = {name: outline(value) for name, value in values.items()}
+    found = kinds_of(values)
     touched = {parameter_of(name) for name in {*found, *state.first_slots}}
     slots = state.slots if moved else state.first_slots
     slots = {name: kind for name, kind in slots.items() if parameter_of(name) in touched}
-    expected = {name: outline(value) for name, value in state.tensors.items()} | slots
+    expected = kinds_of(state.tensors) | slots
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             kinds = f"{found.get(name, 'absent')}, not {expected.get(name, 'known here')}"
@@ -170,12 +154,11 @@ def resume(
     for checkpoint in reversed(checkpoints(folder)):
         try:
             restore(state, checkpoint)
+            return checkpoint, damaged
         except OtherSettings:
             raise
         except storage.BadFile as error:
             damaged.append(str(error))
-        else:
-            return checkpoint, damaged
     if damaged:
         raise storage.BadFile("; ".join(damaged))
     return None, []
@@ -199,14 +182,6 @@ def step_of(checkpoint: Path) -> int:
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint under `folder`, or None."""
     return checkpoints(folder)[-1] if checkpoints(folder) else None
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint under another name: it is whole or absent at every instant."""
-    going = checkpoint.with_name(f".{checkpoint.name}.old")
-    shutil.rmtree(going, ignore_errors=True)
-    os.replace(checkpoint, going)
-    shutil.rmtree(going)
 
 
 def sync_folder(folder: Path) -> None:

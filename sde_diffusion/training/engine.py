@@ -20,63 +20,58 @@ __all__ = ["Alone", "Engine", "accumulation", "launched", "precision"]
 
 
 class Engine(Protocol):
-    """Interface that training needs, with the names of `accelerate.Accelerator`."""
+    """Interface that training needs, with the names of `accelerate.Accelerator`.
+
+    The bodies are those of a single process.
+    """
 
     @property
-    def num_processes(self) -> int: ...
+    def num_processes(self) -> int:
+        return 1
 
     @property
-    def process_index(self) -> int: ...
+    def process_index(self) -> int:
+        return 0
 
     @property
-    def is_main_process(self) -> bool: ...
+    def is_main_process(self) -> bool:
+        return True
 
     @property
     def device(self) -> torch.device: ...
 
     def prepare(self, *parts: Any) -> Any:
         """Return network and optimizer, ready for several processes."""
-        ...
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Context in which gradients are accumulated and not exchanged."""
-        ...
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any: ...
-
-    def reduce(self, tensor: Any, reduction: str = "mean") -> Any:
-        """The sum over the processes, on each of them, where reduction="sum"."""
-        ...
-
-    def wait_for_everyone(self) -> None: ...
-
-
-class Alone:
-    """A single process in plain torch.
-
-    Args:
-        device: device of the network.
-    """
-
-    num_processes, process_index, is_main_process = 1, 0, True
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-
-    def prepare(self, *parts: Any) -> Any:
         return parts
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Context in which gradients are accumulated and not exchanged."""
         return nullcontext()
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float) -> Any:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def reduce(self, tensor: Any, reduction: str = "mean") -> Any:
+        """The sum over the processes, on each of them, where reduction="sum"."""
         return tensor
 
     def wait_for_everyone(self) -> None:
         pass
+
+
+class Alone(Engine):
+    """A single process in plain torch.
+
+    Args:
+        device: device of the network.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
 
 def launched(
@@ -137,13 +132,12 @@ def accumulation() -> int:
     return validate.integer(name, int(setting) if setting.isdecimal() else setting)
 
 
-def full(tensor: Tensor) -> Tensor:
+def full(tensor: Any) -> Tensor:
     """The whole tensor of a shard, or the tensor itself; a call of all processes."""
-    whole = getattr(tensor, "full_tensor", None)
-    return tensor if whole is None else whole()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like_ours(value: Tensor, ours: Tensor) -> Tensor:
+def like_ours(value: Tensor, ours: Any) -> Tensor:
     """Give `value` the device, the memory format and the shards of `ours`, and keep its dtype.
 
     A fused optimizer reads weights and moments in the order of memory: in different formats it
@@ -151,8 +145,6 @@ def like_ours(value: Tensor, ours: Tensor) -> Tensor:
     """
     if not hasattr(ours, "full_tensor"):
         return torch.empty_like(ours, dtype=value.dtype, requires_grad=False).copy_(value)
-    value = value.to(ours.device)
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    assert isinstance(ours, DTensor)
-    return distribute_tensor(value, ours.device_mesh, ours.placements)
+    return distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)

@@ -1,14 +1,11 @@
 """The table of the steps of a run, and the signals that stop it."""
 
-import csv
-import io
 import os
 import signal
 import threading
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -40,12 +37,9 @@ class Journal:
         self.log = log
         validate.integer("step", step, 0)
         done = [metrics for metrics in history(folder) if metrics.step <= step]
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows([Metrics._fields, *done])
         path = Path(folder, TABLE)
-        storage.replace(path, text.getvalue().encode())
+        storage.replace(path, "".join(map(line, [Metrics._fields, *done])).encode())
         self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
-        self._table = csv.writer(self._file, lineterminator="\n")
 
     def __enter__(self) -> "Journal":
         return self
@@ -55,7 +49,7 @@ class Journal:
 
     def write(self, metrics: Metrics) -> None:
         """Append a step."""
-        self._table.writerow(metrics)
+        self._file.write(line(metrics))
         if self.log is not None:
             self.log({k: v for k, v in metrics._asdict().items() if k != "step"}, step=metrics.step)
 
@@ -68,17 +62,20 @@ class Journal:
 def history(folder: str | Path) -> list[Metrics]:
     """Read the steps of metrics.csv in `folder` up to the first row damaged or out of order."""
     path = Path(folder, TABLE)
-    if not path.exists():
-        return []
     steps: list[Metrics] = []
-    with suppress(ValueError, csv.Error), open(path, newline="", errors="replace") as file:
-        for row in islice(csv.reader(file), 1, None):
-            step, loss, norm, rate, skipped = row  # a kill may have cut the last
+    with suppress(ValueError, FileNotFoundError):  # a kill may have cut the last row
+        for row in path.read_text(errors="replace").splitlines()[1:]:
+            step, loss, norm, rate, skipped = row.split(",")
             read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
             if read.step <= (steps[-1].step if steps else 0):
                 break
             steps.append(read)
     return steps
+
+
+def line(row: Iterable[object]) -> str:
+    """Return a row of the table."""
+    return ",".join(map(str, row)) + "\n"
 
 
 class Stop:
@@ -98,24 +95,20 @@ class Stop:
     def __init__(self) -> None:
         self.signal = 0
         self.code = 0  # exit status after a signal: 130 for Ctrl-C, 143 for SIGTERM
-        self._before: dict[int, Any] = {}
+        self._handlers = ExitStack()  # puts back those of before, once
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self._before = {which: signal.signal(which, self._note) for which in self.SIGNALS}
+            for which in self.SIGNALS:
+                self._handlers.callback(signal.signal, which, signal.signal(which, self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        self._handlers.close()
 
-    def _note(self, which: int, frame: FrameType | None) -> None:
+    def _note(self, which: int, frame: object) -> None:
         self.signal = which
-        self._restore()
-
-    def _restore(self) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-        self._before = {}
+        self._handlers.close()
 
     def requested(self, engine: Engine) -> bool:
         """True if any process got a signal; a call of all processes, with one result."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion import validate
+from sde_diffusion.files.storage import kind_of
 from sde_diffusion.training.engine import like_ours
 from sde_diffusion.training.recipe import Recipe
 
@@ -27,7 +28,7 @@ def adamw(recipe: Recipe) -> MakeOptimizer:
 def rehearsed(
     make: MakeOptimizer, parameters: list[nn.Parameter]
 ) -> tuple[Any, dict[str, str], dict[str, str]]:
-    """Make an optimizer, and take one step with gradients of 0, which is undone.
+    """Make an optimizer, and take one step of a copy with gradients of 0.
 
     Returns:
         the optimizer, and the outlines of its state before and after its first step.
@@ -38,51 +39,42 @@ def rehearsed(
         raise TypeError(f"optimizer must be a function of parameters; got {validate.shown(make)}")
     optimizer = make(parameters)
     validate.kind("optimizer", optimizer, "a function that returns a torch optimizer", "state_dict")
-    moved = parameters_of(optimizer)
-    if not {id(p) for p in moved} <= {id(p) for p in parameters}:
-        raise ValueError(
-            "optimizer must hold parameters of the denoiser that require gradients, and no others"
-        )
-    before = copy.deepcopy(optimizer.state_dict())
-    first = {name: outline(value) for name, value in flat(optimizer).items()}
-    values = [p.detach().clone() for p in moved]
+    if not {id(p) for p in parameters_of(optimizer)} <= {id(p) for p in parameters}:
+        rule = "parameters of the denoiser that require gradients, and no others"
+        raise ValueError(f"optimizer must hold {rule}; got others")
+    # copy.deepcopy(optimizer) would leave out the attributes that only its own class has.
+    trial = object.__new__(type(optimizer))
     try:
-        for p in moved:
+        trial.__dict__ = copy.deepcopy(vars(optimizer), {id(optimizer): trial})
+        for p in parameters_of(trial):
             p.grad = torch.zeros_like(p)
-        optimizer.step()
+        trial.step()
     except Exception as error:
         rule, found = "step on dense gradients without a closure", type(optimizer).__name__
         raise ValueError(f"optimizer must {rule}; got {found}: {error}") from error
-    finally:
-        for p, value in zip(moved, values, strict=True):
-            p.grad = None
-            p.data.copy_(value)
-    after = flat(optimizer)
+    first, after = flat(optimizer), flat(trial)
     for name, value in after.items():
         if not isinstance(value, Tensor | int | float | None):
-            found = f"{outline(value)}, {name}"
+            found = f"{kind_of(value)}, {name}"
             raise ValueError(f"optimizer must keep tensors and numbers; got {found}")
-    load_state(optimizer, before["state"])
-    for group, old in zip(optimizer.param_groups, before["param_groups"], strict=True):
+    for group, old in zip(trial.param_groups, optimizer.param_groups, strict=True):
         changed = [key for key in old if key != "params" and group[key] != old[key]]
         if changed:
-            raise ValueError(
-                f"optimizer must keep its state per parameter; a step changed {changed[0]!r} of a "
-                f"group, which a checkpoint does not hold"
-            )
-    return optimizer, first, {name: outline(value) for name, value in after.items()}
+            got = f"a step changed {changed[0]!r} of a group, which a checkpoint does not hold"
+            raise ValueError(f"optimizer must keep its state per parameter; {got}")
+    return optimizer, kinds_of(first), kinds_of(after)
 
 
-def load_state(optimizer: Any, state: Mapping[int, Mapping[str, Any]]) -> None:
-    """Replace the state of an optimizer by what its state_dict had, bit for bit."""
+def load_state(optimizer: Any, values: Mapping[str, Any]) -> None:
+    """Replace the state of an optimizer by one that `flat` returned, bit for bit."""
     moved = parameters_of(optimizer)
-    ours = {
-        index: {slot: placed(value, moved[index]) for slot, value in slots.items()}
-        for index, slots in state.items()
-    }
+    state: dict[int, dict[str, Any]] = {}
+    for name in sorted(values):  # sharding is a call of all processes, in one order
+        _, index, slot = name.split(".", 2)
+        state.setdefault(int(index), {})[slot] = placed(values[name], moved[int(index)])
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": ours, "param_groups": groups})
-    for index, slots in ours.items():  # torch casts each slot to the dtype of its parameter
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for index, slots in state.items():  # torch casts each slot to the dtype of its parameter
         loaded = optimizer.state[moved[index]]
         for slot, value in slots.items():
             if isinstance(value, Tensor) and loaded[slot].dtype != value.dtype:
@@ -109,11 +101,9 @@ def flat(optimizer: Any) -> dict[str, Any]:
     }
 
 
-def outline(value: Any) -> str:
-    """Shape and dtype of a tensor, or the type of a number."""
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} of {value.dtype}"
-    return type(value).__name__
+def kinds_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The kind of each value: shape and dtype of a tensor, or the type of a number."""
+    return {name: kind_of(value) for name, value in values.items()}
 
 
 def hyperparameters(optimizer: Any) -> str:

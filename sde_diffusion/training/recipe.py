@@ -6,12 +6,10 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol
 
 from sde_diffusion import validate
-from sde_diffusion.validate import Checked, Choice, Count, NonNegative, Positive, Share
 
 __all__ = ["EMA", "Average", "PowerEMA", "Recipe"]
 
 Decay = Literal["cosine", "linear", "constant"]
-AVERAGE = validate.Kind("an average such as EMA(0.9995)", "decay_at")
 
 
 def below_one(name: str, value: Any) -> None:
@@ -35,7 +33,7 @@ class Average(Protocol):
 
 
 @dataclass(frozen=True)
-class EMA(Checked):
+class EMA(validate.Checked):
     """Exponential moving average whose decay grows from 0: min(decay, (1 + n) / (10 + n))."""
 
     decay: Annotated[float, validate.Number(0, 1), below_one] = 0.9995
@@ -45,7 +43,7 @@ class EMA(Checked):
 
 
 @dataclass(frozen=True)
-class PowerEMA(Checked):
+class PowerEMA(validate.Checked):
     r"""Power-function average: its profile scales with the length of the run.
 
     After n steps the weights of step j count in proportion to  j^(gamma + 1) - (j - 1)^(gamma + 1),
@@ -72,7 +70,7 @@ class PowerEMA(Checked):
 
 
 @dataclass(frozen=True)
-class Recipe(Checked):
+class Recipe(validate.Checked):
     """Settings of a training run; data, network and the law of t are separate arguments.
 
     Args:
@@ -90,17 +88,17 @@ class Recipe(Checked):
         dtype: the network's arithmetic, "float32" or "bf16"; the weights keep their dtype.
     """
 
-    steps: Count = 10_000
-    batch_size: Count = 128
-    learning_rate: Positive = 1e-3
+    steps: validate.Count = 10_000
+    batch_size: validate.Count = 128
+    learning_rate: validate.Positive = 1e-3
     warmup: Annotated[int, validate.Integer(0)] = 500
-    decay: Annotated[Decay, Choice("cosine", "linear", "constant")] = "cosine"
-    weight_decay: NonNegative = 0.0
+    decay: Annotated[Decay, validate.Choice("cosine", "linear", "constant")] = "cosine"
+    weight_decay: validate.NonNegative = 0.0
     clip: Annotated[float, positive] = 1.0
-    ema: Annotated[Average, AVERAGE] = EMA()
+    ema: Annotated[Average, validate.Kind("an average such as EMA(0.9995)", "decay_at")] = EMA()
     seed: Annotated[int, validate.Integer(0)] = 0
-    cond_dropout: Share = 0.0
-    dtype: Annotated[Literal["float32", "bf16"], Choice("float32", "bf16")] = "float32"
+    cond_dropout: validate.Share = 0.0
+    dtype: Annotated[Literal["float32", "bf16"], validate.Choice("float32", "bf16")] = "float32"
 
     def factor(self, step: int) -> float:
         """Share of the largest learning rate for the step that starts after `step` steps."""

@@ -102,8 +102,7 @@ class TrainState:
         self._masked = [m for m in network.modules() if isinstance(m, Dropout) and m.p]
         self._foreign = any(isinstance(m, FOREIGN) for m in network.modules())
         trained = [p for p in denoiser.parameters() if p.requires_grad and p.numel()]
-        optimizer = adamw(recipe) if optimizer is None else optimizer
-        made, self.first_slots, self.slots = rehearsed(optimizer, trained)
+        made, self.first_slots, self.slots = rehearsed(optimizer or adamw(recipe), trained)
         self._optimized = hyperparameters(made)
         self._rates = [float(group["lr"]) for group in made.param_groups]
         self.shadow = copy.deepcopy(denoiser).requires_grad_(False)
@@ -120,10 +119,9 @@ class TrainState:
             dtype = torch.promote_types(ours.dtype, torch.float32)
             if not ours.is_floating_point():
                 self._copied.append((whole, ours))
-            elif hasattr(ours, "full_tensor") or dtype != ours.dtype:  # each averages its shards
-                self.average[name] = ours.detach().to(dtype, copy=True)
             else:
-                self.average[name] = whole.data
+                apart = dtype != ours.dtype or hasattr(ours, "full_tensor")  # each has its shards
+                self.average[name] = ours.detach().to(dtype, copy=True) if apart else whole.data
         if (count := len(self.tensors) + len(self.slots)) > storage.TENSORS:
             rule = f"at most {storage.TENSORS:,} tensors in a checkpoint"
             raise ValueError(f"denoiser must need {rule}; got {count:,}")
@@ -158,25 +156,17 @@ class TrainState:
         weights = self.denoiser.network.parameters()
         dtype = next((p.dtype for p in weights if p.is_floating_point()), batch.x0.dtype)
         mask(self._masked, recipe, self.step, batch, device)
-        bf16 = torch.autocast(device.type, torch.bfloat16)
-        with (
-            bf16 if recipe.dtype == "bf16" else nullcontext(),
-            torch.random.fork_rng(enabled=self._foreign),
-        ):
+        x0, eps = (value.to(device, dtype) for value in (batch.x0, batch.eps))
+        cond, keep = (to_device(value, device) for value in (batch.cond, batch.keep))
+        bf16 = recipe.dtype == "bf16"
+        half = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        with half, torch.random.fork_rng(enabled=self._foreign):
             if self._foreign:
                 # Dropout of torch's own draws from the global generator: numbers of this address.
                 address = words(recipe.seed, Purpose.FOREIGN, self.step, 1)[0] + batch.first
                 torch.manual_seed(address % 2**63)
-            return denoising_loss(
-                self._trained,
-                batch.x0.to(device, dtype),
-                batch.t,
-                batch.eps.to(device, dtype),
-                cond=to_device(batch.cond, device),
-                keep=to_device(batch.keep, device),
-                weight=self.weight,
-                penalty=self.penalty,
-            )
+            return denoising_loss(self._trained, x0, batch.t, eps, cond=cond, keep=keep,
+                                  weight=self.weight, penalty=self.penalty)  # fmt: skip
 
     def advance(self, *parts: Batch) -> Metrics:
         """One optimizer step on one global batch.
@@ -215,10 +205,8 @@ class TrainState:
                 buffer.copy_(before)
             self.optimizer.zero_grad(set_to_none=True)
             if self.bad == "raise":
-                raise FloatingPointError(
-                    f"loss {value} with gradient norm {size} at step {self.step}"
-                    f"{blame(parts, each)}; weights unchanged"
-                )
+                found = f"{value} with gradient norm {size} at step {self.step}"
+                raise FloatingPointError(f"loss {found}{blame(parts, each)}; weights unchanged")
             self.step, self.skipped = self.step + 1, self.skipped + 1
             return Metrics(self.step, value, size, 0.0, self.skipped)
         rates = [rate * recipe.factor(self.step) for rate in self._rates]
@@ -309,6 +297,5 @@ def train(
     engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:
-        yield state.advance(
-            *(draw(data, recipe, state.times, state.step, part, engine.device) for part in mine)
-        )
+        step, device = state.step, engine.device
+        yield state.advance(*(draw(data, recipe, state.times, step, p, device) for p in mine))

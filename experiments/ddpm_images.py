@@ -359,7 +359,7 @@ def visualize(config: Config, denoiser: sd.Denoiser, images: data.Images) -> Non
     out = command.folder(config.save_folder)
     storage.replace(out / "forward.png", plots.png(strip(config, forward, "forward")))
     storage.replace(out / "backward.png", plots.png(strip(config, backward, "backward")))
-    if not training.checkpoints(out):  # whose config.json is that of training
+    if not training.saved(out):  # whose config.json is that of training
         command.write_config(out, config)
     print(f"-> {out / 'forward.png'}, {out / 'backward.png'}")
 

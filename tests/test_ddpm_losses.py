@@ -193,7 +193,7 @@ X = torch.ones(2, 3)
     [
         (lambda d: sd.DDPM(sd.exact.Gaussian(sd.VP())), r"Discrete process.*got Gaussian on VP"),
         (
-            lambda d: sd.DDPM(sd.exact.Gaussian(sd.processes.continuous(d.process))),
+            lambda d: sd.DDPM(sd.exact.Gaussian(sd.processes.interpolate(d.process))),
             "got Gaussian on Interpolated",
         ),
         (lambda d: d.q_sample(X, 1, X[:1]), "eps must be shaped like x0"),

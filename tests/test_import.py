@@ -1,5 +1,7 @@
 """`import sde_diffusion` loads torch and nothing else heavy, and does nothing but import."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -25,6 +27,14 @@ def test_neither_the_package_nor_any_of_its_modules_loads_anything_heavy_but_tor
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     assert not set(HEAVY.split()) & set(loaded.split())
+
+
+def test_no_name_hides_a_module():
+    """`processes.interpolate` was called `continuous`, as the module beside it."""
+    for module in pkgutil.walk_packages(sd.__path__, "sde_diffusion."):
+        room, _, name = module.name.rpartition(".")
+        found = importlib.import_module(module.name)
+        assert getattr(importlib.import_module(room), name) is found, module.name
 
 
 def test_import_leaves_the_global_generators_and_settings_alone():

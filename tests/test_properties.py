@@ -75,7 +75,7 @@ def test_a_chain_is_the_exact_discretization_of_the_sde_through_it(betas):
     stays, and of i/N, up to N eps / 2 of an interval. A beta that drowns there may be refused."""
     fall = -np.log1p(-np.array([beta for beta in betas if beta < 1]))
     lost = 2 * EPS * (fall.sum() + len(betas) * fall.max(initial=0.0))
-    between, reason = sd.processes.continuous(sd.Discrete(betas)), ""
+    between, reason = sd.processes.interpolate(sd.Discrete(betas)), ""
     try:
         chain = sd.processes.discretize(between, len(betas), rule="exact")
     except ValueError as error:

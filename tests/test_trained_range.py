@@ -30,7 +30,7 @@ def adopted(process=CHAIN):
 
 
 PROCESSES = {
-    "discrete": CHAIN, "interpolated": sd.processes.continuous(CHAIN), "vp": sd.VP(),
+    "discrete": CHAIN, "interpolated": sd.processes.interpolate(CHAIN), "vp": sd.VP(),
     "edm": sd.EDM(), "rectified-flow": sd.RectifiedFlow(),
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_the_cut_costs_no_more_than_an_euler_step_from_the_last_level(name):
 
     A sampler that draws noise in its last step adds it from another level: its law is compared.
     """
-    process, sampler = sd.processes.continuous(CHAIN), FIXED_STEP[name]
+    process, sampler = sd.processes.interpolate(CHAIN), FIXED_STEP[name]
     exact = gaussian(process, V)
     cut = exact.ranged(adopted().trained)
     allowed = FIRST**2 / (2 * math.sqrt(V))

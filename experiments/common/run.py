@@ -119,7 +119,7 @@ def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--ou
     """
     if engine.is_main_process:
         command.folder(out)
-        own = [*training.checkpoints(out), *(path for name in files for path in out.glob(name))]
+        own = [*training.saved(out), *(path for name in files for path in out.glob(name))]
         if flags.overwrite:
             for path in own:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

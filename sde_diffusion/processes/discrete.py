@@ -18,7 +18,7 @@ from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
 from sde_diffusion.validate import Choice, Count, Kind, Number, Positive, arguments
 
-__all__ = ["Discrete", "Interpolated", "continuous", "discretize"]
+__all__ = ["Discrete", "Interpolated", "discretize", "interpolate"]
 
 Beta = Annotated[float, Number(0, 1, strict=True)]
 Variance = Annotated[Literal["beta", "posterior"], Choice("beta", "posterior")]
@@ -96,7 +96,7 @@ class Discrete(Interpolated):
     """The DDPM chain of Ho et al. 2020 as a process: index i in 1 .. N is the time i/N.
 
     Its usual grids consist of the chain's times, at which a network was trained; a grid of n < N
-    steps is the nearest sub-chain. `processes.continuous` gives the SDE between the times.
+    steps is the nearest sub-chain. `processes.interpolate` gives the SDE between the times.
 
     Args:
         betas: (N,) variances of the chain's kernels, each in (0, 1), the last one in (0, 1].
@@ -282,7 +282,7 @@ def discretize(
 
 
 @arguments
-def continuous(discrete: Annotated[Discrete, IS_CHAIN]) -> Interpolated:
+def interpolate(discrete: Annotated[Discrete, IS_CHAIN]) -> Interpolated:
     """The SDE with piecewise constant beta(t) and the chain's marginals and transitions at i/N.
 
     The path is the same; its usual grids are not limited to the chain's times.

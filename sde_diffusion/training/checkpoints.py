@@ -21,7 +21,7 @@ from sde_diffusion.training.engine import full, like_ours
 from sde_diffusion.training.optimizers import flat, kinds_of, load_state
 from sde_diffusion.training.state import TrainState
 
-__all__ = ["OtherSettings", "checkpoints", "newest_checkpoint", "restore", "resume", "save"]
+__all__ = ["OtherSettings", "newest_checkpoint", "restore", "resume", "save", "saved"]
 
 PREFIX = "checkpoint-"
 PROGRESS = ("step", "skipped", "settings")  # of a state and of its record
@@ -71,7 +71,7 @@ def save(state: Annotated[TrainState, STATE], folder: str | Path, **record: obje
             os.replace(made, target)
             sync_folder(folder)
             # Folders beyond this step are damaged, or of another run: they do not count.
-            for old in [path for path in checkpoints(folder) if step_of(path) <= state.step][:-2]:
+            for old in [path for path in saved(folder) if step_of(path) <= state.step][:-2]:
                 os.replace(old, Path(scratch, old.name))
     state.engine.wait_for_everyone()
     return target
@@ -151,7 +151,7 @@ def resume(
         storage.BadFile: if there are some and none can be read.
     """
     damaged: list[str] = []
-    for checkpoint in reversed(checkpoints(folder)):
+    for checkpoint in reversed(saved(folder)):
         try:
             restore(state, checkpoint)
             return checkpoint, damaged
@@ -164,7 +164,7 @@ def resume(
     return None, []
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
+def saved(folder: str | Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -181,7 +181,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
     """The last whole checkpoint under `folder`, or None."""
-    return checkpoints(folder)[-1] if checkpoints(folder) else None
+    return saved(folder)[-1] if saved(folder) else None
 
 
 def sync_folder(folder: Path) -> None:

@@ -239,7 +239,7 @@ def identity(x, step):
         (lambda: sd.adopt(None, CHAIN), "network must be a network"),
         (lambda: sd.adopt(identity, sd.VP()), "process must be a Discrete process"),
         (lambda: sd.adopt(identity, CHAIN, counts_from=2), "counts_from"),
-        (lambda: sd.processes.continuous(sd.VP()), "discrete must be a Discrete process"),
+        (lambda: sd.processes.interpolate(sd.VP()), "discrete must be a Discrete process"),
         (lambda: sd.processes.discretize(None, 10), "process must be a Process"),
         (lambda: sd.verify.agreement(None, CHAIN), "a must be a Process"),
         (lambda: sd.verify.agreement(sd.VP(), None), "b must be a Process or a function of N"),

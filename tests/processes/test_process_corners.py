@@ -186,7 +186,7 @@ def test_whole_numbers_are_times():
 
 
 def test_the_layout_of_log_snrs_does_not_matter():
-    process = sd.processes.continuous(sd.Discrete.linear(10))
+    process = sd.processes.interpolate(sd.Discrete.linear(10))
     rows = torch.linspace(-3, 3, 12, dtype=torch.float64).reshape(3, 4)
     assert torch.equal(process.time(rows.T), process.time(rows.T.contiguous()))
 

@@ -280,7 +280,7 @@ def test_a_chains_own_grids_stand_on_its_times():
     )
     with pytest.raises(ValueError, match=r"at most 10 on a chain of 10.*grids\.Uniform"):
         sd.grids.Usual()(chain, 11)
-    assert len(sd.grids.Usual()(sd.processes.continuous(chain), 11)) == 12
+    assert len(sd.grids.Usual()(sd.processes.interpolate(chain), 11)) == 12
 
 
 @pytest.mark.parametrize(

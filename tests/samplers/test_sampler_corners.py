@@ -270,7 +270,7 @@ def test_a_bounds_weight_takes_its_own_chains_levels_in_any_precision(dtype):
 def test_a_bounds_weight_refuses_times_on_either_side_of_a_step(i):
     """sigma is there that of i = 500 within 0.1 %; the time is not."""
     process, weight = (
-        sd.processes.continuous(sd.Discrete.linear()),
+        sd.processes.interpolate(sd.Discrete.linear()),
         sd.losses.VLB(sd.Discrete.linear()),
     )
     for t in (torch.tensor([i / 1000]), torch.tensor([i / 1000, 0.5])):

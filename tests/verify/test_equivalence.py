@@ -68,7 +68,7 @@ def test_euler_betas_are_the_published_ones():
 
 def test_the_interpolating_sde_has_the_chains_marginals_and_transitions():
     chain = sd.Discrete.linear(20)
-    path = sd.processes.continuous(chain)
+    path = sd.processes.interpolate(chain)
     t = torch.arange(21, dtype=torch.float64) / 20
     assert torch.equal(path.alpha(t), chain.alpha(t))
     for ours, theirs in zip(
@@ -84,7 +84,7 @@ def test_the_interpolating_sde_has_the_chains_marginals_and_transitions():
 
 def test_discretizing_the_interpolating_sde_exactly_gives_the_chain_back():
     chain = sd.Discrete.linear(50)
-    back = sd.processes.discretize(sd.processes.continuous(chain), 50, rule="exact")
+    back = sd.processes.discretize(sd.processes.interpolate(chain), 50, rule="exact")
     assert back.betas == pytest.approx(chain.betas, rel=1e-12)
 
 

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_kl", "gaussian_w2", "matrix_root"]
-
 
 def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     r"""Wasserstein-2 distance of two Gaussians (Dowson & Landau 1982).

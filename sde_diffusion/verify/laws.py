@@ -23,7 +23,7 @@ from sde_diffusion.verify import probe, report
 from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2
 from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
 
-__all__ = ["Draw", "Law", "Step", "law", "measured"]
+__all__ = ["Law", "law", "measured"]
 
 MOST = 10**8  # numbers that a law may hold, 0.8 GB
 

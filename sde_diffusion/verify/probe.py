@@ -22,6 +22,8 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import trajectory
 
+__all__ = ["NotAffine"]
+
 T = TypeVar("T")
 
 C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine

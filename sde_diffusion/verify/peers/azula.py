@@ -14,8 +14,6 @@ from sde_diffusion.processes import EDM, Process
 from sde_diffusion.validate import Kind
 from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel, only
 
-__all__ = ["Azula"]
-
 
 @dataclass(frozen=True)
 class Azula(Foreign):

@@ -19,8 +19,6 @@ from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
 from sde_diffusion.validate import Count, Kind
 from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel
 
-__all__ = ["Diffusers"]
-
 ASIDE = 1e-3  # relative to sigma: more than float32 rounds
 
 

@@ -27,8 +27,6 @@ from sde_diffusion.samplers import Claims, Memory, SolverError
 from sde_diffusion.validate import Checked, Kind, Share
 from sde_diffusion.verify.probe import NotAffine
 
-__all__ = ["Function"]
-
 SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state
 
 OTHER = {

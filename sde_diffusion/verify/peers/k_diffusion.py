@@ -16,8 +16,6 @@ from sde_diffusion.validate import Kind, arguments
 from sde_diffusion.verify.peers.foreign import Foreign, PeerModel, name_of, only
 from sde_diffusion.verify.probe import AProcess
 
-__all__ = ["KDiffusion", "ratios"]
-
 
 @dataclass(frozen=True)
 class KDiffusion(Foreign):

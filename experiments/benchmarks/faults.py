@@ -26,10 +26,7 @@ from sde_diffusion.files import storage
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes.level import Level, RatedLevel
 from sde_diffusion.samplers.euler_maruyama import rates_at
-from sde_diffusion.verify.gaussians import gaussian_w2
-from sde_diffusion.verify.ladders import ladder
-from sde_diffusion.verify.limits import extrapolated
-from sde_diffusion.verify.orders import fitted
+from sde_diffusion.verify import convergence, gaussians
 
 STEPS = 64
 SIZES = (32, 64, 128, 256)
@@ -208,15 +205,15 @@ def caught(fault: Fault, wrap: Callable[[Any, Any], Any] | None = None) -> dict[
     except verify.NotAffine:
         return found | {"refused": True}
     reference = verify.law(right, data, steps=STEPS)
-    apart = gaussian_w2((law.mean, law.covariance), (reference.mean, reference.covariance))
-    at, laws = ladder(many, data, None, SIZES)
+    apart = gaussians.w2((law.mean, law.covariance), (reference.mean, reference.covariance))
+    at, laws = convergence.ladder(many, data, None, SIZES)
     return found | {
         "refused": False,
         "step named": not law.holds,
         "law": apart > 1e-8,
-        "order": not fitted(at, data, SIZES, laws, right.claims.order).holds,
+        "order": not convergence.fitted(at, data, SIZES, laws, right.claims.order).holds,
         "local order": not verify.local_order(short, data, declared=right.claims.order).holds,
-        "limit": not extrapolated(at, data, SIZES, laws).holds,
+        "limit": not convergence.extrapolated(at, data, SIZES, laws).holds,
     }
 
 

@@ -106,7 +106,7 @@ class Ruler:
 
     @staticmethod
     def of(problem: Problem, samples: int, seed: int) -> "Ruler":
-        law = Known.of(problem.data, samples)
+        law = Known(problem.data, samples)
         wave = Characteristic.of(problem.data, torch.Generator().manual_seed(seed))
         measures = {"sliced W2": law.w2, "MMD": wave.mmd}
         apart = torch.Generator().manual_seed(seed + 2**31)

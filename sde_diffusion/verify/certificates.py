@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sde_diffusion.validate import arguments
-from sde_diffusion.verify import ladders, probe
+from sde_diffusion.verify import convergence, local_orders, probe
+from sde_diffusion.verify.convergence import Limit, Order
 from sde_diffusion.verify.laws import Law
-from sde_diffusion.verify.limits import Limit, extrapolated
-from sde_diffusion.verify.orders import LocalOrder, Order, fitted, local_order
 
 __all__ = ["Certificate", "certificate"]
 
@@ -27,11 +26,11 @@ class Certificate:
     process: str
     law: Law
     order: Order
-    local_order: LocalOrder | None
+    local_order: local_orders.LocalOrder | None
     limit: Limit | None
 
     @property
-    def parts(self) -> list[Law | Order | LocalOrder | Limit]:
+    def parts(self) -> list[Law | Order | local_orders.LocalOrder | Limit]:
         parts = [self.law, self.order, self.local_order, self.limit]
         return [part for part in parts if part is not None]
 
@@ -53,7 +52,7 @@ class Certificate:
 
 @arguments
 def certificate(
-    sampler: ladders.Family,
+    sampler: convergence.Family,
     data: probe.AModel,
     process: probe.AProcess | None = None,
     *,
@@ -69,11 +68,11 @@ def certificate(
         process: as in `law`.
         sizes: four numbers of steps, each twice the one before.
     """
-    sizes = ladders.checked_sizes(sizes, 4)
-    some, laws = ladders.ladder(sampler, data, process, sizes)
+    sizes = convergence.checked_sizes(sizes, 4)
+    some, laws = convergence.ladder(sampler, data, process, sizes)
     on = process or getattr(some, "process", data.process)
-    single = None if some.claims.adaptive else local_order(some, data, process)
-    tends = None if on.chain_steps else extrapolated(some, data, sizes, laws)
-    converges = fitted(some, data, sizes[:3], laws[:3])
-    name = ladders.of_family(some)
+    single = None if some.claims.adaptive else local_orders.local_order(some, data, process)
+    tends = None if on.chain_steps else convergence.extrapolated(some, data, sizes, laws)
+    converges = convergence.fitted(some, data, sizes[:3], laws[:3])
+    name = convergence.of_family(some)
     return Certificate(name, type(on).__name__, laws[-1], converges, single, tends)

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_kl", "gaussian_w2", "matrix_root"]
 
-
-def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+def w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     r"""Wasserstein-2 distance of two Gaussians (Dowson & Landau 1982).
 
     W^2 = |m - m'|^2 + min_U |S^(1/2) - S'^(1/2) U|^2 over orthogonal U. The usual form, tr(S + S' -
@@ -19,7 +17,7 @@ def gaussian_w2(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     return float(((a[0] - b[0]).square().sum() + bures).sqrt())
 
 
-def gaussian_kl(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+def kl(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     r"""KL(a || b) of two Gaussians in nats; inf where a has no density.
 
     KL = (tr(S'^-1 S) - d - ln det(S'^-1 S) + (m - m')^T S'^-1 (m - m')) / 2

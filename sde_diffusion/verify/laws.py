@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sde_diffusion import sampling, validate
 from sde_diffusion.models import Model
 from sde_diffusion.processes import Level, forward_kernel
 from sde_diffusion.samplers import Sampler
-from sde_diffusion.sampling import path_of
-from sde_diffusion.validate import arguments
-from sde_diffusion.verify import probe, report
-from sde_diffusion.verify.gaussians import gaussian_kl, gaussian_w2
-from sde_diffusion.verify.outliers import odd_draws, odd_steps, unjudged
+from sde_diffusion.verify import gaussians, outliers, probe, report
 
-__all__ = ["Draw", "Law", "Step", "law", "measured"]
+__all__ = ["Law", "law", "measured"]
 
 MOST = 10**8  # numbers that a law may hold, 0.8 GB
 
@@ -57,7 +54,7 @@ class Step(NamedTuple):
         """W2 from the data's exact law at t, in its standard deviations; nan if that is unknown."""
         if self.exact is None:
             return math.nan
-        return gaussian_w2((self.mean, self.covariance), self.exact) / self.unit
+        return gaussians.w2((self.mean, self.covariance), self.exact) / self.unit
 
     @property
     def shift(self) -> list[float]:
@@ -137,17 +134,17 @@ class Law(report.Report):
 
     def w2(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
         """Wasserstein-2 distance to N(mean, covariance), by default to the data."""
-        return gaussian_w2((self.mean, self.covariance), self._other(mean, covariance))
+        return gaussians.w2((self.mean, self.covariance), self._other(mean, covariance))
 
     def kl(self, mean: Tensor | None = None, covariance: Tensor | None = None) -> float:
         """KL(output || N(mean, covariance)) in nats, by default to the data; it may be inf."""
-        return gaussian_kl((self.mean, self.covariance), self._other(mean, covariance))
+        return gaussians.kl((self.mean, self.covariance), self._other(mean, covariance))
 
     @property
     def departure(self) -> float:
         """W2 to the data of the output when started from the data's exact law at the first time."""
         end = self.steps[-1]
-        return gaussian_w2((end.mean, end.covariance), self._other())
+        return gaussians.w2((end.mean, end.covariance), self._other())
 
     @property
     def left(self) -> float:
@@ -164,7 +161,7 @@ class Law(report.Report):
     @property
     def faults(self) -> list[str]:
         """Draws and steps that differ from their neighbours by more than a smooth scheme can."""
-        odd = [*odd_draws(self.draws, self.steps), *odd_steps(self.steps)]
+        odd = [*outliers.odd_draws(self.draws, self.steps), *outliers.odd_steps(self.steps)]
         return [self.remark, *odd] if self.remark else odd
 
     @property
@@ -177,8 +174,8 @@ class Law(report.Report):
         if self.faults:
             more = f"; and {len(self.faults) - 3} more" if len(self.faults) > 3 else ""
             return "; ".join(self.faults[:3]) + more
-        steps = unjudged(self.steps) or "no step stands out (the first and last three not judged)"
-        return f"affine, each sample by itself; {steps}"
+        found = "no step stands out (the first and last three not judged)"
+        return f"affine, each sample by itself; {outliers.unjudged(self.steps) or found}"
 
     def page(self) -> report.Page:
         draws = [draw for draw in self.draws if draw.added > 0]
@@ -220,7 +217,7 @@ class Law(report.Report):
         return mean.double(), covariance.double()
 
 
-@arguments
+@validate.arguments
 def law(
     sampler: probe.ASampler,
     data: probe.AModel,
@@ -258,13 +255,13 @@ def measured(
 ) -> Law:
     """`law` without its checks, for a sampler that passed them at another number of steps."""
     d = math.prod(shape)
-    trial = probe.run(sampler, data, probe.Trial((0,)), shape, steps, times)
-    calls, draws = len(trial.calls), len(trial.draws)
+    once = probe.run(sampler, data, probe.trial(0), shape, steps, times)
+    calls, draws = len(once.calls), len(once.draws)
     numbers = (1 + d + d * draws) * d * (calls + 1)
     check_size(numbers, f"{d} coordinates, {calls} calls, {draws} draws")
     eye = torch.eye(d, dtype=torch.float64)
-    made = probe.run(sampler, data, probe.Basis(eye, draws), shape, steps, times)
-    first, last = data.process.levels(path_of(data, sampler, steps, None, times)[[0, -1]])
+    made = probe.run(sampler, data, probe.basis(eye, draws), shape, steps, times)
+    first, last = data.process.levels(sampling.path_of(data, sampler, steps, None, times)[[0, -1]])
     walk, begin = [*made.calls, probe.Call(last, made.end)], marginal(data, first, d)
     states = tuple(step(call, data, begin, d) for call in walk)
     drawn = tuple(draw_of(walk, made.draws, index, d) for index in range(draws))
@@ -307,9 +304,8 @@ def marginal(data: Any, level: Level[float], d: int) -> tuple[Tensor, Tensor] | 
     if not hasattr(data, "marginal"):
         return None
     law = data.marginal(level)
-    if len(law.mean) == d:
-        return law.mean, law.covariance
-    return law.mean.expand(d), law.covariance * torch.eye(d).double()  # of each coordinate
+    each = 1 if len(law.mean) == d else torch.eye(d).double()  # one law for each coordinate
+    return law.mean.expand(d), law.covariance * each
 
 
 def step(call: probe.Call, data: Model, begin: tuple[Tensor, Tensor] | None, d: int) -> Step:
@@ -322,14 +318,13 @@ def step(call: probe.Call, data: Model, begin: tuple[Tensor, Tensor] | None, d: 
 def draw_of(walk: list[probe.Call], draws: list[int], index: int, d: int) -> Draw:
     """Noise draw number `index`, made after draws[index] calls."""
     before, began = draws[index], draws[index - 1] if index else 0
-    gains = [
-        float(Parts.of(walk[at].x, d).noises[index].square().sum() / d) ** 0.5
-        for at in (before, min(before + 1, len(walk) - 1), -1)
-    ]
-    if not gains[0] and gains[1]:  # drawn first, and used after the call: Ho et al.'s Algorithm 2
+    places = before, min(before + 1, len(walk) - 1), -1
+    noises = [Parts.of(walk[at].x, d).noises[index] for at in places]
+    here, after, gain = (float(noise.square().sum() / d) ** 0.5 for noise in noises)
+    if not here and after:  # drawn first, and used after the call: Ho et al.'s Algorithm 2
         before, began = before + 1, began + 1
-    added, gain = gains[0] or gains[1], gains[-1]
     t, s = walk[max(min(began, before - 1), 0)].level, walk[before].level
     _, std = forward_kernel(s, t)
+    added = here or after
     share = added / std if std**2 > 1e-9 * t.sigma**2 else math.nan
     return Draw(t.t, s.t, added, gain, share)

@@ -1,109 +1,34 @@
-r"""Samplers on a mixture: data that are not Gaussian, with a known flow and a known law.
+r"""Samples against a mixture's exact law, of data or of a posterior, beside exact samples.
 
-The end of a deterministic sampler is compared with the exact flow from the same start, sample by
-sample; the samples of any sampler with the mixture's law, beside the figures of exact samples.
+For data from a mixture and a linear measurement with Gaussian noise the posterior is a mixture too,
+in closed form: the samples of a method on the exact model are compared with it.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.models import Model, Prediction
-from sde_diffusion.models.exact import GaussianMixture
+from sde_diffusion import validate
+from sde_diffusion.inverse import Measurement, operators
+from sde_diffusion.models import Model, exact
 from sde_diffusion.noise import Purpose, stream
-from sde_diffusion.processes import Level, Process
 from sde_diffusion.processes.level import coordinates
-from sde_diffusion.samplers import Sampler, ScipyODE
-from sde_diffusion.sampling import path_of, sample
-from sde_diffusion.validate import FloatBatch, Integer, Kind, arguments
-from sde_diffusion.verify import probe, report
+from sde_diffusion.verify import endpoints, probe, report
 
-__all__ = ["Distribution", "Endpoint", "distribution", "endpoint", "flow"]
+__all__ = ["Distribution", "Inverse", "Problem", "distribution", "inverse"]
 
 DIRECTIONS = 64  # of the sliced distance
 FLOORS = 32  # batches of exact samples, from which the floor is estimated
-KEPT = 32  # flows in memory, the oldest goes first
 DEVIATIONS = 4.5  # of the floor, within which samples are indistinguishable from exact ones
+ROUNDING = 1e-6  # the residual that float32 leaves
 
-AMixture = Annotated[GaussianMixture, Kind("an exact.GaussianMixture", "log_prob", "on")]
-Samples = Annotated[int, Integer(2)]
-Seed = Annotated[int, Integer(0)]
-
-
-@dataclass(frozen=True, repr=False)
-class Endpoint(report.Report):
-    """Errors of a sampler's samples against the exact flow, from the same starts.
-
-    Attributes:
-        sampler: its name.
-        calls: network calls.
-        errors: one per sample, the root mean square over its coordinates.
-    """
-
-    sampler: str
-    calls: int
-    errors: Tensor
-
-    @property
-    def rms(self) -> float:
-        return float(self.errors.square().mean().sqrt())
-
-    @property
-    def median(self) -> float:
-        return float(self.errors.median())
-
-    @property
-    def worst(self) -> float:
-        return float(self.errors.max())
-
-    @property
-    def verdict(self) -> str:
-        return f"RMS {self.rms:.2e}, median {self.median:.2e}, worst {self.worst:.2e}"
-
-    def page(self) -> report.Page:
-        return report.Page(
-            f"end of {self.sampler}: {self.calls} calls, {len(self.errors)} samples",
-            "anything of another number of steps or of other data; an RMS above the median is that "
-            "of a few samples far off",
-            facts=["against the flow by DOP853 at 1e-10"],
-        )
-
-
-@arguments
-def endpoint(
-    sampler: probe.ASampler,
-    data: AMixture,
-    process: probe.AProcess | None = None,
-    times: Tensor | Sequence[float] | None = None,
-    *,
-    steps: int | None = None,
-    samples: Samples = 256,
-) -> Endpoint:
-    """Measure the error of each sample of a deterministic sampler, with fixed steps or not.
-
-    Args:
-        sampler: any that draws no noise.
-        data: a mixture, or a Gaussian.
-        process, times, steps: as in `law`.
-        samples: their number, from fixed starts.
-    Raises:
-        NotAffine: if the sampler draws noise, so that its end is no function of its start.
-    """
-    model, x, ends = begun(sampler, data, process, times, steps, samples)
-    counting = CountingModel(model)
-    made = sample(counting, sampler, x, steps=steps, times=times, noise=none)
-    off = coordinates(made - flow(model, x, *ends))
-    return Endpoint(probe.one_line(sampler), counting.calls, off.square().mean(1).sqrt())
-
-
-def none(t: float, s: float, like: Tensor) -> Tensor:
-    """Noise source of a sampler that must draw none."""
-    raise probe.NotAffine("the solver draws noise, so its end is no function of its start")
+# method(model, measurement, starts, generator) -> samples (B, d)
+Method = Callable[[Model, Measurement, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,16 +83,16 @@ def beside_floors(distances: dict[str, float], floors: dict[str, Tensor]) -> rep
     return report.Table({"distance": "", "samples": ".3e", "exact": ".3e", "+-": ".1e"}, rows)
 
 
-@arguments
+@validate.arguments
 def distribution(
     sampler: probe.ASampler,
-    data: AMixture,
+    data: endpoints.AMixture,
     process: probe.AProcess | None = None,
     times: Tensor | Sequence[float] | None = None,
     *,
     steps: int | None = None,
-    samples: Samples = 2048,
-    seed: Seed = 0,
+    samples: endpoints.Samples = 2048,
+    seed: endpoints.Seed = 0,
 ) -> Distribution:
     r"""Measure the distances of samples to the data's law: W2 (sliced, if d > 1) and MMD.
 
@@ -184,16 +109,17 @@ def distribution(
         samples: their number.
         seed: of starts, noise and floors.
     """
-    model, x, _ = begun(sampler, data, process, times, steps, samples, seed)
-    source = torch.Generator().manual_seed(seed)
-    made = coordinates(sample(model, sampler, x, steps=steps, times=times, generator=source))
-    law = Known.of(model, samples)
+    model, made, _ = endpoints.drawn(sampler, data, process, times, steps, samples, seed)
+    law = Known(model, samples)
     name, floors = probe.one_line(sampler), floors_of(model, samples, seed, law.distances)
     return Distribution(name, samples, law.distances(made), floors)
 
 
 def floors_of(
-    data: GaussianMixture, samples: int, seed: int, measure: Callable[[Tensor], dict[str, float]]
+    data: exact.GaussianMixture,
+    samples: int,
+    seed: int,
+    measure: Callable[[Tensor], dict[str, float]],
 ) -> dict[str, Tensor]:
     """The distances of independent batches of exact samples, by name."""
     apart = torch.Generator().manual_seed(seed + 2**31)  # the floor is that of the data alone
@@ -201,44 +127,37 @@ def floors_of(
     return {name: torch.tensor([each[name] for each in found]) for name in found[0]}
 
 
-@dataclass(frozen=True)
+# ---- the law of a mixture ------------------------------------------------------------------------
+
+
 class Known:
     """A mixture's law in flat coordinates, and its quantiles.
+
+    Args:
+        data: the mixture.
+        n: number of quantiles.
 
     Attributes:
         weights: (K,).
         means: (K, d).
         covariances: (K, d, d).
+        mean: of the mixture, (d,).
+        covariance: of the mixture, (d, d).
         directions: (J, d), unit vectors.
         quantiles: (J, n), of the law projected on each, at (i + 1/2) / n.
     """
 
-    weights: Tensor
-    means: Tensor
-    covariances: Tensor
-    directions: Tensor
-    quantiles: Tensor
-
-    @staticmethod
-    def of(data: GaussianMixture, n: int) -> "Known":
-        d, covariances, weights = data.means.shape[1], data.covariances, data.log_weights.exp()
-        directions = torch.ones(1, 1).double() if d == 1 else fixed_directions(d)
-        means = directions @ data.means.T
-        stds = torch.einsum("ji,kil,jl->jk", directions, covariances, directions).sqrt()
-        rows = [line_quantiles(weights, m, s, n) for m, s in zip(means, stds, strict=True)]
-        return Known(weights, data.means, covariances, directions, torch.stack(rows))
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """Mean of the mixture, (d,)."""
-        return self.weights @ self.means
-
-    @cached_property
-    def covariance(self) -> Tensor:
-        """Covariance of the mixture, (d, d)."""
-        off = self.means - self.mean
-        within = torch.einsum("k,kij->ij", self.weights, self.covariances)
-        return within + torch.einsum("k,ki,kj->ij", self.weights, off, off)
+    def __init__(self, data: exact.GaussianMixture, n: int) -> None:
+        weights, means, covariances = data.log_weights.exp(), data.means, data.covariances
+        self.weights, self.means, self.covariances = weights, means, covariances
+        self.mean = weights @ means
+        off, d = means - self.mean, means.shape[1]
+        within = torch.einsum("k,kij->ij", weights, covariances)
+        self.covariance = within + torch.einsum("k,ki,kj->ij", weights, off, off)
+        self.directions = axes = torch.ones(1, 1).double() if d == 1 else fixed_directions(d)
+        stds = torch.einsum("ji,kil,jl->jk", axes, covariances, axes).sqrt()
+        lines = zip(axes @ means.T, stds, strict=True)
+        self.quantiles = torch.stack([line_quantiles(weights, m, s, n) for m, s in lines])
 
     @property
     def std(self) -> float:
@@ -291,52 +210,153 @@ def fixed_directions(d: int) -> Tensor:
     return made / made.norm(dim=1, keepdim=True)
 
 
-# ---- the reference flow --------------------------------------------------------------------------
-
-FLOWS: dict[Any, Tensor] = {}
+# ---- posteriors ----------------------------------------------------------------------------------
 
 
-@arguments
-def flow(
-    data: AMixture, x: Annotated[Tensor, FloatBatch()], t: float = 1.0, s: float = 0.0
-) -> Tensor:
-    """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
-    parts = (x, data.log_weights, data.means, data.variances, data.axes)
-    # Levels distinguish two processes of one name, such as an edited class.
-    levels = data.process.levels(torch.linspace(s, t, 5, dtype=torch.float64))
-    shapes = repr((data.process, levels, t, s, x.dtype, x.shape))
-    key = (shapes, *(None if part is None else part.numpy().tobytes() for part in parts))
-    if key not in FLOWS:
-        FLOWS[key] = sample(data, ScipyODE("DOP853", rtol=1e-10, atol=1e-10), x, times=[t, s])
-    if len(FLOWS) > KEPT:
-        del FLOWS[next(iter(FLOWS))]
-    return FLOWS[key].clone()
+@dataclass(frozen=True, eq=False)
+class Problem(validate.Checked):
+    """An inverse problem: the law of the data, and a measurement y = A x0 + noise_std eps.
 
+    Args:
+        data: a mixture, or a Gaussian, of samples of shape (d,); it is the model too.
+        matrix: A, (m, d).
+        noise_std: of the measurement. If it is 0 the posterior is that of the directions which A
+            leaves open; A's rows must then be independent.
+        y: (m,).
+    """
 
-@dataclass
-class CountingModel:
-    """A model that counts its calls."""
+    data: endpoints.AMixture
+    matrix: Annotated[Tensor, validate.FloatBatch()]
+    noise_std: validate.NonNegative
+    y: Annotated[Tensor, validate.FloatBatch()]
 
-    model: Model
-    calls: int = 0
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.data.shape) != 1:
+            raise ValueError(f"data must be of shape (d,); got {tuple(self.data.shape)}")
+        if self.matrix.ndim != 2 or not bool(self.matrix.isfinite().all()):
+            got = tuple(self.matrix.shape)
+            raise ValueError(f"matrix must be (m, d), of finite numbers; got {got}")
+        if not self.open.shape[1]:
+            raise ValueError("matrix must leave a direction open where noise_std is 0")
+        _ = self.posterior  # checks that the parts fit together
 
     @property
-    def process(self) -> Process:
-        return self.model.process
+    def open(self) -> Tensor:
+        """Orthonormal directions (d, k) to be sampled: all, or A's null space if noise_std is 0."""
+        if self.noise_std:
+            return torch.eye(self.data.shape[0], dtype=torch.float64)
+        _, size, right = torch.linalg.svd(self.matrix.double())
+        return right[int((size > 1e-12 * size.max()).sum()) :].T
 
-    def __call__(self, x: Tensor, level: Level) -> Prediction:
-        self.calls += 1
-        return self.model(x, level)
+    @property
+    def posterior(self) -> exact.GaussianMixture:
+        """The law of  open^T x0  given y."""
+        return self.data.given(self.matrix, self.y, self.noise_std, self.open)
+
+    @property
+    def measurement(self) -> Measurement:
+        """The measurement, as an argument of a method."""
+        return Measurement(operators.Matrix(self.matrix), self.noise_std, self.y[None])
 
 
-def begun(
-    sampler: Sampler, data: Any, process: Process | None,
-    times: Tensor | Sequence[float] | None, steps: int | None, samples: int, seed: int = 0,
-) -> tuple[Any, Tensor, tuple[float, float]]:  # fmt: skip
-    """The model, starts from its prior, and the first and the last time of the sampler."""
-    model = probe.on_process_of(data, sampler, process)
-    grid = path_of(model, sampler, steps, None, times)
-    seeds = range(seed * samples, (seed + 1) * samples)
-    shape = (samples, *probe.sizes(model, None))
-    x = model.process.prior(shape, seeds=seeds, dtype=torch.float64)
-    return model, x, (float(grid[0]), float(grid[-1]))
+@dataclass(frozen=True, repr=False)
+class Inverse(report.Report):
+    """Distances of a method's samples to the exact posterior, beside those of exact samples.
+
+    Attributes:
+        method: its name.
+        samples: their number.
+        calls: network calls.
+        distances: name -> its value. "W2", sliced for several coordinates; "mean", the largest
+            error of a coordinate's mean; without noise also "residual", |A x - y| (root mean
+            square): these in units of the posterior's standard deviation (the root of its mean
+            variance). "covariance", the relative error of the covariance (Frobenius).
+            "calibration", the largest Kolmogorov distance, over coordinates, between the
+            posterior's cumulative probabilities of the samples and uniform ones.
+        floors: name -> the values for independent batches of as many exact samples.
+    """
+
+    method: str
+    samples: int
+    calls: int
+    distances: dict[str, float]
+    floors: dict[str, Tensor]
+
+    @property
+    def holds(self) -> bool:
+        """True if every distance is within 4.5 standard deviations of that of exact samples."""
+        k = DEVIATIONS
+        floors = {name: float(v.mean() + k * v.std()) for name, v in self.floors.items()}
+        return all(value <= floors[name] for name, value in self.distances.items())
+
+    @property
+    def verdict(self) -> str:
+        near = f"indistinguishable from {self.samples} exact samples"
+        return near if self.holds else "NOT THE POSTERIOR"
+
+    def page(self) -> report.Page:
+        return report.Page(
+            f"posterior samples of {self.method}: {self.samples}, {self.calls} calls",
+            "anything of other data, other measurements, or a network that is not exact",
+            beside_floors(self.distances, self.floors),
+        )
+
+
+@validate.arguments
+def inverse(
+    method: Annotated[
+        Method, validate.Kind("a function of (model, measurement, x, generator)", "__call__")
+    ],
+    problem: Annotated[Problem, validate.Kind("a Problem", "posterior", "measurement")],
+    *,
+    samples: endpoints.Samples = 2048,
+    seed: endpoints.Seed = 0,
+    name: str | None = None,
+) -> Inverse:
+    """Measure the distances of a method's samples to the exact posterior of a problem.
+
+    Args:
+        method: called as method(model, measurement, x, generator), with the exact model and starts
+            x (samples, d) float64 from its prior; returns samples (samples, d).
+        problem: the inverse problem.
+        samples: their number.
+        seed: of starts, noise and floors.
+        name: of the method, for the report.
+    """
+    counting = endpoints.CountingModel(problem.data)
+    x = endpoints.starts(problem.data, samples, seed)
+    made = method(counting, problem.measurement, x, torch.Generator().manual_seed(seed))
+    validate.batch("the method's result", made)
+    if made.shape != x.shape:
+        raise ValueError(f"method must return shape {tuple(x.shape)}; got {tuple(made.shape)}")
+    posterior, made = problem.posterior, made.double()
+    law = Known(posterior, samples)
+    found = figures(law, made @ problem.open)
+    floors = floors_of(posterior, samples, seed, partial(figures, law))
+    if not problem.noise_std:
+        off = (made @ problem.matrix.double().T - problem.y).square().mean().sqrt()
+        found["residual"] = float(off) / law.std
+        floors["residual"] = torch.full((FLOORS,), ROUNDING)
+    own = getattr(method, "__name__", type(method).__name__)
+    return Inverse(name or own, samples, counting.calls, found, floors)
+
+
+def figures(law: Known, x: Tensor) -> dict[str, float]:
+    """The distances of samples x (n, d) to a known law."""
+    off = x.T.cov().reshape(law.covariance.shape) - law.covariance
+    return {
+        "W2": law.w2(x) / law.std,
+        "mean": float((x.mean(0) - law.mean).abs().max()) / law.std,
+        "covariance": float(off.norm() / law.covariance.norm()),
+        "calibration": calibration(law, x),
+    }
+
+
+def calibration(law: Known, x: Tensor) -> float:
+    """max |F_n(p) - p| over coordinates, for p = P(posterior <= x) of each sample."""
+    stds = law.covariances.diagonal(dim1=1, dim2=2).sqrt()
+    p = torch.special.ndtr((x[:, None] - law.means) / stds)  # (n, K, d)
+    p = torch.einsum("k,nkd->nd", law.weights, p).sort(0).values
+    step = torch.arange(len(p) + 1, dtype=p.dtype)[:, None] / len(p)
+    return float(torch.maximum((step[1:] - p).abs(), (p - step[:-1]).abs()).max())

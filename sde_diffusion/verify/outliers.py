@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["odd_draws", "odd_steps", "unjudged"]
-
 STANDS_OUT = 4.0  # times the change of its neighbours: a step is reported
 MISSING = -5.0  # log share of an outer draw against its neighbour
 SMOOTH = 32  # fewer steps are too coarse to judge

@@ -5,11 +5,11 @@ model that is affine in x, every linear scheme is affine in all of these togethe
 and a wrapper of the model supply them.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +22,12 @@ from sde_diffusion.processes.level import coordinates
 from sde_diffusion.samplers import Sampler
 from sde_diffusion.sampling import trajectory
 
-T = TypeVar("T")
+__all__ = ["NotAffine"]
 
 C, D = 0.37, -0.61  # no whole multiples: a quantized output must not look affine
 LARGE = 100.0  # size of the second trial input; thresholds of the field lie well below
-HIDDEN = (
-    "two runs on the same start and noise differ; it draws random numbers that were not injected, "
-    "or keeps a state between runs"
-)
-COUPLED = (
-    "a sample depends on its batch mates, by a step size or a norm for the whole batch or by "
-    "random numbers drawn elsewhere"
-)
+HIDDEN = "two runs on the same start and noise differ; it draws elsewhere, or keeps a state"
+COUPLED = "a sample depends on its batch mates, by a norm of all or by noise drawn elsewhere"
 
 # Arguments of the checks, with their rules.
 ASampler = Annotated[Sampler, validate.Kind("a Sampler", "claims", "grid", "step")]
@@ -44,7 +38,7 @@ AProcess = Annotated[Process, validate.Kind("a Process", "log_alpha", "variance"
 class OrMaker(validate.Kind):
     """An object of a kind, or a function that makes one."""
 
-    def __call__(self, name: str, value: T) -> T:
+    def __call__(self, name: str, value: Any) -> Any:
         attributes = self.attributes if hasattr(value, self.attributes[0]) else ("__call__",)
         return validate.kind(name, value, self.what, *attributes)
 
@@ -53,24 +47,21 @@ class NotAffine(ValueError):
     """The sampler has no Gaussian law: it clips, couples samples or draws noise of its own."""
 
 
-class Inputs(ABC):
-    """The inputs of a run by row of the batch, each (rows, d)."""
+class Inputs(NamedTuple):
+    """The inputs of a run by row of the batch, each (rows, d).
 
-    @property
-    @abstractmethod
-    def rows(self) -> int: ...
+    Attributes:
+        rows: their number.
+        draw: (index, d) -> the noise of draw 0, 1, ...; the start for index -1.
+        shift: (index, d) -> an addition to the x0 of a network call; None for nothing.
+    """
 
-    @abstractmethod
-    def draw(self, index: int, d: int) -> Tensor:
-        """Noise of draw 0, 1, ...; the start for -1."""
-
-    def shift(self, index: int, d: int) -> Tensor | None:
-        """An addition to the x0 of a network call; None for nothing."""
-        return None
+    rows: int
+    draw: Callable[[int, int], Tensor]
+    shift: Callable[[int, int], Tensor] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Basis(Inputs):
+def basis(block: Tensor, draws: int) -> Inputs:
     """Row 0: zeros. Then the rows of `block` as starts, and again as impulses in each draw.
 
     Args:
@@ -78,21 +69,15 @@ class Basis(Inputs):
         draws: number of draws with impulses; later ones are 0.
     """
 
-    block: Tensor
-    draws: int
-
-    @property
-    def rows(self) -> int:
-        return 1 + len(self.block) * (1 + self.draws)
-
-    def draw(self, index: int, d: int) -> Tensor:
-        made = torch.zeros(1 + self.draws, len(self.block), d, dtype=torch.float64)
-        made[1 + index : 2 + index] = self.block
+    def draw(index: int, d: int) -> Tensor:
+        made = torch.zeros(1 + draws, len(block), d, dtype=torch.float64)
+        made[1 + index : 2 + index] = block
         return torch.cat([made.new_zeros(1, d), made.flatten(0, 1)])
 
+    return Inputs(1 + len(block) * (1 + draws), draw)
 
-@dataclass(frozen=True)
-class Trial(Inputs):
+
+def trial(*parts: int) -> Inputs:
     """Rows with inputs of 0; A; B, a hundred times larger; A + B; C A + D B.
 
     A and B are fixed numbers in the start, each draw and each network output: normal, bounded away
@@ -102,23 +87,16 @@ class Trial(Inputs):
         parts: indices of the rows, in order.
     """
 
-    parts: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        return len(self.parts)
-
-    def draw(self, index: int, d: int) -> Tensor:
-        return self._numbers(int(index >= 0), max(index, 0), d)
-
-    def shift(self, index: int, d: int) -> Tensor:
-        return self._numbers(2, index, d)
-
-    def _numbers(self, kind: int, index: int, d: int) -> Tensor:
+    def numbers(kind: int, index: int, d: int) -> Tensor:
         source = stream(0, Purpose.PATH, step=index, position=kind)
         a, b = torch.from_numpy(source.standard_normal((2, d)))
         a, b = a + 0.5 * a.sign(), LARGE * (b + b.sign())
-        return torch.stack([a * 0, a, b, a + b, C * a + D * b])[list(self.parts)]
+        return torch.stack([a * 0, a, b, a + b, C * a + D * b])[list(parts)]
+
+    def draw(index: int, d: int) -> Tensor:
+        return numbers(int(index >= 0), max(index, 0), d)
+
+    return Inputs(len(parts), draw, partial(numbers, 2))
 
 
 class Call(NamedTuple):
@@ -143,6 +121,8 @@ class Probe:
     Attributes:
         calls: the network calls.
         draws: for each noise draw, the number of calls before it.
+        end: the batch at the end of a run, (rows, d).
+        remark: a warning of an adapter.
     """
 
     model: Model
@@ -150,6 +130,8 @@ class Probe:
     keep: bool = True
     calls: list[Call] = field(default_factory=list)
     draws: list[int] = field(default_factory=list)
+    end: Tensor = field(init=False)
+    remark: str = ""
 
     @property
     def process(self) -> Process:
@@ -162,10 +144,9 @@ class Probe:
         index = len(self.calls)
         self.calls.append(Call(level, coordinates(x if self.keep else x[:0]).clone()))
         prediction = self.model(x, level)
-        more = self.inputs.shift(index, x.shape[1:].numel())
-        if more is None or level.sigma == 0:
+        if self.inputs.shift is None or level.sigma == 0:
             return prediction
-        more = more.reshape(x.shape).to(x)
+        more = self.inputs.shift(index, x.shape[1:].numel()).reshape(x.shape).to(x)
         return truth(prediction.x0 + more, prediction.eps - level.alpha / level.sigma * more, level)
 
     def noise(self, t: float, s: float, like: Tensor) -> Tensor:
@@ -174,22 +155,6 @@ class Probe:
         made = self.inputs.draw(len(self.draws), like.shape[1:].numel())
         self.draws.append(len(self.calls))
         return made.reshape(like.shape).to(like)
-
-
-class Run(NamedTuple):
-    """The record of one run.
-
-    Attributes:
-        calls: its network calls.
-        draws: the number of calls before each draw.
-        end: (rows, d).
-        remark: a warning of an adapter.
-    """
-
-    calls: list[Call]
-    draws: list[int]
-    end: Tensor
-    remark: str
 
     @property
     def states(self) -> list[Tensor]:
@@ -206,10 +171,8 @@ class Run(NamedTuple):
 def on_process_of(data: Any, sampler: Any, process: Process | None) -> Any:
     """The data on `process`, or else on the sampler's own if it has one, or else on their own."""
     if process is not None and not hasattr(data, "on"):
-        raise TypeError(
-            f"data must be an exact.Gaussian to change its process; got {type(data).__name__}; "
-            f"leave out process"
-        )
+        got = f"{type(data).__name__}; leave out process"
+        raise TypeError(f"data must be an exact.Gaussian to change its process; got {got}")
     process = process or getattr(sampler, "process", None)
     return data.on(process) if process is not None and hasattr(data, "on") else data
 
@@ -227,8 +190,8 @@ def run(
     shape: tuple[int, ...],
     steps: int | None = None,
     times: Tensor | Sequence[float] | None = None,
-) -> Run:
-    """One run of the sampler on these inputs."""
+) -> Probe:
+    """The record of one run of the sampler on these inputs."""
     probe = Probe(data, inputs)
     start = inputs.draw(-1, prod(shape)).reshape(inputs.rows, *shape)
     x = start.clone()
@@ -241,7 +204,8 @@ def run(
         raise NotAffine(f"{sampler} changes the batch that it is given")
     if not probe.calls:
         raise NotAffine(f"{sampler} never calls the network")
-    return Run(probe.calls, probe.draws, coordinates(last.x), getattr(last.memory, "remark", ""))
+    probe.end, probe.remark = coordinates(last.x), getattr(last.memory, "remark", "")
+    return probe
 
 
 def check_affine(
@@ -259,37 +223,31 @@ def check_affine(
             network outputs to the state at any call or to the end is not affine.
     """
     if sampler.claims.order is None:
-        raise NotAffine(
-            f"{sampler} chooses its own steps, so its map is not affine; use verify.tolerances "
-            f"for an ODE solver, verify.bias for an SDE solver"
-        )
+        use = "verify.tolerances for an ODE solver, verify.bias for an SDE solver"
+        raise NotAffine(f"{sampler} chooses its own steps, so its map is not affine; use {use}")
     tolerance: float = sampler.claims.rounding or 1e-9  # of the sampler's own arithmetic
 
-    def trial(*parts: int) -> Run:
-        return run(sampler, data, Trial(parts), shape, steps, times)
+    def made(*parts: int) -> Probe:
+        return run(sampler, data, trial(*parts), shape, steps, times)
 
-    whole = trial(0, 1, 2, 3, 4)
+    whole = made(0, 1, 2, 3, 4)
     for index, state in enumerate(whole.states):
         if not bool(state.isfinite().all()):
             raise NotAffine(f"{sampler} is not finite, first {whole.place(index)}")
     for parts, reason in (([0, 1, 2, 3, 4], HIDDEN), ([1], COUPLED), ([3, 2], COUPLED)):
         found = [state[parts] for state in whole.states]
-        where = differs(found, trial(*parts).states, tolerance)
+        where = differs(found, made(*parts).states, tolerance)
         if where is not None:
             raise NotAffine(f"{sampler}: {reason}, first {whole.place(where)}")
-    sums = [
-        torch.stack([a + b - nothing, nothing + C * (a - nothing) + D * (b - nothing)])
-        for nothing, a, b, *_ in whole.states
-    ]
+    rows = [state[:3] for state in whole.states]  # of inputs 0, A, B
+    sums = [torch.stack([a + b - o, o + C * (a - o) + D * (b - o)]) for o, a, b in rows]
     where = differs(sums, [state[3:] for state in whole.states], tolerance)
     if where is not None:
         state = whole.states[where]
         share = float((sums[where] - state[3:]).abs().max()) / (float(state.abs().max()) + 1.0)
         why = "is it in float32? then give rounding=1e-4" if share < 1e-4 else "does it clip?"
-        raise NotAffine(
-            f"{sampler} is not affine on {type(data).__name__}, first {whole.place(where)}, by "
-            f"{share:.1e} of its size: it has no Gaussian law ({why})"
-        )
+        by = f"first {whole.place(where)}, by {share:.1e} of its size: it has no Gaussian law"
+        raise NotAffine(f"{sampler} is not affine on {type(data).__name__}, {by} ({why})")
 
 
 def differs(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> int | None:

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Page", "Report", "Table", "listed_numbers", "thinned"]
-
 WIDTH = 88  # of a line of text, as on the pages of the documentation
 CELL = 10  # least width of a column
 

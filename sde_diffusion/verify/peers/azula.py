@@ -10,11 +10,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from sde_diffusion.processes import EDM, Process
 from sde_diffusion.validate import Kind
 from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel, only
-
-__all__ = ["Azula"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,6 @@ class Azula(Foreign):
     @property
     def order(self) -> int:
         return self.declared or getattr(self.sampler, "order", 1)
-
-    @property
-    def process(self) -> Process:
-        (alpha, sigma), _ = self.ends()
-        return EDM(sigma / alpha)
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         first, last = (self._level(self.sampler.timesteps[at]) for at in (0, -1))

@@ -13,13 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion import validate
 from sde_diffusion.models import Preconditioned, Prediction
-from sde_diffusion.processes import EDM, Discrete, Process, RectifiedFlow
-from sde_diffusion.validate import Count, Kind
+from sde_diffusion.processes import Discrete, Process, RectifiedFlow
+from sde_diffusion.validate import Count, Kind, choice
 from sde_diffusion.verify.peers.foreign import SINGLE, Foreign, PeerModel
-
-__all__ = ["Diffusers"]
 
 ASIDE = 1e-3  # relative to sigma: more than float32 rounds
 
@@ -80,8 +77,7 @@ class Diffusers(Foreign):
             if power[-1] >= power[-2]:  # zero-SNR: diffusers keeps 2^-24 of it, out of order
                 power[-1] = 0.0
             return Discrete(tuple((1 - power[1:] / power[:-1]).tolist()))
-        (_, sigma), _ = self.ends()
-        return EDM(sigma) if self._is_edm else RectifiedFlow()
+        return super().process if self._is_edm else RectifiedFlow()
 
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         scheduler = self._started()
@@ -148,7 +144,7 @@ class Diffusers(Foreign):
             return prediction.velocity
         kind = self.scheduler.config.get("prediction_type", "epsilon")
         of = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-sigma, alpha)}
-        return prediction.combine(*of[validate.choice("prediction_type", kind, of)])
+        return prediction.combine(*of[choice("prediction_type", kind, of)])
 
 
 def scale_of(scheduler: Any, t: Tensor) -> float:

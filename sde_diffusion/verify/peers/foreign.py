@@ -21,14 +21,13 @@ from torch.overrides import TorchFunctionMode
 from sde_diffusion.grids import Ends, Grid
 from sde_diffusion.models import Model, Prediction
 from sde_diffusion.noise import Noise
-from sde_diffusion.processes import Level, Process, double
+from sde_diffusion.processes import EDM, Level, Process, double
 from sde_diffusion.processes.level import enter, leave
 from sde_diffusion.samplers import Claims, Memory, SolverError
 from sde_diffusion.validate import Checked, Kind, Share
 from sde_diffusion.verify.probe import NotAffine
 
-__all__ = ["Function"]
-
+OfEps = Callable[[Callable[[Tensor, Any], Tensor], Tensor], Tensor]  # f(eps_fn, x_T) -> x_0
 SINGLE = 1e-4  # rounding of a run whose arithmetic is in float32, relative to its largest state
 
 OTHER = {
@@ -57,10 +56,8 @@ class Injected(TorchFunctionMode):
         if called not in self.NORMAL:
             return func(*args, **kwargs)
         if kwargs.pop("generator", None) is not None:
-            raise NotAffine(
-                f"{self.name} draws from a generator of its own, as Brownian trees do; its noise "
-                f"cannot be injected"
-            )
+            why = "as Brownian trees do; its noise cannot be injected"
+            raise NotAffine(f"{self.name} draws from a generator of its own, {why}")
         return getattr(self, called)(*args, **kwargs)
 
     def randn(self, *size: Any, **kind: Any) -> Tensor:
@@ -79,10 +76,8 @@ class Injected(TorchFunctionMode):
 
     def _unit(self, like: Tensor) -> Tensor:
         if like.shape != self.x.shape:
-            own = tuple(self.x.shape)
-            raise NotAffine(
-                f"{self.name} draws noise of shape {tuple(like.shape)} for a batch of shape {own}"
-            )
+            shapes = f"{tuple(like.shape)} for a batch of shape {tuple(self.x.shape)}"
+            raise NotAffine(f"{self.name} draws noise of shape {shapes}")
         return self.noise(self.t, self.s, self.x).to(like)
 
 
@@ -97,11 +92,10 @@ class PeerModel:
         there = peer_level(alpha, sigma)
         own = self.model.process.level_at(there.u)
         if abs(own.u - there.u) > 1e-3 * (1 - there.u):
-            raise ValueError(
-                f"{self.injected.name} calls at sigma/alpha = {sigma / alpha:.6g}, and "
-                f"{self.model.process} ends at {own.sigma / own.alpha:.6g}; put the model on "
-                f"the sampler's own process, and keep churn below its start"
-            )
+            at = f"sigma/alpha = {sigma / alpha:.6g}"
+            ends = f"{self.model.process} ends at {own.sigma / own.alpha:.6g}"
+            use = "put the model on the sampler's own process, and keep churn below its start"
+            raise ValueError(f"{self.injected.name} calls at {at}, and {ends}; {use}")
         self.injected.t = own.t
         own_x = leave(enter(x.to(self.injected.x), there), own)
         return self.model(own_x, own)
@@ -117,26 +111,13 @@ class Between(Ends):
     """The start and the end of a loop that chooses its own levels.
 
     Args:
-        first, last: u = sigma / (alpha + sigma) at both.
+        of: (the model's process) -> both times.
     """
 
-    first: float
-    last: float
+    of: Callable[[Process], list[float]]
 
     def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
-        ends = [process.level_at(u).t for u in (self.first, self.last)]
-        return torch.tensor(ends, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class FromTo(Ends):
-    """The times at which a function starts and ends."""
-
-    first: float
-    last: float
-
-    def times(self, process: Process, steps: int, start: float, least_ratio: float) -> Tensor:
-        return torch.tensor([self.first, self.last], dtype=torch.float64)
+        return torch.tensor(self.of(process), dtype=torch.float64)
 
 
 class Remark(NamedTuple):
@@ -145,8 +126,8 @@ class Remark(NamedTuple):
     remark: str
 
 
-class OneStep(Checked):
-    """A sampler whose step runs a whole loop.
+class OneStep(Checked, ABC):
+    """A sampler whose step runs a whole loop, with the noise injected into torch's normal draws.
 
     Attributes:
         declared: its order, if it is known.
@@ -165,28 +146,40 @@ class OneStep(Checked):
     def claims(self) -> Claims:
         return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
 
+    @abstractmethod
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+        """Run the code from x to its end; return a warning too."""
 
-class Foreign(OneStep, ABC):
-    """A peer's loop as a sampler of one step, over all levels of the peer's choice."""
+    def step(
+        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
+        memory: Memory,
+    ) -> tuple[Tensor, Memory]:  # fmt: skip
+        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
+            end, remark = self.loop(PeerModel(model, injected), x.clone())
+        return end.to(x), Remark(remark)
+
+
+class Foreign(OneStep):
+    """A peer's loop as a sampler of one step, over all levels of the peer's choice.
+
+    The loop runs in the peer's own coordinates.
+    """
 
     @property
-    @abstractmethod
     def process(self) -> Process:
-        """The peer's own process."""
+        """The peer's own process; by default EDM up to the noise at its start."""
+        (alpha, sigma), _ = self.ends()
+        return EDM(sigma / alpha)
 
     @abstractmethod
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """(alpha, sigma) of the peer's own coordinates at its start and at its end."""
 
-    @abstractmethod
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
-        """Run the peer's code from x to its end, in its own coordinates; return a warning too."""
-
     @property
     def grid(self) -> Grid:
         """The times at which the peer starts and ends."""
-        first, last = (peer_level(*end).u for end in self.ends())
-        return Between(first, last)
+        ends = [peer_level(*end).u for end in self.ends()]
+        return Between(lambda process: [process.level_at(u).t for u in ends])
 
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
@@ -196,15 +189,14 @@ class Foreign(OneStep, ABC):
         if abs(t.u - first.u) > 1e-3 * (1 - first.u) + 1e-9 or abs(s.u - last.u) > 1e-6:
             raise ValueError(f"{self} runs on levels of its own; leave out times")
         begin = leave(enter(x, t), first)
-        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
-            try:
-                end, remark = self.loop(PeerModel(model, injected), begin)
-            except (ValueError, SolverError):
-                raise
-            except Exception as error:  # of the peer's own code
-                text = " ".join(str(error).split())
-                raise ValueError(f"{self} failed: {type(error).__name__}: {text:.200}") from error
-        return leave(enter(end.to(x), last), s), Remark(remark)
+        try:
+            end, memory = super().step(model, begin, t, s, noise, memory)
+        except (ValueError, SolverError):
+            raise
+        except Exception as error:  # of the peer's own code
+            text = " ".join(str(error).split())
+            raise ValueError(f"{self} failed: {type(error).__name__}: {text:.200}") from error
+        return leave(enter(end, last), s), memory
 
 
 @dataclass(frozen=True)
@@ -220,10 +212,7 @@ class Function(OneStep):
         rounding: of its arithmetic, relative; 1e-4 if that is in float32.
     """
 
-    function: Annotated[
-        Callable[[Callable[[Tensor, Any], Tensor], Tensor], Tensor],
-        Kind("a function f(eps_fn, x)", "__call__"),
-    ]
+    function: Annotated[OfEps, Kind("a function f(eps_fn, x)", "__call__")]
     start: Share = 1.0
     end: Share = 0.0
     declared: int | None = None
@@ -239,22 +228,18 @@ class Function(OneStep):
 
     @property
     def grid(self) -> Grid:
-        return FromTo(self.start, self.end)
+        return Between(lambda process: [self.start, self.end])
 
-    def step(
-        self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
-        memory: Memory,
-    ) -> tuple[Tensor, Memory]:  # fmt: skip
+    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def eps(x: Tensor, t: Any) -> Tensor:
             time = torch.tensor([only(t, "t")], dtype=torch.float64)
-            injected.t = float(time)
-            return model(x, model.process.levels(time)[0]).eps
+            model.injected.t = float(time)
+            return model.model(x, model.model.process.levels(time)[0]).eps
 
-        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
-            end = self.function(eps, x.clone())
+        end = self.function(eps, x)
         if getattr(end, "shape", None) != x.shape or not hasattr(end, "to"):
             raise ValueError(f"{self} must return a tensor of shape {tuple(x.shape)}")
-        return end.to(x), None
+        return end, ""
 
 
 def only(value: Any, name: str) -> float:

@@ -11,12 +11,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.processes import EDM, Process
 from sde_diffusion.validate import Kind, arguments
 from sde_diffusion.verify.peers.foreign import Foreign, PeerModel, name_of, only
 from sde_diffusion.verify.probe import AProcess
-
-__all__ = ["KDiffusion", "ratios"]
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,6 @@ class KDiffusion(Foreign):
     def __str__(self) -> str:
         return f"{self.name}, {len(self.levels) - 1} steps"
 
-    @property
-    def process(self) -> Process:
-        return EDM(float(self.levels[0]))
-
     def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
         last = self.levels if self._takes("sigmas") else self._positive
         return (1.0, float(self.levels[0])), (1.0, float(last[-1]))
@@ -76,15 +69,11 @@ class KDiffusion(Foreign):
         def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             return model(x, 1.0, only(sigma, "sigma")).x0
 
-        arguments = dict(self.arguments)
-        if self._takes("disable"):
-            arguments.setdefault("disable", True)  # the progress bar
+        usual = {"disable": True, "n": len(self.levels) - 1}  # no progress bar
+        arguments = {k: v for k, v in usual.items() if self._takes(k)} | self.arguments
         if self._takes("sigmas"):
             return self.function(denoised, x, self.levels, **arguments), ""
-        positive = self._positive
-        if self._takes("n"):
-            arguments.setdefault("n", len(self.levels) - 1)
-        low, high = float(positive[-1]), float(positive[0])
+        low, high = float(self._positive[-1]), float(self._positive[0])
         return self.function(denoised, x, low, high, **arguments), ""
 
     @property

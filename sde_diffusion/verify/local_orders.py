@@ -1,146 +1,21 @@
-"""Orders of convergence of a sampler's exact law, over whole paths and in single steps."""
+"""Local orders: the order of single steps, also between steps of unequal size."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sde_diffusion import validate
-from sde_diffusion.models import Model
 from sde_diffusion.processes import Process
 from sde_diffusion.processes.level import log_snr_at
 from sde_diffusion.samplers import Sampler
-from sde_diffusion.verify import ladders, probe, report
+from sde_diffusion.verify import convergence, probe, report
 from sde_diffusion.verify.laws import Law
 
-__all__ = ["LocalOrder", "Order", "local_order", "order"]
-
-SLACK = 0.2  # a fitted order may be lower than the declared one by this
-STALLS = 0.5  # a lower rate is no convergence
-SETTLED = 0.6  # a larger gain from one rate to the next allows no extrapolation
-
-
-@dataclass(frozen=True, repr=False)
-class Order(report.Report):
-    """Errors at a growing number of steps, and the order fitted to them.
-
-    Attributes:
-        sampler: its name.
-        declared: its claimed order.
-        sizes: numbers of steps.
-        distances: the error of each.
-        rounding: distances below this are rounding.
-        left: W2 that an Euler step from its last level to sigma = 0 leaves (`Law.left`).
-        remark: a warning of an adapter.
-    """
-
-    sampler: str
-    declared: float
-    sizes: tuple[int, ...]
-    distances: tuple[float, ...]
-    rounding: float
-    left: float = 0.0
-    remark: str = ""
-
-    @property
-    def rates(self) -> list[float]:
-        """log2 of the ratio of neighbouring errors, for a doubling of steps."""
-        return ladders.slopes(self.sizes, self.distances)
-
-    @property
-    def fitted(self) -> float:
-        """Minus the least-squares slope of log error against log steps; inf if it is rounding."""
-        exact = max(self.distances) <= self.rounding
-        return math.inf if exact else -ladders.slope(self.sizes, self.distances)
-
-    @property
-    def tends(self) -> float:
-        """The limit of the rates, if they settle: the last one plus its last gain.
-
-        The rate of an error C N^-p (1 + c / N) is p + c' / N: a doubling of N halves c' / N.
-        """
-        last = self.rates[-1]
-        gain = last - self.rates[-2] if len(self.rates) > 1 else 0.0
-        return last + gain if 0 < gain < SETTLED else last
-
-    @property
-    def floor(self) -> float | None:
-        """The value at which the error stops shrinking, if it does: it rises, or hardly falls."""
-        for index, rate in enumerate(self.rates):
-            after = max(self.distances[index + 1 :])
-            last = index == len(self.rates) - 1
-            if (rate < 0 or (last and self.tends < STALLS)) and after > self.rounding:
-                return after
-        return None
-
-    @property
-    def holds(self) -> bool:
-        rates = self.rates
-        falling = len(rates) > 1 and rates[-1] < rates[-2] - SLACK / 2
-        reached = self.tends if falling else max(self.fitted, self.tends)
-        return self.floor is None and reached >= self.declared - SLACK
-
-    @property
-    def verdict(self) -> str:
-        if self.fitted == math.inf:
-            return "exact up to rounding at every number of steps"
-        text = f"order {self.fitted:.2f}, declared {self.declared:g}"
-        if self.floor is not None:
-            text += f": THE ERROR STOPS SHRINKING at {self.floor:.1e}"
-            if self.floor <= 3 * self.left:
-                text += f", as an Euler step from its last level leaves {self.left:.1e}"
-        else:
-            low = "" if self.holds else ": LOWER THAN DECLARED"
-            text += f", the rates tend to {self.tends:.2f}{low}"
-        return f"{text}; {self.remark}" if self.remark else text
-
-    def page(self) -> report.Page:
-        return report.Page(
-            f"order of {self.sampler}",
-            "the order on grids of another shape, where a multistep formula may be wrong and still "
-            "pass (local_order); nor that each step is the published one",
-            ladders.errors_table(self.sizes, self.distances),
-        )
-
-
-@validate.arguments
-def order(
-    sampler: ladders.Family,
-    data: probe.AModel,
-    process: probe.AProcess | None = None,
-    *,
-    sizes: Sequence[int] = (64, 128, 256),
-    declared: validate.NonNegative | None = None,
-) -> Order:
-    """Fit the order at which a sampler's law approaches the data's, on the sampler's own grids.
-
-    Args:
-        sampler: a Sampler; or a function of the number of steps that makes one, as for an adapter:
-            `partial(verify.Diffusers, scheduler)`.
-        data: exact.Gaussian, or another affine model with mean, covariance, marginal.
-        process: the process to use, if not the model's own.
-        sizes: two or more numbers of steps.
-        declared: the expected order; by default the sampler's own claim.
-    """
-    sizes = ladders.checked_sizes(sizes, 2)
-    some, laws = ladders.ladder(sampler, data, process, sizes)
-    return fitted(some, data, sizes, laws, declared)
-
-
-def fitted(
-    some: Sampler, data: Model, sizes: tuple[int, ...], laws: Sequence[Law],
-    declared: float | None = None,
-) -> Order:  # fmt: skip
-    """`order` from laws already computed."""
-    claimed: Any = some.claims.order if declared is None else declared
-    distances = tuple(each.departure for each in laws)
-    name, rounding, last = ladders.of_family(some), ladders.rounding(data, some), laws[-1]
-    return Order(name, claimed, sizes, distances, rounding, last.left, last.remark)
+__all__ = ["LocalOrder", "local_order"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,16 +51,13 @@ class LocalOrder(report.Report):
     @property
     def of_one_step(self) -> dict[float, float]:
         """p of the last step alone at each ratio for which calls show it."""
-        return {
-            ratio: self._fit(values, self.rounding / 30)  # differences of two near states
-            for ratio, values in self.single.items()
-            if not any(math.isnan(value) for value in values)
-        }
+        seen = {ratio: v for ratio, v in self.single.items() if not any(map(math.isnan, v))}
+        rounding = self.rounding / 30  # of differences of two near states
+        return {ratio: self._fit(v, rounding) for ratio, v in seen.items()}
 
     def _fit(self, values: Sequence[float], rounding: float) -> float:
-        kept = [(h, value) for h, value in zip(self.spans, values, strict=True)
-                if value > rounding][-3:]  # fmt: skip
-        return ladders.slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
+        kept = [(h, v) for h, v in zip(self.spans, values, strict=True) if v > rounding][-3:]
+        return convergence.slope(*zip(*kept, strict=True)) - 1 if len(kept) > 1 else math.inf
 
     @property
     def holds(self) -> bool:
@@ -193,9 +65,9 @@ class LocalOrder(report.Report):
 
     @property
     def _missed(self) -> str:
-        if min(self.fitted.values()) < self.declared[0] - SLACK:
+        if min(self.fitted.values()) < self.declared[0] - convergence.SLACK:
             return "LOWER THAN DECLARED"
-        if min(self.of_one_step.values(), default=math.inf) < self.declared[1] - SLACK:
+        if min(self.of_one_step.values(), default=math.inf) < self.declared[1] - convergence.SLACK:
             return "SINGLE STEPS LOWER THAN DECLARED (a wrong step ratio, or a corrector?)"
         return ""
 
@@ -254,22 +126,21 @@ def local_order(
             validate.number(f"each of {name}", value, 0, strict=True)
     if not ratios:
         raise ValueError("ratios must hold one or more numbers; got none")
-    if len(spans) < 2 or any(a <= b for a, b in pairwise(spans)):
+    if len(spans) < 2 or list(spans) != sorted(set(spans), reverse=True):
         raise ValueError(f"spans must hold two or more decreasing numbers; got {tuple(spans)}")
     whole: dict[float, tuple[float, ...]] = {}
     single: dict[float, tuple[float, ...]] = {}
     some: Any = sampler
     for ratio in ratios:
         grids = [uneven(process or data.process, start, h, ratio) for h in spans]
-        some, laws = ladders.ladder(sampler, data, process, grids)
+        some, laws = convergence.ladder(sampler, data, process, grids)
         whole[ratio] = tuple(law.departure for law in laws)
         last = zip(laws, grids, strict=True)
         single[ratio] = tuple(added(law, *grid[-3:-1].tolist()) for law, grid in last)
     claimed = some.claims.order if declared is None else declared
-    known = (of_one_step, some.claims.step_order, claimed)
-    both = claimed, next(p for p in known if p is not None)
-    name, rounding = ladders.of_family(some), ladders.rounding(data, some)
-    return LocalOrder(name, both, tuple(spans), whole, single, rounding)
+    one = next(p for p in (of_one_step, some.claims.step_order, claimed) if p is not None)
+    name, rounding = convergence.of_family(some), convergence.rounding(data, some)
+    return LocalOrder(name, (claimed, one), tuple(spans), whole, single, rounding)
 
 
 def added(law: Law, t: float, s: float) -> float:
@@ -283,7 +154,8 @@ def uneven(process: Process, start: float, h: float, ratio: float) -> Tensor:
     growing = [h * 2.0**k for k in range(-24, 1)]
     after = [h * ratio**k for k in range(1, 4)] if ratio != 2 else []
     tiny = (after or growing)[-1] / 1024
-    u = start - np.cumsum([0.0, *growing, *after, tiny])
+    steps = torch.tensor([0.0, *growing, *after, tiny], dtype=torch.float64)
+    u = start - steps.cumsum(0)
     if u[-1] <= 0:
         raise ValueError(f"steps of h={h} at ratio {ratio:g} do not fit between u={start} and 0")
-    return process.time(log_snr_at(torch.from_numpy(u)))
+    return process.time(log_snr_at(u))

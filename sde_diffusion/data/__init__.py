@@ -6,5 +6,5 @@ toy           distributions in the plane
 """
 
 from sde_diffusion.data import toy as toy
-from sde_diffusion.data.datasets import *  # noqa: F403
-from sde_diffusion.data.image_files import *  # noqa: F403
+from sde_diffusion.data.datasets import *
+from sde_diffusion.data.image_files import *

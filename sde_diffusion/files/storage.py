@@ -214,13 +214,14 @@ def regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 @contextmanager
-def as_bad_file(path: Path) -> Iterator[None]:
+def as_bad_file(path: Path, note: str = "") -> Iterator[None]:
     """Turn every exception raised inside into a BadFile of `path`, and of the file it describes.
 
     Every exception, not a list of them: the exceptions that torch and constructors raise at numbers
     far outside their range are not documented.
     """
-    note = f" (the record of {path.with_suffix('.safetensors')})" if path.suffix == ".json" else ""
+    if path.suffix == ".json":
+        note = f" (the record of {path.with_suffix('.safetensors')})"
     try:
         yield
     except BadFile:

@@ -7,6 +7,6 @@ score_matching   losses that need no clean data
 """
 
 from sde_diffusion.losses import score_matching as score_matching
-from sde_diffusion.losses.denoising import *  # noqa: F403
-from sde_diffusion.losses.times import *  # noqa: F403
-from sde_diffusion.losses.weights import *  # noqa: F403
+from sde_diffusion.losses.denoising import *
+from sde_diffusion.losses.times import *
+from sde_diffusion.losses.weights import *

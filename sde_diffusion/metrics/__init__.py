@@ -5,5 +5,5 @@ quality     Frechet distance, KID, precision and recall of features
 features    networks that map images to features; imported by its own name
 """
 
-from sde_diffusion.metrics.distances import *  # noqa: F403
-from sde_diffusion.metrics.quality import *  # noqa: F403
+from sde_diffusion.metrics.distances import *
+from sde_diffusion.metrics.quality import *

@@ -186,7 +186,7 @@ def fetched(url: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.as_bad_file(path, f"; it could not be downloaded from {url}"):
+        with storage.as_bad_file(path, note=f"; it could not be downloaded from {url}"):
             torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
     return path
 

@@ -12,10 +12,10 @@ adapt               networks of other programs, and models on another process
 
 from sde_diffusion.models import exact as exact
 from sde_diffusion.models import guidance as guidance
-from sde_diffusion.models.adapt import *  # noqa: F403
-from sde_diffusion.models.denoiser import *  # noqa: F403
-from sde_diffusion.models.guidance import *  # noqa: F403
-from sde_diffusion.models.model import *  # noqa: F403
-from sde_diffusion.models.noise_inputs import *  # noqa: F403
-from sde_diffusion.models.parameterizations import *  # noqa: F403
-from sde_diffusion.models.prediction import *  # noqa: F403
+from sde_diffusion.models.adapt import *
+from sde_diffusion.models.denoiser import *
+from sde_diffusion.models.guidance import *
+from sde_diffusion.models.model import *
+from sde_diffusion.models.noise_inputs import *
+from sde_diffusion.models.parameterizations import *
+from sde_diffusion.models.prediction import *

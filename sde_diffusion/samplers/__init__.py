@@ -1,37 +1,15 @@
 """*From a noise level to a lower one.* A sampler is a rule for one step."""
 
-from sde_diffusion.samplers.adams import Adams
-from sde_diffusion.samplers.adaptive_ode import AdaptiveODE
-from sde_diffusion.samplers.adaptive_sde import AdaptiveSDE
-from sde_diffusion.samplers.ancestral import Ancestral
-from sde_diffusion.samplers.correctors import Churn, Langevin
-from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
-from sde_diffusion.samplers.exponential import DPMSolver, VelocityMultistep
-from sde_diffusion.samplers.external import ScipyODE, TorchODE, TorchSDE
-from sde_diffusion.samplers.heun import Heun
-from sde_diffusion.samplers.sampler import Claims, Memory, Sampler, SampleReport, SolverError
-
-__all__ = [
-    "CATALOGUE",
-    "Adams",
-    "AdaptiveODE",
-    "AdaptiveSDE",
-    "Ancestral",
-    "Churn",
-    "Claims",
-    "DPMSolver",
-    "EulerMaruyama",
-    "Heun",
-    "Langevin",
-    "Memory",
-    "SampleReport",
-    "Sampler",
-    "ScipyODE",
-    "SolverError",
-    "TorchODE",
-    "TorchSDE",
-    "VelocityMultistep",
-]
+from sde_diffusion.samplers.adams import *
+from sde_diffusion.samplers.adaptive_ode import *
+from sde_diffusion.samplers.adaptive_sde import *
+from sde_diffusion.samplers.ancestral import *
+from sde_diffusion.samplers.correctors import *
+from sde_diffusion.samplers.euler_maruyama import *
+from sde_diffusion.samplers.exponential import *
+from sde_diffusion.samplers.external import *
+from sde_diffusion.samplers.heun import *
+from sde_diffusion.samplers.sampler import *
 
 # With settings in use: tests, certificates, docs and the command line run over these.
 CATALOGUE: tuple[Sampler, ...] = (

@@ -8,9 +8,9 @@ global batch) alone. So a resumed run is the uninterrupted one, bit for bit, and
 or accumulated parts draw the numbers of one process.
 """
 
-from sde_diffusion.training.batches import *  # noqa: F403
-from sde_diffusion.training.checkpoints import *  # noqa: F403
-from sde_diffusion.training.engine import *  # noqa: F403
-from sde_diffusion.training.journal import *  # noqa: F403
-from sde_diffusion.training.recipe import *  # noqa: F403
-from sde_diffusion.training.state import *  # noqa: F403
+from sde_diffusion.training.batches import *
+from sde_diffusion.training.checkpoints import *
+from sde_diffusion.training.engine import *
+from sde_diffusion.training.journal import *
+from sde_diffusion.training.recipe import *
+from sde_diffusion.training.state import *

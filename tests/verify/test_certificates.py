@@ -33,7 +33,7 @@ FIXED = [n for n in CERTIFY.SAMPLERS if n not in CERTIFY.BY_TOLERANCE | CERTIFY.
 
 def test_every_sampler_of_the_package_is_certified_and_every_process():
     certified = {type(sampler).__name__ for sampler in CERTIFY.SAMPLERS.values()}
-    rules = {name for name in samplers.__all__ if is_sampler(getattr(samplers, name))}
+    rules = {name for name, thing in vars(samplers).items() if is_sampler(thing)}
     assert certified == rules
     shipped = {name for name in sd.processes.__all__ if is_process(getattr(sd.processes, name))}
     assert {type(process).__name__ for process in CERTIFY.PROCESSES.values()} >= shipped

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from math import pi, sqrt
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,14 +27,12 @@ from sde_diffusion.noise import Brownian, Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
 from sde_diffusion.sampling import chosen_noise
+from sde_diffusion.validate import FloatBatch
 
 __all__ = ["DDPM", "BoundTerms", "Variance"]
 
-Variance = Annotated[
-    Literal["beta", "posterior", "learned"], validate.Choice("beta", "posterior", "learned")
-]
+Variance = Literal["beta", "posterior", "learned"]
 Index = int | Tensor  # for the whole batch, or (B,) integers, in 1 .. N
-ABatch = Annotated[Tensor, validate.FloatBatch()]
 
 
 class BoundTerms(NamedTuple):
@@ -101,7 +99,7 @@ class DDPM:
     # ---- forward -------------------------------------------------------------------------------
 
     @validate.arguments
-    def q_sample(self, x0: ABatch, i: Index, eps: ABatch) -> Tensor:
+    def q_sample(self, x0: FloatBatch, i: Index, eps: FloatBatch) -> Tensor:
         """x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps, in O(1) (Ho et al. 2020, eq. 4)."""
         same_shape("eps", eps, x0)
         return self.process.perturb(x0, self.level(i, x0), eps)
@@ -109,7 +107,7 @@ class DDPM:
     @validate.arguments
     def q_chain(
         self,
-        x0: ABatch,
+        x0: FloatBatch,
         i: Index,
         *,
         generator: torch.Generator | None = None,
@@ -126,7 +124,7 @@ class DDPM:
         return x
 
     @validate.arguments
-    def q_posterior(self, x0: ABatch, x: ABatch, i: Index) -> tuple[Tensor, Tensor]:
+    def q_posterior(self, x0: FloatBatch, x: FloatBatch, i: Index) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_(i-1) | x_i, x_0) (Ho et al. 2020, eq. 7).
 
             mean = sqrt(abar_(i-1)) beta_i / (1 - abar_i) x_0
@@ -145,7 +143,7 @@ class DDPM:
 
     @validate.arguments
     def predict_x0(
-        self, x: ABatch, i: Index, *, clamp: validate.Positive | None = None
+        self, x: FloatBatch, i: Index, *, clamp: validate.Positive | None = None
     ) -> tuple[Tensor, Tensor]:
         """The model's x_0 and eps, with x_i = sqrt(abar_i) x_0 + sqrt(1 - abar_i) eps.
 
@@ -158,7 +156,7 @@ class DDPM:
     @validate.arguments
     def p_mean_variance(
         self,
-        x: ABatch,
+        x: FloatBatch,
         i: Index,
         *,
         variance: Variance = "beta",
@@ -184,7 +182,7 @@ class DDPM:
     @validate.arguments
     def p_sample(
         self,
-        x: ABatch,
+        x: FloatBatch,
         i: Index,
         *,
         variance: Variance = "beta",
@@ -207,7 +205,7 @@ class DDPM:
     @validate.arguments
     def p_chain(
         self,
-        x: ABatch,
+        x: FloatBatch,
         i: int,
         *,
         variance: Variance = "beta",
@@ -261,7 +259,7 @@ class DDPM:
         return coordinates((penalty or L2())(error)).mean(1)
 
     @validate.arguments
-    def negative_elbo(self, x0: ABatch, *, generator: torch.Generator | None = None) -> Tensor:
+    def negative_elbo(self, x0: FloatBatch, *, generator: torch.Generator | None = None) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
         The simplified bound of Ho et al. 2020, eq. 14, minimized in Algorithm 1: a sum over
@@ -292,7 +290,7 @@ class DDPM:
         return coordinates(cost).sum(1) / 2
 
     @validate.arguments
-    def prior_term(self, x0: ABatch) -> Tensor:
+    def prior_term(self, x0: FloatBatch) -> Tensor:
         """L_N = KL(q(x_N | x_0) || N(0, I)), in nats, (B,)."""
         abar = entry(self.alphas_bar, self.index(self.num_steps, x0), x0)
         return coordinates(abar * (x0**2 - 1) - torch.log1p(-abar)).sum(1) / 2
@@ -301,7 +299,7 @@ class DDPM:
     @validate.arguments
     def bound(
         self,
-        x0: ABatch,
+        x0: FloatBatch,
         *,
         variance: Variance = "beta",
         generator: torch.Generator | None = None,

@@ -80,7 +80,7 @@ def prior(
 def trajectory(
     model: Annotated[Model, IS_MODEL],
     sampler: Annotated[Sampler, IS_SAMPLER],
-    x: Annotated[Tensor, FloatBatch(), finite],
+    x: Annotated[FloatBatch, finite],
     *,
     steps: int | None = None,
     grid: Annotated[Grid, IS_GRID] | None = None,

@@ -13,37 +13,14 @@ A message reads `<argument> must <rule>; got <value>`. Code inside the package t
 import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union
 
 from torch import Tensor
-
-__all__ = [
-    "Checked",
-    "Choice",
-    "Cond",
-    "Count",
-    "Each",
-    "FloatBatch",
-    "Integer",
-    "Kind",
-    "NonNegative",
-    "Number",
-    "Positive",
-    "Rule",
-    "Share",
-    "arguments",
-    "batch",
-    "choice",
-    "cond",
-    "integer",
-    "kind",
-    "number",
-    "shape",
-]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -213,30 +190,26 @@ class Kind:
         return kind(name, value, self.what, *self.attributes)
 
 
-class FloatBatch:
-    """A floating-point tensor (B, ...)."""
-
-    def __call__(self, name: str, value: Any) -> Any:
-        return batch(name, value)
-
-
 Count = Annotated[int, Integer(1)]
 Positive = Annotated[float, Number(0, strict=True)]
 NonNegative = Annotated[float, Number(0)]
 Share = Annotated[float, Number(0, 1)]
+FloatBatch = Annotated[Tensor, batch]
 
 
 def rules_of(hint: Any) -> tuple[Rule, ...]:
     """Return the rules in an annotation; those of `X | None` hold unless the value is None."""
-    if get_origin(hint) is Annotated:
+    if typing.get_origin(hint) is Literal:
+        return (Choice(*typing.get_args(hint)),)
+    if typing.get_origin(hint) is Annotated:
         return tuple(rule for rule in hint.__metadata__ if callable(rule))
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
-    return next((rules_of(part) for part in parts if get_origin(part) is Annotated), ())
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else ()
+    return next((rules_of(part) for part in parts if rules_of(part)), ())
 
 
 def optional(hint: Any) -> bool:
     """Return True if the annotation is `X | None`."""
-    return NoneType in get_args(hint)
+    return NoneType in typing.get_args(hint)
 
 
 @functools.cache

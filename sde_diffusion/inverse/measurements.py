@@ -47,7 +47,7 @@ class Measurement(Checked):
 
     operator: Annotated[Callable[[Tensor], Tensor], Kind("a function of a batch", "__call__")]
     noise_std: NonNegative
-    y: Annotated[Tensor, FloatBatch(), finite] = per_sample_field()
+    y: Annotated[FloatBatch, finite] = per_sample_field()
 
     def residual(self, x0: Tensor) -> Tensor:
         """Return y - A(x0), shaped like y; 0 in parts of y that the operator leaves out."""
@@ -103,7 +103,7 @@ class LogLikelihood(Checked):
     log_prob: Annotated[
         Callable[[Tensor, Tensor], Tensor], Kind("a function of (x0, y)", "__call__")
     ]
-    y: Annotated[Tensor, FloatBatch(), finite] = per_sample_field()
+    y: Annotated[FloatBatch, finite] = per_sample_field()
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         return one_per_sample("log_prob", self.log_prob(x0, ordinary(self.y.to(x0))), x0)

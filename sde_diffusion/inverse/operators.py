@@ -131,7 +131,7 @@ class Matrix(Checked):
         matrix: A, (m, d).
     """
 
-    matrix: Annotated[Tensor, FloatBatch(), two_axes, finite]
+    matrix: Annotated[FloatBatch, two_axes, finite]
 
     def __call__(self, x0: Tensor) -> Tensor:
         d, got = x0.shape[1:].numel(), tuple(self.matrix.shape)

@@ -66,9 +66,9 @@ class Huber(Checked):
 @arguments
 def denoising_loss(
     denoiser: Annotated[Denoiser, Kind("a Denoiser", "parameterization")],
-    x0: Annotated[Tensor, FloatBatch()],
+    x0: FloatBatch,
     t: Tensor,
-    eps: Annotated[Tensor, FloatBatch()],
+    eps: FloatBatch,
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,

@@ -22,9 +22,7 @@ __all__ = ["implicit_loss", "sliced_loss"]
 
 
 @arguments
-def implicit_loss(
-    model: Annotated[Model, IS_MODEL], x: Annotated[Tensor, FloatBatch()], t: Scalar
-) -> Tensor:
+def implicit_loss(model: Annotated[Model, IS_MODEL], x: FloatBatch, t: Scalar) -> Tensor:
     """Mean over coordinates of |s|^2 + 2 div s, with the exact divergence.
 
     One backward pass for each of the d coordinates of a sample: for small d.
@@ -45,7 +43,7 @@ def implicit_loss(
 @arguments
 def sliced_loss(
     model: Annotated[Model, IS_MODEL],
-    x: Annotated[Tensor, FloatBatch()],
+    x: FloatBatch,
     t: Scalar,
     probes: Sequence[Tensor],
 ) -> Tensor:

@@ -112,7 +112,6 @@ class VLB(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.process.model_variances(self.variance)
         if self.process.betas[-1] == 1:
             got = "zero terminal SNR; use DDPM.bound_term"
             raise ValueError(f"process must have alpha > 0 at i = N; got {got}")

@@ -8,7 +8,7 @@ Any other module with this interface can be used instead.
 import hashlib
 import io
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 # its name has the first eight digits of the hash, the RECORD of its wheel has all.
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-Part = Annotated[str, validate.Choice("train", "test")]
+Part = Literal["train", "test"]
 
 
 class DigitClassifier(nn.Module):

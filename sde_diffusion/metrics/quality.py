@@ -46,7 +46,7 @@ def double(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be float64; got {value.dtype}")
 
 
-FiniteDouble = Annotated[Tensor, FloatBatch(), double, finite]
+FiniteDouble = Annotated[FloatBatch, double, finite]
 Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 

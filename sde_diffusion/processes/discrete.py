@@ -16,12 +16,12 @@ from torch.nn.functional import logsigmoid
 
 from sde_diffusion.processes.continuous import Cosine
 from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
-from sde_diffusion.validate import Choice, Count, Kind, Number, Positive, arguments
+from sde_diffusion.validate import Count, Kind, Number, Positive, arguments
 
 __all__ = ["Discrete", "Interpolated", "discretize", "interpolate"]
 
 Beta = Annotated[float, Number(0, 1, strict=True)]
-Variance = Annotated[Literal["beta", "posterior"], Choice("beta", "posterior")]
+Variance = Literal["beta", "posterior"]
 IS_CHAIN = Kind("a Discrete process", "betas")
 
 
@@ -249,7 +249,7 @@ def rising(num_steps: int, low: float, high: float, power: int = 1) -> Tensor:
 def discretize(
     process: Annotated[Process, IS_PROCESS],
     num_steps: Count,
-    rule: Annotated[Literal["euler", "exact"], Choice("euler", "exact")] = "euler",
+    rule: Literal["euler", "exact"] = "euler",
 ) -> Discrete:
     r"""The DDPM chain of N steps whose limit is a variance-preserving process.
 

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from sde_diffusion.grids import Usual
 from sde_diffusion.processes.level import Level, forward_kernel, posterior_kernel
 from sde_diffusion.samplers.sampler import Claims, Memory, Model, Noise
-from sde_diffusion.validate import Checked, Choice, Share
+from sde_diffusion.validate import Checked, Share
 
 __all__ = ["Ancestral"]
 
@@ -34,7 +34,7 @@ class Ancestral(Checked):
         eta: share of the posterior standard deviation, in [0, 1]; 1 with variance "beta".
     """
 
-    variance: Annotated[Literal["posterior", "beta"], Choice("posterior", "beta")] = "posterior"
+    variance: Literal["posterior", "beta"] = "posterior"
     eta: Share = 1.0
 
     grid = Usual()

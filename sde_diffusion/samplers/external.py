@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Any, ClassVar, NamedTuple, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ class TorchSDE(Checked):
         method: "euler", "milstein" or "srk".
     """
 
-    method: Annotated[str, Choice("euler", "milstein", "srk")] = "euler"
+    method: Literal["euler", "milstein", "srk"] = "euler"
 
     claims, grid = EulerMaruyama.claims, EulerMaruyama.grid
 

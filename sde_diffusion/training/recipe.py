@@ -92,13 +92,13 @@ class Recipe(validate.Checked):
     batch_size: validate.Count = 128
     learning_rate: validate.Positive = 1e-3
     warmup: Annotated[int, validate.Integer(0)] = 500
-    decay: Annotated[Decay, validate.Choice("cosine", "linear", "constant")] = "cosine"
+    decay: Decay = "cosine"
     weight_decay: validate.NonNegative = 0.0
     clip: Annotated[float, positive] = 1.0
     ema: Annotated[Average, validate.Kind("an average such as EMA(0.9995)", "decay_at")] = EMA()
     seed: Annotated[int, validate.Integer(0)] = 0
     cond_dropout: validate.Share = 0.0
-    dtype: Annotated[Literal["float32", "bf16"], validate.Choice("float32", "bf16")] = "float32"
+    dtype: Literal["float32", "bf16"] = "float32"
 
     def factor(self, step: int) -> float:
         """Share of the largest learning rate for the step that starts after `step` steps."""

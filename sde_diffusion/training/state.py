@@ -82,7 +82,7 @@ class TrainState:
         weight: Annotated[Weight, LAW] | None = None,
         penalty: Annotated[Penalty, LAW] | None = None,
         engine: Annotated[Engine, ENGINE] | None = None,
-        bad: Annotated[Literal["raise", "skip"], validate.Choice("raise", "skip")] = "raise",
+        bad: Literal["raise", "skip"] = "raise",
         facts: Mapping[str, object] | None = None,
         optimizer: MakeOptimizer | None = None,
     ) -> None:

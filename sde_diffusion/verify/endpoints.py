@@ -244,9 +244,7 @@ FLOWS: dict[Any, Tensor] = {}
 
 
 @arguments
-def flow(
-    data: AMixture, x: Annotated[Tensor, FloatBatch()], t: float = 1.0, s: float = 0.0
-) -> Tensor:
+def flow(data: AMixture, x: FloatBatch, t: float = 1.0, s: float = 0.0) -> Tensor:
     """Compute the exact probability flow from time t to s, by DOP853 at 1e-10; cached (32)."""
     parts = (x, data.log_weights, data.means, data.variances, data.axes)
     # Levels distinguish two processes of one name, such as an edited class.

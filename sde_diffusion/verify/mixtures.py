@@ -226,9 +226,9 @@ class Problem(validate.Checked):
     """
 
     data: endpoints.AMixture
-    matrix: Annotated[Tensor, validate.FloatBatch()]
+    matrix: validate.FloatBatch
     noise_std: validate.NonNegative
-    y: Annotated[Tensor, validate.FloatBatch()]
+    y: validate.FloatBatch
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,13 +40,13 @@ __all__ = [
 SYMMETRIC = 1e-6  # rounding of a covariance that was computed or stored in float32
 
 
-def double(name: str, value: Tensor) -> None:
+def float64(name: str, value: Tensor) -> None:
     """Rule of tensors in float64."""
     if value.dtype != torch.float64:
         raise ValueError(f"{name} must be float64; got {value.dtype}")
 
 
-FiniteDouble = Annotated[FloatBatch, double, finite]
+FiniteDouble = Annotated[FloatBatch, float64, finite]
 Network = Annotated[Callable[[Tensor], Tensor], Kind("a module or function of images", "__call__")]
 
 

@@ -119,9 +119,9 @@ class ClassifierFree(Guided):
         twice = torch.cat([x, x])
         both = self.model(twice, repeated(level), stacked(null, cond))
         if isinstance(level.alpha, Tensor):  # a matched model's meaning holds levels of 2 B rows
-            return truth(interpolate(both.x0, w), interpolate(both.eps, w), level)
-        first = x if both.first is twice else interpolate(both.first, w)
-        second = interpolate(both.second, w)
+            return truth(lerp_halves(both.x0, w), lerp_halves(both.eps, w), level)
+        first = x if both.first is twice else lerp_halves(both.first, w)
+        second = lerp_halves(both.second, w)
         extra = None if both.extra is None else both.extra.chunk(2)[1]
         return Prediction(first, second, level, both.meaning, extra)
 
@@ -219,7 +219,7 @@ def with_added_score(
     return truth(found.x0 + shift, found.eps - level.sigma * score, level)
 
 
-def interpolate(both: Tensor, w: Any) -> Tensor:
+def lerp_halves(both: Tensor, w: Any) -> Tensor:
     """Interpolate between the halves of a batch; bit-equal to one half at w = 0 and w = 1."""
     first, second = both.chunk(2)
     return torch.lerp(first, second, w)

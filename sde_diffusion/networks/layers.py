@@ -1,4 +1,4 @@
-"""What the networks share: rules of their arguments, features of the noise condition, dropout."""
+"""Parts that the networks share: rules of arguments, features of the noise condition, dropout."""
 
 import math
 from collections.abc import Mapping, Sequence

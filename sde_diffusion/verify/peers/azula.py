@@ -42,7 +42,7 @@ class Azula(Foreign):
         first, last = (self._level(self.sampler.timesteps[at]) for at in (0, -1))
         return first, last
 
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+    def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def denoiser(x: Tensor, t: Tensor, **extra: Any) -> SimpleNamespace:
             return SimpleNamespace(mean=model(x, *self._level(t)).x0)
 

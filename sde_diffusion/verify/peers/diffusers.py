@@ -85,7 +85,7 @@ class Diffusers(Foreign):
         scale, (alpha, sigma) = scale_of(scheduler, t), self._seen(t, scheduler)
         return (alpha / scale, sigma / scale), (1.0, 0.0)
 
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+    def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         scheduler = self._started()
         sigmas = getattr(scheduler, "sigmas", ())
         aside = 0.0  # log sigma of the network's input against that of the state

@@ -147,7 +147,7 @@ class OneStep(Checked, ABC):
         return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
 
     @abstractmethod
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+    def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         """Run the code from x to its end; return a warning too."""
 
     def step(
@@ -155,7 +155,7 @@ class OneStep(Checked, ABC):
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
-            end, remark = self.loop(PeerModel(model, injected), x.clone())
+            end, remark = self._loop(PeerModel(model, injected), x.clone())
         return end.to(x), Remark(remark)
 
 
@@ -230,7 +230,7 @@ class Function(OneStep):
     def grid(self) -> Grid:
         return Between(lambda process: [self.start, self.end])
 
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+    def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def eps(x: Tensor, t: Any) -> Tensor:
             time = torch.tensor([only(t, "t")], dtype=torch.float64)
             model.injected.t = float(time)

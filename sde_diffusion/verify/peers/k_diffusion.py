@@ -65,7 +65,7 @@ class KDiffusion(Foreign):
         last = self.levels if self._takes("sigmas") else self._positive
         return (1.0, float(self.levels[0])), (1.0, float(last[-1]))
 
-    def loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
+    def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
         def denoised(x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
             return model(x, 1.0, only(sigma, "sigma")).x0
 

@@ -134,7 +134,7 @@ def start_two(*flags, root):
 
 def test_when_one_process_is_killed_the_other_says_so_and_exits(tmp_path, root):
     out = tmp_path / "pair"
-    pair = start_two("--samplers", "ddim", "--steps", 1, 150, "--num-samples", 64,
+    pair = start_two("--samplers", "ddim", "--steps", 1, 60, "--num-samples", 64,
                      "--batch-size", 32, "--num-real", 300, "--out", out, root=root)  # fmt: skip
     try:
         seen = [pair[0].stdout.readline() for _ in range(4)]  # up to the first sampler's row

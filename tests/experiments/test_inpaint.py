@@ -18,12 +18,12 @@ SCALES = {corrections.BackpropCorrection: 300.0, corrections.PosteriorMeanCorrec
 
 @pytest.fixture(name="digits", scope="module")
 def digits_fixture(request):
-    """20 test digits and their labels: some of MNIST's, or the packaged ones where it is absent."""
+    """10 test digits and their labels: some of MNIST's, or the packaged ones where it is absent."""
     try:
         images = data.mnist(request.getfixturevalue("mnist_root"), train=False)
-        rows = slice(100, 120)
+        rows = slice(100, 110)
     except pytest.skip.Exception:
-        images, rows = data.sample_digits(), slice(0, 20)
+        images, rows = data.sample_digits(), slice(0, 10)
     pixels = images.pixels[rows]
     return data.dequantize(pixels, torch.full(pixels.shape, 0.5)), images.labels[rows]
 
@@ -37,7 +37,7 @@ def test_completions_are_recognized_and_differ(digits, route):
     mask[:, :, :14] = 1
     made = inpainting.complete_image(
         sd.pretrained("mnist_vp"), y.repeat_interleave(2, 0), mask, SCALES[route], route=route,
-        steps=STEPS[route], seeds=range(40),
+        steps=STEPS[route], seeds=range(20),
     )  # fmt: skip
     seen = features.MnistFeatures().probabilities(made).argmax(1)
     assert float((seen == labels.repeat_interleave(2)).double().mean()) >= 0.6

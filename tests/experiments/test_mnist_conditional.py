@@ -38,7 +38,7 @@ def trained_fixture(root, tmp_path_factory):
 @pytest.mark.parametrize(("scale", "least"), [(1.0, 0.93), (2.0, 0.97)])
 def test_the_packaged_weights_draw_the_class_that_is_asked_for(scale, least):
     """Judged by another network; 2 is the default scale."""
-    model, count = sd.pretrained("mnist_conditional"), 200
+    model, count = sd.pretrained("mnist_conditional"), 100
     labels = torch.arange(count) % 10
     cond = torch.nn.functional.one_hot(labels, 10)
     x = model.process.prior((count, 1, 28, 28), seeds=range(count))

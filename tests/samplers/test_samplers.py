@@ -16,7 +16,6 @@ from oracles import (
     euler_maruyama_moments,
     fitted_order,
     marginal,
-    reverse_sde_moments,
     w2,
 )
 from torch.testing import assert_close
@@ -88,17 +87,6 @@ def test_eta_goes_with_the_posterior_variance():
 # ---- limits ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "order"), [("beta", 0.9), ("posterior", 0.9)])
-def test_ancestral_tends_to_the_reverse_sde_in_law(kind, order):
-    sizes = (512, 1024, 2048)
-    limit = reverse_sde_moments(MEAN, 0.25)
-    errors = [
-        w2(moments(sd.verify.law(sd.Ancestral(kind), gaussian(sd.VP()), steps=n)), limit)
-        for n in sizes
-    ]
-    assert fitted_order(sizes, errors) >= order
-
-
 @pytest.mark.parametrize("name", ["vp", "sub-vp", "ve", "ou", "cosine", "edm", "rectified-flow",
                                   "interpolated"])  # fmt: skip
 def test_euler_maruyama_tends_to_the_reverse_sde_at_order_one(name):
@@ -113,7 +101,7 @@ def test_euler_maruyama_tends_to_the_reverse_sde_at_order_one(name):
 
 
 def test_ancestral_and_euler_maruyama_approach_each_other_at_order_one():
-    sizes = (256, 512, 1024)
+    sizes = (128, 256, 512)
     gaps = []
     for n in sizes:
         laws = [

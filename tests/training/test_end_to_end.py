@@ -27,7 +27,7 @@ def trained(digits):
         network = sd.networks.UNet(channels=(16, 32), blocks=1, patch=1, embedding=64, heads=2)
     denoiser = sd.Denoiser(network, sd.VP(), sd.V())
     recipe = training.Recipe(
-        steps=500, batch_size=64, learning_rate=4e-3, warmup=50, ema=training.EMA(0.99)
+        steps=300, batch_size=64, learning_rate=4e-3, warmup=50, ema=training.EMA(0.99)
     )
     state = training.TrainState(denoiser, recipe, sd.losses.NormalLogSNR(sd.VP()))
     losses = [m.loss for m in training.train(state, data.Points(digits[0]))]

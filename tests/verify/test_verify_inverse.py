@@ -104,7 +104,7 @@ def test_exact_methods_are_indistinguishable_from_exact_samples():
 
     for sampler, steps, calls in ((sd.Heun(), 32, 63), (sd.Adams.auto(30), 30, 30),
                                   (sd.Ancestral(), 1000, 1000)):  # fmt: skip
-        found = inverse(solved(pigdm, sampler, steps), PROBLEMS["gaussian"], samples=8192)
+        found = inverse(solved(pigdm, sampler, steps), PROBLEMS["gaussian"], samples=4096)
         assert found.holds, found
         assert found.calls == calls
         assert found.distances["mean"] < 0.05
@@ -117,7 +117,7 @@ def test_particles_come_within_a_twentieth_on_a_mixture():
             model, SMC(measurement, len(x), 0.5, 0.1), x, steps=250, generator=generator
         )
 
-    found = inverse(smc, PROBLEMS["mixture"], samples=16384)
+    found = inverse(smc, PROBLEMS["mixture"], samples=8192)
     assert found.distances["mean"] < 0.05
     assert found.distances["W2"] < 0.05
 

@@ -35,6 +35,8 @@ PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
 ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
+LONGEST = ".checkpoint-12345678.part/made/training.safetensors.part"  # file that a run writes
+
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 
@@ -48,6 +50,8 @@ def run(
     Args:
         use_underscores: show flags with underscores in --help; both forms are accepted always.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that this console cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse(config, use_underscores=use_underscores))
@@ -111,7 +115,8 @@ def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
         if not end.code:  # --help
             print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
             raise
-        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", complaint.getvalue()).splitlines()
+        # The parser draws frames: with box characters, or with hyphens where stdout has none.
+        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", complaint.getvalue()).splitlines()
         message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
         message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
         near = re.search(r"Perhaps you meant: (--\S+)", message)
@@ -158,7 +163,16 @@ def device(name: str) -> torch.device:
 
 def check_out(path: Path, flag: str = "--out") -> None:
     """Refuse an --out that cannot become a folder, before any work is done."""
-    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    parents = path.absolute().parents
+    for place in (*parents, path, path.absolute() / LONGEST):
+        try:
+            os.lstat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # too long, or characters that no name has
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{flag} {str(path)[:80]}: {reason}") from None
+    there = next(place for place in (path, *parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -40,6 +40,7 @@ class Config:
 
 def main(config: Config) -> None:
     check_out(config.out)
+    command.check_name(config.out.with_name(config.out.name + ".part"))
     command.check_out(config.out.parent)
     pairs = [pair(text) for text in config.rename]
     denoiser = sd.Denoiser.load(config.like)

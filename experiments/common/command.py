@@ -35,6 +35,9 @@ PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
 ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
+# Colours and frames of the parser's messages: box characters, or hyphens where stdout has none.
+FRAMES = re.compile(r"\x1b\[[0-9;]*m|[─-╿]|^[ \t]*-+[ \t]*$", re.MULTILINE)
+
 LONGEST = ".checkpoint-12345678.part/made/training.safetensors.part"  # file that a run writes
 
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
@@ -115,8 +118,7 @@ def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
         if not end.code:  # --help
             print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
             raise
-        # The parser draws frames: with box characters, or with hyphens where stdout has none.
-        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{3,}", " ", complaint.getvalue()).splitlines()
+        lines = re.sub(FRAMES, " ", complaint.getvalue()).splitlines()
         message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
         message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
         near = re.search(r"Perhaps you meant: (--\S+)", message)
@@ -161,18 +163,25 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_name(path: Path, flag: str = "--out") -> None:
+    """Refuse a path with a name that this system cannot give to a file: too long, for example."""
+    place = path.absolute()
+    there = next(part for part in (place, *place.parents) if os.path.lexists(part))
+    # A name in a folder that is not there yet is looked up where there is one.
+    for name in (place, *(there / part.name for part in (place, *place.parents))):
+        try:
+            os.lstat(name)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{flag}: {reason}: {name.name!s:.80}") from None
+
+
 def check_out(path: Path, flag: str = "--out") -> None:
     """Refuse an --out that cannot become a folder, before any work is done."""
-    parents = path.absolute().parents
-    for place in (*parents, path, path.absolute() / LONGEST):
-        try:
-            os.lstat(place)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # too long, or characters that no name has
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{flag} {str(path)[:80]}: {reason}") from None
-    there = next(place for place in (path, *parents) if os.path.lexists(place))
+    check_name(path / LONGEST, flag)
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -134,7 +134,7 @@ def differences(
     found = {name: [theirs.get(name), ours.get(name)] for name in both}
     found = {name: [old, new] for name, (old, new) in found.items() if old != new}
     rest = [str(settings.get("optimizer")) for settings in (theirs, ours)]
-    for short in (short for name, short in REPEATED.items() if name in changed):
+    for short in (short for name, short in REPEATED.items() if name in {*changed, *found}):
         rest = [re.sub(rf"\b{short}=[^,; ]+,? ?", "", line) for line in rest]
     same = {"optimizer"} if rest[0] == rest[1] else set[str]()
     refused = [name for name in found if name not in {*changed, *same}]

@@ -40,7 +40,7 @@ class Journal:
         path = Path(folder, TABLE)
         storage.replace(path, "".join(map(line, [Metrics._fields, *done])).encode())
         self._path = path
-        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "Journal":
         return self
@@ -68,7 +68,7 @@ def history(folder: str | Path) -> list[Metrics]:
     path = Path(folder, TABLE)
     steps: list[Metrics] = []
     with suppress(ValueError, FileNotFoundError):  # a kill may have cut the last row
-        for row in path.read_text(errors="replace").splitlines()[1:]:
+        for row in path.read_text("utf-8", errors="replace").splitlines()[1:]:
             step, loss, norm, rate, skipped = row.split(",")
             read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
             if read.step <= (steps[-1].step if steps else 0):

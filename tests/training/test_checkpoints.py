@@ -389,7 +389,7 @@ def test_files_of_another_run_at_the_same_step_are_refused(tmp_path):
     ours, theirs = save(ran(2), tmp_path / "a"), save(ran(2, seed=5), tmp_path / "b")
     for name in ("denoiser.safetensors", "denoiser.json"):
         (ours / name).write_bytes((theirs / name).read_bytes())
-    with pytest.raises(BadFile, match="of step 2, not the one that training.json of step 2 names"):
+    with pytest.raises(BadFile, match=r"of step 2, not the one that training\.json of"):
         restore(fresh(), ours)
 
 
@@ -475,7 +475,7 @@ def test_the_rate_is_lowered_by_a_permission_for_nothing_else(tmp_path):
     save(ran(3), tmp_path)
     lower = replace(RECIPE, learning_rate=1e-4)
     state = fresh(recipe=lower)
-    with pytest.raises(OtherSettings, match="learning_rate 0.001 -> 0.0001"):
+    with pytest.raises(OtherSettings, match=r"rate 0\.001 -> 0\.0001; .*={'learning_rate'}"):
         resume(state, tmp_path, changed={"steps"})
     resume(state, tmp_path, changed={"learning_rate"})  # the line of the optimizer repeats it
     assert state.changes[0]["learning_rate"] == [1e-3, 1e-4]

@@ -377,7 +377,7 @@ class Held:
 @pytest.mark.parametrize("name", ["process", "weight", "penalty", "times"])
 @pytest.mark.parametrize("kind", [Held, lambda p: nn.ParameterList([p])])
 def test_parameters_that_nothing_would_train_are_refused_at_once(name, kind):
-    """Learned weights of the loss, for example: the optimizer has the parameters of the denoiser."""
+    """Learned weights of the loss, for example: the optimizer has those of the denoiser only."""
     part = kind(nn.Parameter(torch.ones(())))
     if name == "process":
         part = Held(part if isinstance(part, nn.Module) else part.scale)

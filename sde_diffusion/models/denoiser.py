@@ -1,7 +1,5 @@
 """The denoiser: a network, the meaning of its inputs and output, and its file."""
 
-import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +24,6 @@ IS_NETWORK = Kind("a torch module (adopt takes a plain function)", "parameters",
 IS_MEANING = Kind("a parameterization such as Eps()", "x0", "eps", "target")
 IS_RANGE = Kind("a LogSNRRange", "low", "high", "only")
 IS_NOISE_INPUT = Kind("a noise input such as ContinuousTime()", "__call__")
-
-
-IMPORTED_BY = os.getpid()
-FORKED = (
-    "this process was forked, and torch's threads of its parent are not in it: a large operation "
-    "may wait for them forever; start it by spawn, or call torch.set_num_threads(1) in it"
-)
 
 
 class Denoiser(nn.Module):
@@ -77,8 +68,6 @@ class Denoiser(nn.Module):
         The network runs in its own dtype. Floating-point conditions are cast to it; integers and
         bools are not. The prediction has the dtype of x.
         """
-        if os.getpid() != IMPORTED_BY and torch.get_num_threads() > 1:
-            warnings.warn(FORKED, RuntimeWarning, stacklevel=2)
         validate.batch("x", x)
         level = level_of(self.process, level, x)
         weights = self.network.parameters()

@@ -374,6 +374,7 @@ def train(
         data: the training set.
         parts: pieces of each process's share of a batch, whose gradients are added up.
     """
+    validate.check_threads()
     engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:

@@ -1,8 +1,5 @@
 """Predictions: every conversion inverts, and what is undefined is refused by name."""
 
-import os
-import warnings
-
 import pytest
 import torch
 from cases import PARAMETERIZATIONS, PROCESSES
@@ -10,7 +7,6 @@ from oracles import normal
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.prediction import truth
 
 QUANTITIES = ("x0", "eps", "score", "v", "velocity")
@@ -201,28 +197,3 @@ def test_a_network_that_answers_with_another_shape_is_refused_by_name(shape):
 def test_data_without_spread_are_refused(make):
     with pytest.raises(ValueError, match="sigma_data must lie in"):
         make()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(("threads", "count"), [(2, 1), (1, 0)])
-def test_a_forked_process_says_that_torchs_threads_are_not_in_it(threads, count):
-    """A large operation would wait for them forever; this one is small. One is no wait."""
-    denoiser = Denoiser(torch.nn.Identity(), sd.VP())
-    denoiser.network.forward = lambda x, c: x
-    x = torch.zeros(1, 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        child = os.fork()
-        if not child:
-            status = 99
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                denoiser(x, 0.5)
-                said = [w for w in caught if "start it by spawn" in str(w.message)]
-                status = len(said)
-            os._exit(status)
-        _, status = os.waitpid(child, 0)
-    finally:
-        torch.set_num_threads(before)
-    assert os.waitstatus_to_exitcode(status) == count

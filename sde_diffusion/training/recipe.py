@@ -106,7 +106,7 @@ class Recipe(validate.Checked):
         super().__post_init__()
         warmup = min(500, self.steps // 10) if self.warmup is None else self.warmup
         if warmup > self.steps:
-            got = f"{warmup}, so the learning rate would never reach its value"
+            got = f"{warmup}; None takes a tenth of them"
             raise ValueError(f"warmup must be at most steps, {self.steps}; got {got}")
         object.__setattr__(self, "warmup", warmup)
 

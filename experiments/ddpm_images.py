@@ -120,7 +120,7 @@ class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come
 
     @property
     def recipe(self) -> training.Recipe:
-        return training.Recipe(
+        recipe = training.Recipe(
             steps=self.train_steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -130,6 +130,7 @@ class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come
             seed=self.seed,
             dtype=run.dtype(self.dtype),
         )
+        return run.extended(self, recipe)
 
 
 def main(config: Config) -> None:
@@ -288,17 +289,12 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
     )  # fmt: skip
     if network:
         judge = quality.judge(word, network, images, count)
-    record = {
-        "command": command.command(),
-        "commit": command.commit(),
-        "image_size": config.image_size,
-        **state.settings,
-    }
+    record = {"image_size": config.image_size, **run.record(state)}
     if is_main:
         command.write_config(out, config)
 
     def report(step: int) -> None:
-        if step % config.save_and_sample_every and step != config.train_steps:
+        if step % config.save_and_sample_every and step != state.recipe.steps:
             return
         averaged = state.averaged  # a call of all processes
         if not is_main:
@@ -319,9 +315,9 @@ def train(config: Config, engine: Any, images: data.Images) -> sd.Denoiser:
         report(made.step)
     averaged = state.averaged
     if is_main:
-        loss = run.mean_loss(out)
-        averaged.save(out / f"{NAME}.safetensors", **record, loss_of_last_1000_steps=loss)
-        print(f"{state.step:,} steps, loss {loss:.4f} -> {out}")
+        last = run.last_loss(out)
+        averaged.save(out / f"{NAME}.safetensors", **record, **last)
+        print(f"{state.step:,} steps, loss {sum(last.values()):.4f} -> {out}")
     return averaged
 
 

@@ -40,6 +40,8 @@ class Config:
 
 def main(config: Config) -> None:
     check_out(config.out)
+    command.check_name(config.out.with_name(config.out.name + ".part"))
+    command.check_out(config.out.parent)
     pairs = [pair(text) for text in config.rename]
     denoiser = sd.Denoiser.load(config.like)
     tensors = torch_archives.import_weights(config.weights, key=config.key, sha256=config.sha256)

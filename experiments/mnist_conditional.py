@@ -211,20 +211,20 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         cond_dropout=0.2 if config.cond_dropout is None else config.cond_dropout,
         dtype=run.dtype(config.dtype),
     )
+    recipe = run.extended(config, recipe)
     state = training.TrainState(
         denoiser, recipe, sd.losses.NormalLogSNR(denoiser.process, 0.0, 2.8), engine=engine,
         bad=config.on_bad or "raise", facts={"data": data.fingerprint(digits)},
     )  # fmt: skip
     run.begin(config, state, config.out, "metrics.csv", "mnist_conditional.*", "loss.png")
-    record = {"command": command.command(), "commit": command.commit(), **state.settings}
+    record = run.record(state)
     if engine.is_main_process:
         command.write_config(config.out, config)
     deque(run.steps(config, state, digits, config.out, **record), maxlen=0)
     made = state.averaged
     if engine.is_main_process:
-        loss = run.mean_loss(config.out)
         path = config.out / "mnist_conditional.safetensors"
-        made.save(path, **record, loss_of_last_1000_steps=loss)
+        made.save(path, **record, **run.last_loss(config.out))
     return made
 
 

@@ -136,6 +136,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         seed=config.seed,
         dtype=run.dtype(config.dtype),
     )
+    recipe = run.extended(config, recipe)
     times = sd.losses.DiscreteTimes(chain.num_steps)
     bad = config.on_bad or "raise"
     facts = {"data": data.fingerprint(digits)}
@@ -144,14 +145,13 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     )
     left = ("metrics.csv", "mnist_ddpm.*", "loss.png", "samples.png", "side_by_side.png")
     run.begin(config, state, config.out, *left)
-    record = {"command": command.command(), "commit": command.commit(), **state.settings}
+    record = run.record(state)
     if engine.is_main_process:
         command.write_config(config.out, config)
     deque(run.steps(config, state, digits, config.out, **record), maxlen=0)
     made = state.averaged
     if engine.is_main_process:
-        loss = run.mean_loss(config.out)
-        made.save(config.out / "mnist_ddpm.safetensors", **record, loss_of_last_1000_steps=loss)
+        made.save(config.out / "mnist_ddpm.safetensors", **record, **run.last_loss(config.out))
     return made
 
 

@@ -218,6 +218,7 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         seed=config.seed,
         dtype=run.dtype(config.dtype),
     )
+    recipe = run.extended(config, recipe)
     mean, std = config.log_snr_mean or 0.0, config.log_snr_std or 2.8
     times = sd.losses.NormalLogSNR(denoiser.process, mean, std)
     state = training.TrainState(
@@ -225,15 +226,13 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
         facts={"data": data.fingerprint(digits)},
     )  # fmt: skip
     run.begin(config, state, config.out, "metrics.csv", "mnist_vp.*", "loss.png")
-    record = {"command": command.command(), "commit": command.commit(), **state.settings}
+    record = run.record(state)
     if engine.is_main_process:
         command.write_config(config.out, config)
     deque(run.steps(config, state, digits, config.out, **record), maxlen=0)
     if engine.is_main_process:
-        loss = run.mean_loss(config.out)
-        state.averaged.save(
-            config.out / "mnist_vp.safetensors", **record, loss_of_last_1000_steps=loss
-        )
+        last = run.last_loss(config.out)
+        state.averaged.save(config.out / "mnist_vp.safetensors", **record, **last)
     return state.averaged
 
 

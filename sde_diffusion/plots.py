@@ -40,14 +40,21 @@ def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
 
 
 def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
-    """Plot losses against steps, with a running mean over a fiftieth of the run."""
-    window = max(1, len(losses) // 50)
-    total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
-    mean = (total[window:] - total[:-window]) / window
-    axes.plot(steps, losses, color="0.8", linewidth=0.5, label="batch")
-    axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
-    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log")
-    axes.legend(frameon=False)
+    """Plot losses against steps, with a running mean over a fiftieth of the run.
+
+    The window is at least 20 steps, or a fifth of the run if that is less. The axis is logarithmic
+    if the losses are positive and span a factor of 10: it would have no round labels otherwise.
+    """
+    window = max(len(losses) // 50, min(20, len(losses) // 5))
+    axes.plot(steps, losses, color="0.8", linewidth=0.5, marker="." if len(losses) < 20 else "",
+              label="batch")  # fmt: skip
+    if window > 1:
+        total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
+        mean = (total[window:] - total[:-window]) / window
+        axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
+        axes.legend(frameon=False)
+    wide = min(losses) > 0 and max(losses) >= 10 * min(losses)
+    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log" if wide else "linear")
     return axes
 
 

@@ -69,6 +69,7 @@ def prior(
         seeds: one per sample. The draw is independent of the noise of the same seeds in `sample`.
         dtype, device: of the batch.
     """
+    validate.check_threads()
     begin, std = start_time(model), model.process.prior_std
     if begin < 1:
         (level,) = model.process.levels(torch.tensor([begin], dtype=torch.float64))
@@ -107,6 +108,7 @@ def trajectory(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    validate.check_threads()
     if cond is not None:
         check_conditions(model, cond, len(x))
     process, path, end = model.process, path_of(model, sampler, steps, grid, times), end_time(model)

@@ -13,15 +13,19 @@ A message reads `<argument> must <rule>; got <value>`. Code inside the package t
 import functools
 import inspect
 import math
+import os
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union
 
+import torch
 from torch import Tensor
 
+IMPORTED_BY = os.getpid()
 T = TypeVar("T")
 P = ParamSpec("P")
 Cond = Tensor | Mapping[str, Tensor]  # a condition, (B, ...), or several by name
@@ -110,6 +114,14 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a sequence of integers (B, ...); got {value!r}")
     return tuple(integer(f"each entry of {name}", size, 0) for size in value)
+
+
+def check_threads() -> None:
+    """Warn in a process that was forked: the threads of torch in its parent are not in it."""
+    if os.getpid() != IMPORTED_BY and torch.get_num_threads() > 1:
+        advice = "start it by spawn, or call torch.set_num_threads(1) in it"
+        message = f"a forked process may wait forever for torch's threads, which it lacks; {advice}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 # ---- rules as values, for annotations ----------------------------------------------------------

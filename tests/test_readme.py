@@ -40,6 +40,17 @@ def test_the_two_commands_stand_alone_under_the_markers_that_ci_looks_for(name):
     assert re.findall(block, text("README.md"), re.MULTILINE) == [COMMANDS[name]]
 
 
+def test_the_two_commands_are_there_for_powershell_too():
+    """The same commands with the separators, the quotes and the folder of Windows."""
+    block = re.search(r"^```powershell\n(.*?)\n```$", text("README.md"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    changes = {" && ": "; ", ".venv/bin/": ".venv\\Scripts\\", "'": '"'}
+    for line, command in zip(block[1].splitlines(), COMMANDS.values(), strict=True):
+        for old, new in changes.items():
+            command = command.replace(old, new)
+        assert line == command
+
+
 @pytest.mark.parametrize(
     "document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/promises.md"]
 )

@@ -4,7 +4,9 @@ import dataclasses
 import gc
 import itertools
 import math
+import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -293,3 +295,30 @@ def test_solvers_in_t_refuse_to_start_where_the_drift_is_not_defined():
     for sampler in (sd.EulerMaruyama(), sd.samplers.TorchSDE()):
         with pytest.raises(ValueError, match=r"RectifiedFlow are defined.*0\.999"):
             sd.sample(model, sampler, torch.ones(2, 3), times=[1.0, 0.5, 0.0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("threads", "count"), [(2, 3), (1, 0)])
+def test_a_forked_process_says_that_torchs_threads_are_not_in_it(threads, count):
+    """Large operations would wait for them forever; these are small. One thread needs no other."""
+    exact, points = sd.exact.Gaussian(sd.VP()), sd.data.Points(torch.zeros(1, 2))
+    recipe = sd.training.Recipe(steps=1, batch_size=1)
+    state = sd.training.TrainState(sd.Denoiser(sd.networks.MLP(width=2), sd.VP()), recipe)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        child = os.fork()
+        if not child:
+            caught = None
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    sd.sample(exact, sd.Heun(), sd.prior(exact, (1, 2)), steps=1)
+                    next(sd.training.train(state, points))
+            finally:
+                found = [w for w in caught or () if "start it by spawn" in str(w.message)]
+                os._exit(len(found) if state.step else 99)
+        _, status = os.waitpid(child, 0)
+    finally:
+        torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(status) == count

@@ -35,6 +35,11 @@ PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
 ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
+# Colours and frames of the parser's messages: box characters, or hyphens where stdout has none.
+FRAMES = re.compile(r"\x1b\[[0-9;]*m|[─-╿]|^[ \t]*-+[ \t]*$", re.MULTILINE)
+
+LONGEST = ".checkpoint-12345678.part/made/training.safetensors.part"  # file that a run writes
+
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
 
@@ -48,6 +53,8 @@ def run(
     Args:
         use_underscores: show flags with underscores in --help; both forms are accepted always.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that this console cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main(parse(config, use_underscores=use_underscores))
@@ -111,7 +118,7 @@ def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
         if not end.code:  # --help
             print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
             raise
-        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", complaint.getvalue()).splitlines()
+        lines = re.sub(FRAMES, " ", complaint.getvalue()).splitlines()
         message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
         message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
         near = re.search(r"Perhaps you meant: (--\S+)", message)
@@ -156,8 +163,24 @@ def device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_name(path: Path, flag: str = "--out") -> None:
+    """Refuse a path with a name that this system cannot give to a file: too long, for example."""
+    place = path.absolute()
+    there = next(part for part in (place, *place.parents) if os.path.lexists(part))
+    # A name in a folder that is not there yet is looked up where there is one.
+    for name in (place, *(there / part.name for part in (place, *place.parents))):
+        try:
+            os.lstat(name)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{flag}: {reason}: {name.name!s:.80}") from None
+
+
 def check_out(path: Path, flag: str = "--out") -> None:
     """Refuse an --out that cannot become a folder, before any work is done."""
+    check_name(path / LONGEST, flag)
     there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")

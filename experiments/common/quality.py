@@ -164,7 +164,7 @@ def read(path: Path, columns: list[str]) -> list[dict[str, float]]:
     """Return the rows of a table, which must have these columns; none if there is no table."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
         if table.fieldnames != columns:
             raise storage.BadFile(f"{path}: its columns are not {', '.join(columns)}")

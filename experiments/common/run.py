@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,10 +27,14 @@ class Flags:
     """How training runs; up to rounding the result does not depend on these."""
 
     resume: bool = False
-    """(train) continue from the newest checkpoint in the folder"""
+    """(train) continue from the newest checkpoint in the folder, which must hold one"""
+    extend_to: Annotated[int | None, command.default("the run's own length")] = None
+    """(train) with --resume and the run's other flags: go on to this number of steps in all"""
+    changed: Annotated[tuple[str, ...] | None, command.default("none")] = None
+    """(train) with --resume: settings that may differ from those of the run, like learning_rate"""
     overwrite: bool = False
     """(train) delete the run in the folder first"""
-    checkpoint_every: Annotated[int | None, command.default("500")] = None
+    checkpoint_every: Annotated[int | None, command.default("500, or a tenth of the run")] = None
     """(train) steps between checkpoints"""
     accumulate: Annotated[int | None, command.default("1")] = None
     """(train) parts of each process's share of a batch, to save memory"""
@@ -47,17 +51,28 @@ class Flags:
 
 def check(flags: Flags) -> None:
     """Refuse values out of range."""
-    for name in ("checkpoint_every", "accumulate"):
+    for name in ("checkpoint_every", "accumulate", "extend_to"):
         if getattr(flags, name) is not None:
             validate.integer(command.flag(name), getattr(flags, name), at_most=10**7)
     if flags.resume and flags.overwrite:
         raise ValueError("give --resume or --overwrite, not both")
+    for name in ("extend_to", "changed"):
+        if getattr(flags, name) is not None and not flags.resume:
+            raise ValueError(f"{command.flag(name)} has no effect without --resume")
     if flags.tracker in ("tensorboard", "wandb") and not find_spec(flags.tracker):
         raise ValueError(f"--tracker {flags.tracker}: not installed; pip install {flags.tracker}")
 
 
 def engine(flags: Flags, device: str, out: Path) -> Any:
-    """Return accelerate's engine for the launched processes."""
+    """Return accelerate's engine for the launched processes.
+
+    Raises:
+        ValueError: with --resume, if the folder holds no run; nothing is made then.
+    """
+    if flags.resume and training.newest_checkpoint(out) is None:
+        there = "" if out.is_dir() else "no such folder; "
+        raise ValueError(f"--resume: {out} holds no checkpoint; {there}without --resume, a new run "
+                         f"starts there")  # fmt: skip
     default = "tensorboard" if find_spec("tensorboard") else "none"
     tracker = flags.tracker or default
     return training.launched(
@@ -74,6 +89,22 @@ def dtype(given: str | None) -> Any:
     if given and launched != "float32" and given != launched:
         raise ValueError(f"--dtype {given}, but accelerate was launched with {launched}")
     return given or launched
+
+
+def extended(flags: Flags, recipe: training.Recipe) -> training.Recipe:
+    """Return the recipe with the number of steps of --extend-to, and the rest unchanged."""
+    if flags.extend_to is None:
+        return recipe
+    if flags.extend_to < recipe.steps:
+        raise ValueError(f"--extend-to must be at least {recipe.steps}, the steps of the run; "
+                         f"got {flags.extend_to}")  # fmt: skip
+    return replace(recipe, steps=flags.extend_to)
+
+
+def record(state: training.TrainState) -> dict[str, object]:
+    """Return the facts that the files of a run hold: how it was made, and with what settings."""
+    made = {"command": command.command(), "commit": command.commit(), **state.settings}
+    return {**made, "changes": state.changes} if state.changes else made
 
 
 def begin(
@@ -122,7 +153,8 @@ def prepare(flags: Flags, out: Path, engine: Any, *files: str, flag: str = "--ou
         own = [*training.saved(out), *(path for name in files for path in out.glob(name))]
         if flags.overwrite:
             for path in own:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                linked = path.is_symlink() or not path.is_dir()
+                path.unlink() if linked else shutil.rmtree(path)
         elif own and not flags.resume:
             raise ValueError(
                 f"{flag} {out} holds a run: give --resume, --overwrite or another folder"
@@ -134,12 +166,12 @@ def resume(flags: Flags, state: training.TrainState, out: Path) -> None:
     """With --resume, continue the run in --out, and print where."""
     if not flags.resume:
         return
-    checkpoint, damaged = training.resume(state, out)
+    changed = {*(flags.changed or ()), *(["steps"] if flags.extend_to else [])}
+    _, damaged = training.resume(state, out, changed)
     if state.engine.is_main_process:
         for line in damaged:
             print(f"passed over: {line}", file=sys.stderr)
-        where = f"no checkpoint in {out}: starting" if checkpoint is None else "resuming"
-        print(f"{where} at step {state.step}")
+        print(f"resuming at step {state.step}")
 
 
 def steps(
@@ -153,7 +185,8 @@ def steps(
         ConnectionError: if another process of the run is gone.
     """
     engine: Any = state.engine
-    total, every, main = state.recipe.steps, flags.checkpoint_every or 500, engine.is_main_process
+    total, main = state.recipe.steps, engine.is_main_process
+    every = flags.checkpoint_every or min(500, max(1, total // 10))
     log = engine.log if getattr(engine, "log_with", None) else None
     made = training.train(state, given, flags.accumulate or training.accumulation())
     bar = tqdm(made, total=total, initial=state.step, disable=not main)
@@ -191,10 +224,15 @@ def finish(engine: Any) -> None:
         engine.end_training()
 
 
-def mean_loss(out: Path) -> float:
-    """Return the mean of the finite losses of the last 1,000 steps of the run in `out`."""
-    losses = [loss for _, loss in finite(out)[-1000:]]
-    return sum(losses) / max(1, len(losses))
+def last_loss(out: Path) -> dict[str, float]:
+    """Return the mean of the finite losses of the last 1,000 steps of the run in `out`, by name.
+
+    Of a run of fewer than 10,000 steps it is the last tenth: the beginning does not count.
+    """
+    curve = finite(out)
+    count = min(1000, -(-len(curve) // 10))
+    mean = sum(loss for _, loss in curve[-count:]) / count if count else math.nan
+    return {f"loss_of_last_{count}_steps": mean}
 
 
 def draw_loss(out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.data.datasets import Images
-from sde_diffusion.files import storage
+from sde_diffusion.files import png, storage
 from sde_diffusion.files.strict_json import printable
 from sde_diffusion.validate import Count, arguments
 
@@ -175,6 +175,9 @@ def square(path: Path, size: int) -> Tensor:
         warnings.simplefilter("ignore")  # about metadata; decompression bombs are refused
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=FORMATS) as image:
+            if image.format == "PNG":
+                with open(path, "rb") as file:
+                    png.check_rows(file)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits a colour (mode {image.mode})")
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -69,14 +69,21 @@ class Saved(NamedTuple):
 
 
 # ---- writing ----------------------------------------------------------------------------------
-def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    infinite: Container[str] = (),
+) -> None:
     """Write path (.safetensors) and its JSON: both, or neither if the disk is full.
 
     Anything that `read` would refuse is refused here. A process killed between the two renames
     leaves a pair that `read` refuses; training checkpoints avoid this by renaming a whole folder.
 
+    Args:
+        infinite: names of the tensors in which inf is a value, such as a mask of attention.
     Raises:
-        ValueError: if a number is not finite, with the name of its tensor.
+        ValueError: if another number is not finite, with the name of its tensor.
     """
     from safetensors.torch import save
 
@@ -87,7 +94,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     tensors = copies(tensors)  # tied weights share memory, and are written once for each name
     data = save(tensors)
     parse_header(data[8 : header_end(data[:8], len(data))], len(data))
-    check_numbers(tensors)
+    check_numbers(tensors, infinite)
     whole = plain({"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **record})
     whole["record_sha256"] = record_hash(whole)
     text = (json.dumps(whole, indent=1) + "\n").encode()
@@ -119,7 +126,7 @@ def replace_all(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, data in contents.items():
             temporaries[path].unlink(missing_ok=True)  # "x": never through a link left there
-            with open(temporaries[path], "xb") as file:
+            with naming(path), open(temporaries[path], "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -131,14 +138,36 @@ def replace_all(contents: Mapping[Path, bytes]) -> None:
         os.replace(temporary, path)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to an OSError without one, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut, where the system can open folders."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 # ---- reading ----------------------------------------------------------------------------------
 def read(
-    path: Path, names: Sequence[str] | None = None
+    path: Path, names: Sequence[str] | None = None, infinite: Container[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the record that `write` wrote.
 
     Args:
         names: of the tensors that the file must hold, and no others [any].
+        infinite: as in `write`.
     Raises:
         BadFile: naming the file and the reason.
     """
@@ -146,7 +175,7 @@ def read(
     if names is not None:
         with as_bad_file(path):
             check_names("tensor", saved.outline, names)
-    return load(saved), saved.record
+    return load(saved, infinite), saved.record
 
 
 def examine(path: Path) -> Saved:
@@ -172,13 +201,13 @@ def examine(path: Path) -> Saved:
     return saved
 
 
-def load(saved: Saved) -> dict[str, Tensor]:
+def load(saved: Saved, infinite: Container[str] = ()) -> dict[str, Tensor]:
     """Return the tensors of an examined pair, or raise BadFile. Takes twice its size in memory."""
     from safetensors.torch import load as decode
 
     with as_bad_file(saved.path):
         tensors = decode(checked_bytes(saved))
-        check_numbers(tensors)
+        check_numbers(tensors, infinite)
     return tensors
 
 
@@ -297,7 +326,7 @@ def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
         raise ValueError(f"a file must hold at most {TENSORS:,} tensors; got {len(entries):,}")
     outline: dict[str, Tensor] = {}
     for name, entry in entries.items():
-        if not name.isprintable() or len(name) > 200:
+        if not allowed(name):
             raise ValueError(f"a tensor's name is not printable, or too long: {name!r:.80}")
         if not isinstance(entry, dict) or sorted(entry) != ["data_offsets", "dtype", "shape"]:
             raise ValueError(f"tensor {name!r} must have dtype, shape and data_offsets only")
@@ -312,13 +341,18 @@ def parse_header(header: bytes, size: int) -> dict[str, Tensor]:
     return outline
 
 
-def check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse values that are not finite, and bytes that are no bool."""
+def allowed(name: str) -> bool:
+    """True for the names that a tensor may have in a file."""
+    return name.isprintable() and len(name) <= 200
+
+
+def check_numbers(tensors: Mapping[str, Tensor], infinite: Container[str] = ()) -> None:
+    """Refuse nan, inf but for the tensors named in `infinite`, and bytes that are no bool."""
     for name, value in tensors.items():
         if value.dtype == torch.bool and not bool((value.view(torch.uint8) <= 1).all()):
             raise ValueError(f"tensor {name!r} has bytes that are no bool")
         ends = value.detach().aminmax() if value.is_floating_point() and value.numel() else ()
-        if not all(map(math.isfinite, ends)):
+        if any(map(math.isnan, ends)) or not (name in infinite or all(map(math.isfinite, ends))):
             raise ValueError(f"tensor {name!r} has values that are not finite")
 
 

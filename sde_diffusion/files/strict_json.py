@@ -14,6 +14,8 @@ DEPTH = 20  # brackets within brackets
 
 BRACKETS = 100_000  # in all
 
+VALUES = 100_000  # in all: a header of 10,000 tensors has about 80,000
+
 DIGITS = 40  # of an integer; a seed has up to 39
 
 
@@ -23,6 +25,8 @@ def parsed(data: bytes) -> dict[str, Any]:
         raise ValueError(f"more than {LIMIT:,} bytes")
     if data.count(b"[") + data.count(b"{") > BRACKETS:
         raise ValueError(f"more than {BRACKETS:,} lists and objects")
+    if data.count(b",") > VALUES:
+        raise ValueError(f"more than {VALUES:,} values")
     try:
         value = json.loads(data.decode(), object_pairs_hook=distinct, parse_int=parse_integer,
                            parse_float=finite_number, parse_constant=finite_number)  # fmt: skip

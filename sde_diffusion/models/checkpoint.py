@@ -40,7 +40,12 @@ def save_denoiser(path: Path, denoiser: Any, record: dict[str, object]) -> None:
         learned = dict(denoiser.null.named_parameters())
         parts["null"] = {name: name in learned for name in denoiser.null.state_dict()}
     tensors = {in_file(name): value for name, value in denoiser.state_dict().items()}
-    storage.write(path, tensors, {"denoiser": parts, **record})
+    storage.write(path, tensors, {"denoiser": parts, **record}, buffers_of(denoiser))
+
+
+def buffers_of(denoiser: nn.Module) -> set[str]:
+    """Return the names in a file of the buffers of a denoiser, in which inf is a value."""
+    return {in_file(name) for name, _ in denoiser.named_buffers(remove_duplicate=False)}
 
 
 def in_file(name: str) -> str:
@@ -75,7 +80,7 @@ def load_denoiser(
         if network is None:
             wanted |= in_saved_dtype(filled.state_dict(), saved.outline)
         storage.check_fit(saved.outline, wanted)
-    tensors = storage.load(saved)
+    tensors = storage.load(saved, buffers_of(denoiser))
     with storage.as_bad_file(path):
         # Cloned, as the tensors of a file are not aligned in memory.
         state = {name: tensors[in_file(name)].clone() for name in denoiser.state_dict()}

@@ -39,24 +39,28 @@ class Journal:
         done = [metrics for metrics in history(folder) if metrics.step <= step]
         path = Path(folder, TABLE)
         storage.replace(path, "".join(map(line, [Metrics._fields, *done])).encode())
-        self._file = open(path, "a", newline="")  # noqa: SIM115 (closed by __exit__)
+        self._path = path
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with storage.naming(self._path):
+            self._file.close()
 
     def write(self, metrics: Metrics) -> None:
         """Append a step."""
-        self._file.write(line(metrics))
+        with storage.naming(self._path):
+            self._file.write(line(metrics))
         if self.log is not None:
             self.log({k: v for k, v in metrics._asdict().items() if k != "step"}, step=metrics.step)
 
     def flush(self) -> None:
         """Write all rows to the disk; call it before a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with storage.naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def history(folder: str | Path) -> list[Metrics]:
@@ -64,7 +68,7 @@ def history(folder: str | Path) -> list[Metrics]:
     path = Path(folder, TABLE)
     steps: list[Metrics] = []
     with suppress(ValueError, FileNotFoundError):  # a kill may have cut the last row
-        for row in path.read_text(errors="replace").splitlines()[1:]:
+        for row in path.read_text("utf-8", errors="replace").splitlines()[1:]:
             step, loss, norm, rate, skipped = row.split(",")
             read = Metrics(int(step), float(loss), float(norm), float(rate), int(skipped))
             if read.step <= (steps[-1].step if steps else 0):

@@ -77,11 +77,13 @@ class Recipe(validate.Checked):
         steps: optimizer steps of the whole run.
         batch_size: positions of the global batch, over all processes.
         learning_rate: largest rate of the default optimizer.
-        warmup: steps of linear growth of the learning rate.
+        warmup: steps of linear growth of the learning rate; by default 500, or a tenth of a run of
+            fewer than 5,000 steps. The field holds the number used.
         decay: shape of its fall to 0 over the whole run: "cosine", "linear", or "constant": none.
         weight_decay: of the default optimizer, AdamW.
         clip: largest norm of the gradient; inf for no clipping.
-        ema: the average of the weights, EMA(0.9995) by default.
+        ema: the average of the weights, EMA(0.9995) by default. Its decay grows with the number
+            of steps, so that at any length the first tenth of a run has no weight in it.
         seed: of data order, times, noise and dropout.
         cond_dropout: share of the samples whose conditions are replaced by the denoiser's null, so
             that the network learns the unconditional law too; see guidance.ClassifierFree.
@@ -91,7 +93,7 @@ class Recipe(validate.Checked):
     steps: validate.Count = 10_000
     batch_size: validate.Count = 128
     learning_rate: validate.Positive = 1e-3
-    warmup: Annotated[int, validate.Integer(0)] = 500
+    warmup: Annotated[int, validate.Integer(0)] | None = None
     decay: Decay = "cosine"
     weight_decay: validate.NonNegative = 0.0
     clip: Annotated[float, positive] = 1.0
@@ -100,8 +102,23 @@ class Recipe(validate.Checked):
     cond_dropout: validate.Share = 0.0
     dtype: Literal["float32", "bf16"] = "float32"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        warmup = min(500, self.steps // 10) if self.warmup is None else self.warmup
+        if warmup > self.steps:
+            got = f"{warmup}; None takes a tenth of them"
+            raise ValueError(f"warmup must be at most steps, {self.steps}; got {got}")
+        object.__setattr__(self, "warmup", warmup)
+
     def factor(self, step: int) -> float:
-        """Share of the largest learning rate for the step that starts after `step` steps."""
+        """Share of the largest learning rate for the step that starts after `step` steps.
+
+        Raises:
+            ValueError: at the end of the run, beyond which the fall has no meaning.
+        """
+        if step >= self.steps:
+            advice = "give a recipe of more steps"
+            raise ValueError(f"step must be below steps, {self.steps}; got {step}; {advice}")
         ramp = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         left = 1 - step / self.steps
         fall = {"cosine": math.sin(math.pi * left / 2) ** 2, "linear": left, "constant": 1.0}

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,13 @@ class TrainState:
     those of its process and null where they have any) and `average.*`; the optimizer's own state
     has the names `optimizer.<index>.<slot>`.
 
+    The average is kept in float32 at least: a step of (1 - decay) would round to 0 in bfloat16. For
+    a parameter in bfloat16 it takes 4 bytes, and the averaged denoiser 2 more.
+
     Args:
         denoiser: trained in place; on the device where training is to happen. Parameters that do
             not require gradients stay as they are. Its `trained` becomes the range of the law of t,
-            unless it has one.
+            unless it has one, or its process is learned and may leave this range.
         recipe: the settings of the run.
         times: the law of t; uniform by default.
         weight, penalty: of the loss, see `losses.denoising_loss`.
@@ -71,6 +74,10 @@ class TrainState:
         optimizer: function of the list of trained parameters that returns a torch optimizer, such
             as torch.optim.Adafactor; AdamW with the recipe's rate and weight decay by default. The
             recipe's schedule multiplies the initial rate of each of its groups.
+
+    Attributes:
+        changes: settings changed on purpose in a resumed run: the step, and the old and the new
+            value of each, see `resume`.
     """
 
     @validate.arguments
@@ -87,12 +94,15 @@ class TrainState:
         optimizer: MakeOptimizer | None = None,
     ) -> None:
         check_tensors(denoiser)
+        laws = {"times": times, "weight": weight, "penalty": penalty}
+        check_learned(denoiser, laws)
         network = denoiser.network
         self.denoiser, self.recipe = denoiser, recipe
         self.engine = engine or Alone(next(denoiser.parameters()).device)
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         self.bad, self.step, self.skipped, self.facts = bad, 0, 0, dict(facts or {})
-        if denoiser.trained is None:
+        self.changes: list[dict[str, Any]] = []
+        if denoiser.trained is None and not learned(denoiser.process):
             denoiser.trained = support_of(self.times, denoiser.process)
         denoiser.to(self.engine.device)
         gains = self.engine.device.type != "cpu" or recipe.dtype == "float32"
@@ -105,7 +115,7 @@ class TrainState:
         made, self.first_slots, self.slots = rehearsed(optimizer or adamw(recipe), trained)
         self._optimized = hyperparameters(made)
         self._rates = [float(group["lr"]) for group in made.param_groups]
-        self.shadow = copy.deepcopy(denoiser).requires_grad_(False)
+        self.shadow = copied(denoiser).requires_grad_(False)
         # Wrapped or sharded, the parameters of the network stay those of denoiser.network.
         self._wrapped, self.optimizer = self.engine.prepare(network, made)
         self._trained = around(denoiser, self._wrapped)
@@ -128,9 +138,17 @@ class TrainState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the denoiser, and the averages, by name; not copied."""
+        """Parameters and buffers of the denoiser, and the averages, by name; not copied.
+
+        Buffers that are not persistent are here, too: they may change in training.
+        """
         averages = {f"average.{name}": value for name, value in self.average.items()}
-        return {**self.denoiser.state_dict(), **averages}
+        return {**self.buffers, **self.denoiser.state_dict(), **averages}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the denoiser by name; inf is a value in them, as in a mask of attention."""
+        return dict(self.denoiser.named_buffers(remove_duplicate=False))
 
     @property
     def settings(self) -> dict[str, object]:
@@ -177,8 +195,10 @@ class TrainState:
         Raises:
             FloatingPointError: if the loss or its gradient is not finite and bad="raise"; weights,
                 average and optimizer are unchanged.
+            ValueError: after the last step of the recipe.
         """
         engine, recipe = self.engine, self.recipe
+        factor = recipe.factor(self.step)
         if not parts:
             raise ValueError("parts must hold at least one part of a batch; got none")
         for part in parts:
@@ -209,7 +229,7 @@ class TrainState:
                 raise FloatingPointError(f"loss {found}{blame(parts, each)}; weights unchanged")
             self.step, self.skipped = self.step + 1, self.skipped + 1
             return Metrics(self.step, value, size, 0.0, self.skipped)
-        rates = [rate * recipe.factor(self.step) for rate in self._rates]
+        rates = [rate * factor for rate in self._rates]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.step()
@@ -243,15 +263,75 @@ class TrainState:
 
 
 def check_tensors(denoiser: Denoiser) -> None:
-    """Refuse a denoiser without a trained parameter, or with values that no file can hold."""
-    if not any(p.requires_grad for p in denoiser.parameters()):
+    """Refuse a denoiser without a trained parameter, or with values that cannot be saved."""
+    buffers = dict(denoiser.named_buffers(remove_duplicate=False))
+    parameters = dict(denoiser.named_parameters(remove_duplicate=False))
+    saved = denoiser.state_dict()
+    for name, value in {**buffers, **parameters, **saved}.items():
+        if reason := unsuitable(value):
+            rule = "initialized tensors of real numbers, each with memory of its own"
+            raise ValueError(f"denoiser must hold {rule}; got {name}{reason}")
+        if not storage.allowed(f"average.{name}"):
+            raise ValueError(f"denoiser must have short, printable names; got {name!r:.80}")
+    if other := {*parameters} - {*saved} | {*saved} - {*parameters} - {*buffers}:
+        rule = "a state_dict of its parameters and persistent buffers"
+        raise ValueError(f"denoiser must have {rule}; got a difference: {min(other)}")
+    if not any(p.requires_grad and p.numel() for p in denoiser.parameters()):
         raise ValueError("denoiser must have a parameter that requires a gradient; got none")
-    for name, value in denoiser.state_dict().items():
-        known = isinstance(value, Tensor) and value.dtype in storage.DTYPES.values()
-        if not known or nn.parameter.is_lazy(value):
-            kind = getattr(value, "dtype", type(value).__name__)
-            rule = "initialized tensors of real numbers"
-            raise ValueError(f"denoiser must hold {rule}; got {name} of {kind}")
+    sparse = [name for name, m in denoiser.named_modules() if getattr(m, "sparse", False) is True]
+    if sparse:
+        raise ValueError(f"denoiser must have dense gradients; got sparse=True in {sparse[0]}")
+    try:
+        storage.check_numbers({**buffers, **saved}, infinite=buffers)
+    except ValueError as error:
+        raise ValueError(f"denoiser must be finite, but for inf in buffers; {error}") from None
+
+
+def unsuitable(value: Any) -> str:
+    """The reason why a value cannot be saved, or be written to by a resumed run; "" if it can."""
+    if not isinstance(value, Tensor):
+        return f" of {type(value).__name__}"
+    if value.dtype not in storage.DTYPES.values() or nn.parameter.is_lazy(value):
+        return f" of {value.dtype}"
+    if value.layout != torch.strided:
+        return f", {value.layout}"
+    shared = any(step == 0 and n > 1 for step, n in zip(value.stride(), value.shape, strict=True))
+    faults = {
+        "without values": value.is_meta,
+        "of inference mode": value.is_inference(),
+        "an expanded tensor": shared and value.numel() > 0,
+    }
+    return next((f", {fault}" for fault, present in faults.items() if present), "")
+
+
+def learned(part: object) -> list[nn.Parameter]:
+    """The parameters to be trained in an object and its fields."""
+    held = [part, *getattr(part, "__dict__", {}).values()]
+    inside = [p for m in held if isinstance(m, nn.Module) for p in m.parameters()]
+    return [p for p in (*held, *inside) if isinstance(p, nn.Parameter) and p.requires_grad]
+
+
+def check_learned(denoiser: Denoiser, laws: Mapping[str, object]) -> None:
+    """Refuse parameters outside the denoiser: no optimizer would move them, and no file hold them.
+
+    A process with parameters belongs to the denoiser if it is a module.
+    """
+    known = {id(p) for p in denoiser.parameters()}
+    names = ("process", "parameterization", "noise_input")
+    for name, part in {**{name: getattr(denoiser, name, None) for name in names}, **laws}.items():
+        if any(id(p) not in known for p in learned(part)):
+            rule = "be an nn.Module" if name in names else "use parameters of the denoiser only"
+            raise ValueError(f"{name} must {rule}, so that its parameters are trained; got others")
+
+
+def copied(denoiser: Denoiser) -> Denoiser:
+    """A copy for the averages."""
+    try:
+        return copy.deepcopy(denoiser)
+    except Exception as error:
+        reason = str(error).split(".")[0]
+        advice = "for weight_norm, take that of torch.nn.utils.parametrizations"
+        raise ValueError(f"denoiser must allow copy.deepcopy; got: {reason}; {advice}") from error
 
 
 def around(denoiser: Denoiser, network: nn.Module) -> Denoiser:
@@ -294,6 +374,7 @@ def train(
         data: the training set.
         parts: pieces of each process's share of a batch, whose gradients are added up.
     """
+    validate.check_threads()
     engine, recipe = state.engine, state.recipe
     mine = list(stretches(recipe, engine.num_processes, engine.process_index, parts))
     while state.step < recipe.steps:

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -229,3 +230,41 @@ def test_the_command_line_refuses_in_one_line_that_does_nothing_to_the_terminal(
     assert done.stderr.strip().isprintable()
     assert str(path) in done.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("count", [100_002, 600_000])
+def test_a_record_of_very_many_numbers_is_refused_before_it_is_parsed(tmp_path, count):
+    """600,000 betas took 9 seconds; by processor time, which other programs do not change."""
+    path = tmp_path / "a.safetensors"
+    Denoiser(MLP(width=8), sd.Discrete.linear(10)).save(path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["denoiser"]["process"]["betas"] = [0.01] * count
+    record["record_sha256"] = storage.record_hash(record)
+    path.with_suffix(".json").write_text(json.dumps(record))
+    start = time.process_time()
+    with pytest.raises(BadFile, match=r"a\.json: more than 100,000 values"):
+        Denoiser.load(path)
+    assert time.process_time() - start < 0.3
+
+
+def test_infinity_is_a_value_in_the_buffers_of_a_denoiser_and_nowhere_else(tmp_path):
+    """In a mask of attention, for example."""
+
+    def made(value):
+        network = torch.nn.Linear(2, 2)
+        network.register_buffer("mask", torch.full((2, 2), value))
+        return network
+
+    path = tmp_path / "a.safetensors"
+    Denoiser(made(-torch.inf), sd.VP()).save(path)
+    network = made(0.0)
+    Denoiser.load(path, network)
+    assert torch.equal(network.mask, torch.full((2, 2), -torch.inf))
+    with pytest.raises(ValueError, match="'mask' has values that are not finite"):
+        Denoiser(made(torch.nan), sd.VP()).save(path)
+    tensors, record = storage.read(path, infinite={"mask"})
+    record = {name: value for name, value in record.items() if name not in storage.OURS}
+    tensors["weight"][0, 0] = torch.inf
+    storage.write(path, tensors, record, infinite={"mask", "weight"})
+    with pytest.raises(BadFile, match="'weight' has values that are not finite"):
+        Denoiser.load(path, made(0.0))

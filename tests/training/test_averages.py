@@ -20,6 +20,31 @@ def test_the_learning_rate_falls_as_it_is_told(decay, last):
     assert recipe.rate(99) == pytest.approx({"cosine": np.cos(np.pi * 99 / 200) ** 2, "linear": 0.01, "constant": 1.0}[decay], rel=1e-12)  # fmt: skip  # noqa: E501
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (200, 20), (4999, 499),
+                                               (5000, 500), (10**6, 500)])  # fmt: skip
+def test_the_warm_up_fits_the_run(steps, warmup):
+    """The rate reaches 90 % of its value in any run, and the field holds the number used."""
+    recipe = Recipe(steps=steps)
+    assert recipe.warmup == recipe.settings["warmup"] == warmup
+    assert max(map(recipe.factor, range(0, steps, max(1, steps // 1000)))) > 0.9
+    assert Recipe(steps=steps, warmup=steps).warmup == steps
+    with pytest.raises(ValueError, match=f"warmup must be at most steps, {steps}; got {steps + 1}"):
+        Recipe(steps=steps, warmup=steps + 1)
+
+
+@pytest.mark.parametrize("steps", [20, 200, 2000, 20_000])
+@pytest.mark.parametrize("ema", [EMA(), EMA(0.99999), PowerEMA()], ids=str)
+def test_the_beginning_of_a_run_of_any_length_is_not_in_its_average(steps, ema):
+    """After n steps the first m weigh prod_(k=m)^(n-1) d_k. Under the ramp (1 + k)/(10 + k) this is
+    at most prod_(i=1)^9 (m + i)/(n + i), under PowerEMA (m/n)^(gamma + 1)."""
+    m = steps // 10
+    first = np.prod([ema.decay_at(k) for k in range(m, steps)])
+    ramp = np.prod([(m + i) / (steps + i) for i in range(1, 10)])
+    bound = ramp if isinstance(ema, EMA) else (m / steps) ** (ema.gamma + 1)
+    assert first <= bound * (1 + 1e-9)
+    assert bound < 1e-5
+
+
 def shares_of_ema(steps, decay):
     """c_j = (1 - d_(j-1)) prod_(k=j)^(K-1) d_k with d_0 = 0 and d_k = min(decay, (1+k)/(10+k))."""
     d = [0.0, *(min(decay, (1 + k) / (10 + k)) for k in range(1, steps))]

@@ -1,6 +1,8 @@
 """A checkpoint is whole or absent, and a run that goes on from it is the uninterrupted one."""
 
-import resource
+import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,7 +203,6 @@ def test_skipped_steps_are_part_of_the_state(tmp_path, bad):
 
 
 def test_resume_passes_over_a_damaged_checkpoint_and_says_so(tmp_path):
-    assert resume(fresh(), tmp_path) == (None, [])
     older, newest = save(ran(2), tmp_path), save(ran(3), tmp_path)
     assert resume(fresh(seed=99), tmp_path) == (newest, [])
     truncate(newest / "training.safetensors")
@@ -231,6 +232,7 @@ def test_resume_does_not_pass_over_another_run(tmp_path):
 @pytest.mark.parametrize("limit", [0, 300, 1000, 5000])
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, limit):
     """RLIMIT_FSIZE lets no file grow beyond the limit: the write is refused within the file."""
+    resource = pytest.importorskip("resource")  # not on Windows
     older = save(ran(2), tmp_path)
     state = ran(3)
     before = content(state)
@@ -239,7 +241,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, lim
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # Python ignores SIGXFSZ
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/.*\.safetensors'"):
             save(state, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -259,7 +261,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path, lim
         ({"skipped": 3}, "record of a training run"),
         ({"settings": None}, "record of a training run"),
         ({"settings": {}}, "seed None -> 0"),
-        ({"step": 0}, "not known here"),
+        ({"changes": {}}, "record of a training run"),
+        ({"step": 1}, "of step 2, not the one that training.json of step 1 names"),
+        ({"denoiser": "0" * 64}, "not the one that training.json of step 2 names"),
     ],
 )
 def test_a_record_that_makes_no_sense_is_refused_though_its_hash_is_right(tmp_path, edit, told):
@@ -359,3 +363,188 @@ def test_a_file_is_no_folder_of_checkpoints(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file: not a folder"):
         resume(fresh(), tmp_path / "file")
+
+
+# ---- the two halves ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", ["denoiser", "training"])
+def test_files_of_another_checkpoint_are_refused_by_name(tmp_path, half):
+    """Each file is whole and has the right hash; only together they are of no run."""
+    older, newest = save(ran(2), tmp_path), save(ran(4), tmp_path)
+    for suffix in (".safetensors", ".json"):
+        (newest / (half + suffix)).write_bytes((older / (half + suffix)).read_bytes())
+    state = fresh(seed=9)
+    before = content(state)
+    with pytest.raises(BadFile, match=rf"{newest}/denoiser.safetensors: of step [24], not the one"):
+        restore(state, newest)
+    assert_same_bits(content(state), before)
+    found, damaged = resume(state, tmp_path)
+    assert found == older
+    assert len(damaged) == 1
+
+
+def test_files_of_another_run_at_the_same_step_are_refused(tmp_path):
+    """The hash differs where the step does not."""
+    ours, theirs = save(ran(2), tmp_path / "a"), save(ran(2, seed=5), tmp_path / "b")
+    for name in ("denoiser.safetensors", "denoiser.json"):
+        (ours / name).write_bytes((theirs / name).read_bytes())
+    with pytest.raises(BadFile, match=r"of step 2, not the one that training\.json of"):
+        restore(fresh(), ours)
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path):
+    save(ran(2), tmp_path).rename(tmp_path / "checkpoint-00000007")
+    with pytest.raises(BadFile, match="checkpoint-00000007: its files are of step 2"):
+        resume(fresh(), tmp_path)
+    (tmp_path / "checkpoint-00000007").rename(tmp_path / "best")  # a name of one's own is free
+    restore(fresh(), tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "slot"),
+    [
+        (None, "exp_avg_sq"),
+        (None, "step"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "max_exp_avg_sq"),
+        (torch.optim.Adagrad, "sum"),
+        (torch.optim.RMSprop, "square_avg"),
+        (torch.optim.Adadelta, "acc_delta"),
+        (torch.optim.Adafactor, "row_var"),
+        (torch.optim.Adamax, "exp_inf"),
+    ],
+)
+def test_a_negative_square_is_refused_though_its_hash_is_right(tmp_path, optimizer, slot):
+    path = save(ran(2, optimizer=optimizer), tmp_path) / "training.safetensors"
+    tensors, record = storage.read(path)
+    record = {k: v for k, v in record.items() if k not in storage.OURS}
+    name = f"optimizer.0.{slot}"
+    tensors[name] = torch.full_like(tensors[name], -1e-3)
+    storage.write(path, tensors, record)
+    state = fresh(optimizer=optimizer)
+    before = content(state)
+    with pytest.raises(BadFile, match=f"{path}: damaged: {name} is negative"):
+        restore(state, path.parent)
+    assert_same_bits(content(state), before)
+
+
+def test_a_checkpoint_without_the_hash_of_its_other_half_is_read(tmp_path):
+    """Checkpoints of older versions do not name it."""
+    path = save(ran(2), tmp_path) / "training.safetensors"
+    tensors, record = storage.read(path)
+    older = {k: v for k, v in record.items() if k not in (*storage.OURS, "denoiser", "changes")}
+    storage.write(path, tensors, older)
+    resumed = fresh(seed=9)
+    restore(resumed, path.parent)
+    assert_same_bits(content(resumed), content(ran(2)))
+
+
+# ---- changes on purpose ------------------------------------------------------------------------
+
+
+def advance(state, steps):
+    for _ in range(steps):
+        state.advance(draw(POINTS, state.recipe, TIMES, state.step))
+
+
+def test_a_finished_run_is_extended_by_a_permission_that_is_recorded(tmp_path):
+    """From there on it is the run whose recipe was replaced in memory, bit for bit."""
+    longer = replace(RECIPE, steps=20)
+    finished = ran(12)
+    save(finished, tmp_path)
+    state = fresh(recipe=longer, seed=9)
+    with pytest.raises(OtherSettings, match=r"steps 12 -> 20; .* changed={'steps'}"):
+        resume(state, tmp_path)
+    checkpoint, _ = resume(state, tmp_path, changed={"steps"})
+    assert checkpoint.name == "checkpoint-00000012"
+    advance(state, 3)
+    finished.recipe = longer
+    advance(finished, 3)
+    assert_same_bits(content(state), content(finished))
+    extended, change = save(state, tmp_path), {"step": 12, "steps": [12, 20]}
+    for name in ("training", "denoiser"):
+        assert json.loads((extended / f"{name}.json").read_text())["changes"] == [change]
+    again = fresh(recipe=longer)
+    resume(again, tmp_path)  # needs no permission: it is the same run now
+    assert again.changes == [change]
+    resume(again, tmp_path, changed=["steps"])
+    assert again.changes == [change]
+
+
+def test_the_rate_is_lowered_by_a_permission_for_nothing_else(tmp_path):
+    save(ran(3), tmp_path)
+    lower = replace(RECIPE, learning_rate=1e-4)
+    state = fresh(recipe=lower)
+    with pytest.raises(OtherSettings, match=r"rate 0\.001 -> 0\.0001; .*={'learning_rate'}"):
+        resume(state, tmp_path, changed={"steps"})
+    resume(state, tmp_path, changed={"learning_rate"})  # the line of the optimizer repeats it
+    assert state.changes[0]["learning_rate"] == [1e-3, 1e-4]
+    advance(state, 1)
+    assert state.optimizer.param_groups[0]["lr"] == lower.rate(3)
+    for other in (replace(lower, weight_decay=0.1), replace(lower, seed=3)):
+        with pytest.raises(OtherSettings, match=r"(weight_decay|seed) "):
+            resume(fresh(recipe=other), tmp_path, changed={"learning_rate"})
+    with pytest.raises(OtherSettings, match=r"optimizer AdamW.* -> SGD"):
+        resume(fresh(recipe=lower, optimizer=torch.optim.SGD), tmp_path, changed={"learning_rate"})
+    both = replace(lower, weight_decay=0.1)
+    resume(fresh(recipe=both), tmp_path, changed={"learning_rate", "weight_decay"})
+
+
+def test_a_permission_names_settings_and_no_run_is_cut_below_its_steps(tmp_path):
+    save(ran(5), tmp_path)
+    for wrong in ({"step"}, "steps", ["learning rate"]):
+        with pytest.raises(ValueError, match="each entry of changed must be one of"):
+            resume(fresh(), tmp_path, changed=wrong)
+    shorter = fresh(recipe=replace(RECIPE, steps=4))
+    with pytest.raises(OtherSettings, match="steps must be at least its 5; got 4"):
+        resume(shorter, tmp_path, changed={"steps"})
+
+
+def test_a_folder_without_a_checkpoint_is_no_new_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match=f"{folder}: no checkpoint to resume from"):
+            resume(fresh(), folder)
+    assert not (tmp_path / "absent").exists()
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-00000001", "checkpoint-00000003", ".checkpoint-a.part"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file", "nowhere"])
+def test_a_symbolic_link_in_the_place_of_a_checkpoint_goes_and_its_target_stays(
+    tmp_path, name, kind
+):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    if kind == "folder":
+        other.mkdir()
+    elif kind == "file":
+        other.write_text("mine")
+    (run / name).symlink_to(other)
+    saved = [save(ran(steps), run) for steps in (2, 3)]
+    assert all(path.is_dir() and not path.is_symlink() for path in saved)
+    resumed = fresh(seed=9)
+    assert resume(resumed, run) == (saved[1], [])
+    assert_same_bits(content(resumed), content(ran(3)))
+    assert other.exists() == (kind != "nowhere")
+
+
+def test_where_folders_cannot_be_opened_checkpoints_are_written_all_the_same(tmp_path, monkeypatch):
+    """Windows has no O_DIRECTORY, and refuses to open a folder."""
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    usual = os.open
+
+    def windows(path, *rest, **more):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", path)
+        return usual(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", windows)
+    with monkeypatch.context() as patch:
+        # Deleting a folder by descriptors is for systems that can open folders.
+        patch.setattr("shutil._use_fd_functions", False)
+        saved = save(ran(2), tmp_path)
+    restore(fresh(seed=9), saved)

@@ -146,3 +146,20 @@ def test_outside_the_main_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+def test_a_full_disk_ends_the_table_with_its_path(tmp_path):
+    """RLIMIT_FSIZE lets no file grow beyond the limit."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    named = rf"File too large: '{tmp_path}/metrics\.csv'"
+    journal = Journal(tmp_path)
+    for metrics in steps(20):
+        journal.write(metrics)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # Python ignores SIGXFSZ
+    try:
+        for end in (journal.flush, journal.__exit__):
+            with pytest.raises(OSError, match=named):
+                end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -1,6 +1,8 @@
 """The state of a run is one flat mapping: any optimizer, any parameter, resumed bit for bit."""
 
 import tempfile
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.testing import assert_close
 from training_runs import POINTS, RECIPE, TIMES, Learned, assert_same_bits, content, fresh, mlp
 
 from sde_diffusion.files import storage
-from sde_diffusion.losses import denoising_loss
+from sde_diffusion.losses import NormalLogSNR, denoising_loss
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.parameterizations import V
 from sde_diffusion.processes import VP, Process
@@ -57,14 +59,28 @@ class Odd(nn.Module):
         if "whole" in kinds:
             table = nn.Parameter(torch.randint(9, (3,)), requires_grad=False)
             self.tables = nn.ParameterList([table])
+        if "mask" in kinds:
+            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        if "transient" in kinds:
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+        if "sampling" in kinds:
+            self.temperature = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x, c):
+        h = self.a(x).tanh()
         if self.training:
             self.seen += 1
-        return self.b(self.a(x).tanh()) + getattr(self, "empty", x[:0]).sum()
+        if hasattr(self, "mask"):
+            h = h @ (h.T @ h + self.mask).softmax(-1)
+        if hasattr(self, "calls"):
+            self.calls += self.training
+            h = h * (1 + self.calls / 8)
+        if hasattr(self, "temperature") and not self.training:
+            h = h * self.temperature
+        return self.b(h) + getattr(self, "empty", x[:0]).sum()
 
 
-KINDS = ("tied", "frozen", "unused", "empty", "whole")
+KINDS = ("tied", "frozen", "unused", "empty", "whole", "mask", "transient", "sampling")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -90,9 +106,11 @@ def test_any_parameter_trains_saves_and_resumes_bit_for_bit(kinds, optimizer, dt
     advance(resumed, 5 - cut)
     last = content(whole)
     assert_same_bits(content(resumed), last)
+    assert torch.equal(*(s.averaged(POINTS.x.to(dtype), 0.5).x0 for s in (whole, resumed)))
     same = {name for name in first if torch.equal(first[name], last[name])}
     frozen = {name for name, p in whole.denoiser.named_parameters() if not p.requires_grad}
-    still = frozen | {n for n in first if n.endswith((".spare", ".empty"))}
+    unused = (".spare", ".empty", ".mask", ".temperature")
+    still = frozen | {n for n in first if n.endswith(unused)}
     if dtype != torch.bfloat16:  # in which small steps are rounded away
         assert {n for n in same if n.startswith("network.")} <= still
     assert all(name in same for name in still)
@@ -113,6 +131,8 @@ def test_the_state_is_one_flat_mapping():
 
 
 def test_a_process_and_a_null_with_parameters_are_trained_averaged_and_resumed(tmp_path):
+    """Of the process, too: in the optimizer, the average, the checkpoint and the file."""
+
     def start(seed):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -127,6 +147,12 @@ def test_a_process_and_a_null_with_parameters_are_trained_averaged_and_resumed(t
     tensors, _ = storage.read(checkpoint / "training.safetensors")
     for name in ("process.gain", "average.process.gain", "null.cond", "average.null.cond"):
         assert torch.equal(tensors[name], stopped.tensors[name])
+    held = [p for group in stopped.optimizer.param_groups for p in group["params"]]
+    assert [*map(id, held)] == [*map(id, stopped.denoiser.parameters())]
+    path = checkpoint / "denoiser.safetensors"
+    loaded = Denoiser.load(path, mlp(), process=Learned(), parameterization=V())
+    for name, value in stopped.averaged.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
     restore(resumed, checkpoint)
     advance(resumed, 2)
     assert_same_bits(content(resumed), content(whole))
@@ -149,6 +175,38 @@ def test_the_average_of_half_precision_weights_is_kept_in_float32():
         assert state.average[name].dtype == torch.float32
         assert_close(state.average[name], value, rtol=1e-6, atol=1e-7)
         assert torch.equal(averaged[name], state.average[name].bfloat16())
+
+
+@dataclass(frozen=True)
+class Still:
+    """An average of constant decay after its first weights."""
+
+    decay: float = 0.9995
+
+    def decay_at(self, updates):
+        return self.decay if updates else 0.0
+
+
+def test_an_average_of_bfloat16_weights_goes_on_as_in_closed_form():
+    """The weights step from .9 to 1: after n updates the mean is 1 - .1 decay^n. In bfloat16 it
+    would stay at its first value, .898: each update is below half the spacing of its numbers."""
+    network = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    recipe = Recipe(steps=6000, batch_size=4, ema=Still())
+    state = TrainState(Denoiser(network, VP(), V()), recipe)
+    with torch.no_grad():
+        network.weight.fill_(0.9)
+        state._follow()
+        start = float(network.weight)
+        network.weight.fill_(1.0)
+        for state.step in range(1, 5001):
+            state._follow()
+    expected = 1 - (1 - start) * 0.9995**5000
+    assert expected > 0.991
+    mean = state.averaged.network.weight
+    assert mean.dtype == torch.bfloat16
+    rounding = 5000 * 2.0**-25  # half a spacing of float32 below 1 for each update
+    assert float(state.average["network.weight"]) == pytest.approx(expected, abs=rounding)
+    assert float(mean) == pytest.approx(expected, abs=2.0**-9)
 
 
 def test_the_schedule_multiplies_the_initial_rate_of_each_group():
@@ -230,6 +288,42 @@ def test_an_optimizer_that_cannot_train_or_be_saved_is_refused_at_once(optimizer
     assert "\n" not in str(caught.value)
 
 
+def beside(value, name="held", parameter=False):
+    """A layer that holds a further tensor."""
+    network = nn.Linear(2, 2)
+    if parameter:
+        network.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    else:
+        network.register_buffer(name, value)
+    return network
+
+
+@torch.inference_mode()
+def inferred():
+    return torch.zeros(2)
+
+
+def weight_normed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return nn.utils.weight_norm(nn.Linear(2, 2))
+
+
+class Hooked(nn.Linear):
+    """A layer whose state_dict has one tensor more, or less, than its parameters."""
+
+    def __init__(self, ins, outs, name):
+        super().__init__(ins, outs)
+        self.name = name
+
+    def state_dict(self, *args, **kwargs):
+        found = super().state_dict(*args, **kwargs)
+        key = f"{kwargs['prefix']}{self.name}"
+        if found.pop(key, None) is None:
+            found[key] = torch.zeros(1)
+        return found
+
+
 class Extra(nn.Linear):
     def get_extra_state(self):
         return {"calls": 3}
@@ -242,14 +336,71 @@ class Extra(nn.Linear):
     ("network", "named"),
     [
         (lambda: nn.Linear(2, 2).requires_grad_(False), "that requires a gradient"),
-        (lambda: nn.LazyLinear(2), "initialized tensors of real numbers; got network.weight"),
+        (lambda: nn.ParameterList([torch.zeros(0, 2)]), "that requires a gradient"),
+        (lambda: nn.LazyLinear(2), "initialized tensors of real numbers, .*; got network.weight"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), "network.weight of torch.complex64"),
+        (lambda: nn.Linear(2, 2, device="meta"), "network.weight, without values"),
         (lambda: Extra(2, 2), "network._extra_state of dict"),
+        (lambda: beside(torch.eye(2).to_sparse()), "network.held, torch.sparse_coo"),
+        (lambda: beside(torch.zeros(1).expand(3)), "network.held, an expanded tensor"),
+        (lambda: beside(torch.zeros(2, dtype=torch.uint16)), "network.held of torch.uint16"),
+        (lambda: beside(inferred()), "network.held, of inference mode"),
+        (lambda: beside(torch.tensor(torch.nan)), "finite, .*'network.held' has values"),
+        (lambda: beside(torch.tensor(-torch.inf), parameter=True), "finite, .*'network.held'"),
+        (lambda: beside(torch.zeros(2), name="long" * 50), "short, printable names"),
+        (lambda: beside(torch.zeros(2), name="a\nb"), "short, printable names"),
+        (lambda: Hooked(2, 2, "more"), "a state_dict of its parameters .*: network.more"),
+        (lambda: Hooked(2, 2, "bias"), "a state_dict of its parameters .*: network.bias"),
+        (lambda: nn.Embedding(3, 2, sparse=True), "dense gradients; got sparse=True in network"),
+        (weight_normed, "allow copy.deepcopy; .*torch.nn.utils.parametrizations"),
     ],
 )
 def test_a_network_that_cannot_be_saved_is_refused_at_once(network, named):
-    with pytest.raises(ValueError, match=f"^denoiser must .*{named}"):
+    with pytest.raises(ValueError, match=f"^denoiser must .*{named}") as caught:
         TrainState(Denoiser(network(), VP(), V()), RECIPE)
+    assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A law, or a process, with a parameter that no denoiser has."""
+
+    scale: nn.Parameter
+
+    def __call__(self, *given):
+        return self.scale
+
+    def __getattr__(self, name):
+        return getattr(VP(), name)
+
+
+@pytest.mark.parametrize("name", ["process", "weight", "penalty", "times"])
+@pytest.mark.parametrize("kind", [Held, lambda p: nn.ParameterList([p])])
+def test_parameters_that_nothing_would_train_are_refused_at_once(name, kind):
+    """Learned weights of the loss, for example: the optimizer has those of the denoiser only."""
+    part = kind(nn.Parameter(torch.ones(())))
+    if name == "process":
+        part = Held(part if isinstance(part, nn.Module) else part.scale)
+    process, laws = (part, {}) if name == "process" else (VP(), {name: part})
+    with pytest.raises(ValueError, match=f"^{name} must .*so that its parameters are trained"):
+        TrainState(Denoiser(mlp(), process, V()), RECIPE, **laws)
+
+
+def test_a_law_may_use_parameters_of_the_denoiser():
+    process = Rate()
+    laws = {"times": NormalLogSNR(process), "weight": lambda level: level.alpha}
+    state = TrainState(Denoiser(mlp(), process, V()), RECIPE, **laws)
+    assert state.denoiser.trained is None  # its range would move with the process
+
+
+def test_no_step_is_made_beyond_the_recipe():
+    """A linear rate would be negative there, and a cosine would rise again."""
+    state = fresh(recipe=Recipe(steps=2, batch_size=4, decay="linear"))
+    advance(state, 2)
+    before = content(state)
+    with pytest.raises(ValueError, match="step must be below steps, 2; got 2; give a recipe"):
+        advance(state, 1)
+    assert_same_bits(content(state), before)
 
 
 def test_more_tensors_than_a_file_may_have_are_refused_at_once(monkeypatch):

@@ -84,8 +84,9 @@ def survive(kills, out, mnist, uninterrupted):
         newest = training.newest_checkpoint(out)
         seen.add(newest)
         written = table.stat().st_mtime_ns if table.exists() else 0
+        start = "--overwrite" if newest is None else "--resume"  # killed before its first save
         process = subprocess.Popen(
-            program(out, mnist, "--resume", slow=True),
+            program(out, mnist, start, slow=True),
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -13,7 +13,7 @@ from sde_diffusion.samplers import Adams, AdaptiveODE, AdaptiveSDE, Ancestral, E
 from sde_diffusion.samplers.exponential import DPMSolver, VelocityMultistep
 from sde_diffusion.samplers.external import TorchODE
 from sde_diffusion.samplers.sampler import SolverError
-from sde_diffusion.sampling import prior, sample, trajectory
+from sde_diffusion.sampling import encode, prior, sample, trajectory
 
 if TYPE_CHECKING:
     from sde_diffusion import data, files, inverse, metrics, plots, training, verify
@@ -50,6 +50,7 @@ __all__ = [
     "adopt",
     "data",
     "denoising_loss",
+    "encode",
     "exact",
     "files",
     "grids",

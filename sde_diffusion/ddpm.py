@@ -13,9 +13,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, islice
 from math import pi, sqrt
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.losses import L2, Penalty
 from sde_diffusion.models import Clipped, Model, Prediction
+from sde_diffusion.models.model import evaluating, finite, modules_of
 from sde_diffusion.noise import Brownian, Generated, Noise
 from sde_diffusion.processes import Discrete, Level
 from sde_diffusion.processes.level import coordinates, per_sample
-from sde_diffusion.sampling import chosen_noise
+from sde_diffusion.sampling import chosen_noise, warn_of_divergence
 from sde_diffusion.validate import FloatBatch
 
 __all__ = ["DDPM", "BoundTerms", "Variance"]
@@ -193,9 +193,16 @@ class DDPM:
         """x_(i-1) from x_i; no noise is added at i = 1 (Ho et al. 2020, Algorithm 2).
 
         Seeds belong to whole paths: see `p_chain` and `sample`. For samples at different i, an
-        injected noise is called with the interval of the largest.
+        injected noise is called with the interval of the largest. Networks run in eval mode.
         """
         source = chosen_noise(x, generator, None, noise)
+        with evaluating(modules_of(self.model)):
+            return self._drawn(x, i, variance, clamp, source)
+
+    def _drawn(
+        self, x: Tensor, i: Index, variance: Variance, clamp: float | None, source: Noise
+    ) -> Tensor:
+        """x_(i-1) of `p_sample`."""
         i = self.index(i, x)
         mean, of_step = self.p_mean_variance(x, i, variance=variance, clamp=clamp)
         last = float(i.max()) if i.numel() else 1.0
@@ -205,7 +212,7 @@ class DDPM:
     @validate.arguments
     def p_chain(
         self,
-        x: FloatBatch,
+        x: Annotated[FloatBatch, finite],
         i: int,
         *,
         variance: Variance = "beta",
@@ -214,13 +221,28 @@ class DDPM:
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
     ) -> Iterator[Tensor]:
-        """Iterate over x_(i-1), ..., x_0 from x = x_i."""
+        """Iterate over x_(i-1), ..., x_0 from x = x_i; networks run in eval mode.
+
+        Warns:
+            RuntimeWarning: if a sample is not finite at the end.
+        """
         steps = range(validate.integer("i", i, 1, self.num_steps), 0, -1)
         times = [k / self.num_steps for k in (*steps, 0)]
         path = partial(Brownian, clock=self.process.u, times=times)
         source = chosen_noise(x, generator, seeds, noise, path)
-        step = partial(self.p_sample, variance=variance, clamp=clamp, noise=source)
-        return islice(accumulate(steps, torch.no_grad()(step), initial=x), 1, None)
+        return self._chain(x, steps, variance, clamp, source)
+
+    def _chain(
+        self, x: Tensor, steps: range, variance: Variance, clamp: float | None, source: Noise
+    ) -> Iterator[Tensor]:
+        """Run the loop of `p_chain`."""
+        modules = modules_of(self.model)
+        for i in steps:
+            with torch.no_grad(), evaluating(modules):
+                x = self._drawn(x, i, variance, clamp, source)
+            if i == 1:
+                warn_of_divergence(x, "DDPM")
+            yield x
 
     @validate.arguments
     def sample(
@@ -306,10 +328,14 @@ class DDPM:
         seeds: Sequence[int] | None = None,
         noise: Noise | None = None,
     ) -> BoundTerms:
-        """All terms of the variational bound, by N calls of the model: see `BoundTerms`."""
+        """All terms of the variational bound, by N calls of the model: see `BoundTerms`.
+
+        Networks run in eval mode.
+        """
         source, n = chosen_noise(x0, generator, seeds, noise), self.num_steps
         term = partial(self.bound_term, x0, variance=variance)
-        first, *terms = (term(i, source(i / n, 0.0, x0)) for i in range(1, n + 1))
+        with evaluating(modules_of(self.model)):
+            first, *terms = (term(i, source(i / n, 0.0, x0)) for i in range(1, n + 1))
         return BoundTerms(self.prior_term(x0), torch.stack([first, *terms], dim=1)[:, 1:], first)
 
     # ---- indices -------------------------------------------------------------------------------

@@ -6,28 +6,51 @@ from 1 and any floating-point dtype; the samples have the same dtype.
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import currentframe
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.grids.grid import IS_GRID, cut
 from sde_diffusion.models import conditions
-from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
+from sde_diffusion.models.derivatives import leaf, recorded
+from sde_diffusion.models.model import (
+    IS_MODEL,
+    Bound,
+    HeldBelow,
+    KnownBelow,
+    Model,
+    evaluating,
+    finite,
+    modules_of,
+    trained_range,
+)
 from sde_diffusion.noise.brownian import Brownian
-from sde_diffusion.noise.sources import Generated, Noise, Seeded, sequence_of_seeds, start
+from sde_diffusion.noise.sources import (
+    Generated,
+    Injected,
+    Noise,
+    Repeated,
+    Seeded,
+    sequence_of_seeds,
+    start,
+)
 from sde_diffusion.processes.level import Level, coordinates, double
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
-from sde_diffusion.validate import Cond, FloatBatch, Kind, shown
+from sde_diffusion.validate import Choice, Cond, FloatBatch, Kind, shown
 
-__all__ = ["Sample", "prior", "sample", "trajectory"]
+__all__ = ["Sample", "encode", "prior", "sample", "trajectory"]
 
 IS_NOISE = Kind("a function noise(t, s, like)", "__call__")
+Grad = Annotated[bool | str, Choice(False, True, "checkpoint")]
 
 SLACK = 1e-6  # relative tolerance of log-SNRs: times may have been computed in float32
 
@@ -90,8 +113,12 @@ def trajectory(
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
     noise: Noise | None = None,
+    grad: Grad = False,
 ) -> Iterator[Sample]:
     """Iterate over the states of a batch from noise to data, one per step.
+
+    Networks run in eval mode in each step, also those of guidances; between the steps each module
+    has the mode that it had before.
 
     Args:
         model: the model to sample from.
@@ -103,33 +130,76 @@ def trajectory(
         cond: condition of a conditional model, a tensor or a mapping; first axis B or 1.
         generator: source of all noise.
         seeds: one per sample, instead of a generator. Each seed determines the Brownian path of its
-            sample (noise/brownian.py), whatever the rest of the batch and the number of steps.
+            sample, whatever the rest of the batch. Other numbers of steps use nearly the same path
+            (noise/brownian.py).
         noise: a function noise(t, s, like), instead of a generator.
+        grad: True to differentiate the states by x, cond and the weights of networks; times and
+            levels are constants. "checkpoint" computes each step again in the backward pass, with
+            the same noise: the memory is that of one step and of the states.
     Raises:
         ValueError, TypeError: naming the argument.
+    Warns:
+        UserWarning: if x or cond requires a gradient, without grad=True.
+        RuntimeWarning: if a sample is not finite at the end.
     """
+    path = path_of(model, sampler, steps, grid, times)
+    return states(model, sampler, x, path, cond, grad, generator, seeds, noise)
+
+
+def states(
+    model: Model, sampler: Sampler, x: Tensor, path: Tensor, cond: Cond | None, grad: bool | str,
+    generator: torch.Generator | None = None, seeds: Sequence[int] | None = None,
+    noise: Noise | None = None,
+) -> Iterator[Sample]:  # fmt: skip
+    """Check the arguments; return the states after each step along `path`, down or up."""
     validate.check_threads()
     if cond is not None:
         check_conditions(model, cond, len(x))
-    process, path, end = model.process, path_of(model, sampler, steps, grid, times), end_time(model)
+    check_grad(sampler, x, cond, grad)
+    process, end = model.process, end_time(model)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
     wrapped: Model = model if cond is None else Bound(model, cond)
-    if sampler.claims.adaptive and end > 0:
+    if levels[0].sigma == 0:
+        wrapped = KnownBelow(wrapped, x, end)
+    elif sampler.claims.adaptive and end > 0:
         wrapped = HeldBelow(wrapped, end)
-    return walk(wrapped, sampler, x, levels, source)
+    return walk(wrapped, sampler, x, levels, source, grad)
 
 
 def walk(
-    model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise
-) -> Iterator[Sample]:
+    model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise,
+    grad: bool | str,
+) -> Iterator[Sample]:  # fmt: skip
     """Run the loop of `trajectory`, whose arguments are checked before the first step."""
-    memory = None
+    modules, memory = modules_of(model, sampler), None
+    if grad and not x.requires_grad:  # so that gradients of guidances have those by weights
+        x = leaf(x)
+
+    def step(x: Tensor, t: Level[float], s: Level[float], noise: Noise, memory: Memory) -> Any:
+        with recorded() if grad else torch.no_grad(), evaluating(modules):
+            return sampler.step(model, x, t, s, noise, memory)
+
     for t, s in pairwise(levels):
-        with torch.no_grad():
-            x, memory = sampler.step(model, x, t, s, source, memory)
+        if grad == "checkpoint":
+            draws: list[Any] = []  # in the backward pass the step repeats them
+            again = partial(repeated, step, x, t, s, source, memory, draws)
+            with recorded():
+                x, memory = checkpoint(again, use_reentrant=False)
+        else:
+            x, memory = step(x, t, s, source, memory)
+        if s is levels[-1]:
+            warn_of_divergence(x, type(sampler).__name__)
         yield Sample(x, s.t, memory)
+
+
+def repeated(
+    step: Callable[..., Any], x: Tensor, t: Level[float], s: Level[float], source: Noise,
+    memory: Memory, draws: list[Any],
+) -> Any:  # fmt: skip
+    """Make a step with the noise in `draws`, which the first call fills."""
+    return step(x, t, s, Repeated(source, draws), memory)
 
 
 def sample(
@@ -144,37 +214,100 @@ def sample(
     generator: torch.Generator | None = None,
     seeds: Sequence[int] | None = None,
     noise: Noise | None = None,
+    grad: Grad = False,
     progress: bool = False,
 ) -> Tensor:
     """Return the last batch of a `trajectory`, shaped like x: data if the last time is 0.
 
     Args:
         progress: show a progress bar; the other arguments are those of `trajectory`.
-    Warns:
-        RuntimeWarning: if a sample is not finite at the end.
     """
-    states = trajectory(
+    path = trajectory(
         model, sampler, x, steps=steps, grid=grid, times=times, cond=cond, generator=generator,
-        seeds=seeds, noise=noise,
+        seeds=seeds, noise=noise, grad=grad,
     )  # fmt: skip
-    if progress:
-        from tqdm import tqdm
+    if not progress:
+        return last(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `trajectory` has warned
+        total = len(path_of(model, sampler, steps, grid, times)) - 1
+    return last(watched(path, total, sampler))
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `trajectory` has warned
-            total = len(path_of(model, sampler, steps, grid, times)) - 1
-        states = tqdm(states, total=total, desc=type(sampler).__name__)
-    for state in states:
-        x = state.x
+
+@validate.arguments
+def encode(
+    model: Annotated[Model, IS_MODEL],
+    sampler: Annotated[Sampler, IS_SAMPLER],
+    x0: Annotated[FloatBatch, finite],
+    *,
+    steps: int | None = None,
+    grid: Annotated[Grid, IS_GRID] | None = None,
+    times: Tensor | Sequence[float] | None = None,
+    cond: Cond | None = None,
+    grad: Grad = False,
+    progress: bool = False,
+) -> Tensor:
+    """Return the noise from which the probability flow leads to the data x0, shaped like x0.
+
+    The inverse of `sample` with the same arguments, up to the error of the solver: the path of
+    `sample`, upwards. At t = 0 the data are known and E[eps | x_0] = 0, so the model is not called
+    there. If it was trained down to a level above the data, the path up to this level is
+    x = alpha x0.
+
+    Args:
+        sampler: one that draws no noise: Heun, Ancestral(eta=0), Adams, DPMSolver, TorchODE or
+            ScipyODE. Others refuse the step up.
+        times: increasing times in [0, 1], (n + 1,); x0 is the batch at the first.
+        steps, grid, cond, grad, progress: as in `sample`.
+    """
+    path = path_of(model, sampler, steps, grid, times, up=True)
+    path = states(model, sampler, x0, path, cond, grad), len(path) - 1
+    return last(watched(*path, sampler) if progress else path[0])
+
+
+def last(path: Iterator[Sample]) -> Tensor:
+    """Run a path to its end and return the last batch; no other state stays in memory."""
+    return deque(path, maxlen=1).pop().x
+
+
+def watched(path: Iterator[Sample], total: int, sampler: Sampler) -> Iterator[Sample]:
+    """Show the progress along a path."""
+    from tqdm import tqdm
+
+    return iter(tqdm(path, total=total, desc=type(sampler).__name__))
+
+
+def warn_of_divergence(x: Tensor, name: str) -> None:
+    """Warn of samples that are not finite at the end of a run, as adaptive solvers refuse them."""
     rows = (~coordinates(x).isfinite().all(1)).nonzero().flatten().tolist()
     if rows:
-        warnings.warn(
+        warn(
             f"{len(rows)} of {len(x)} samples are not finite at the end, the first at row "
-            f"{rows[0]}: {type(sampler).__name__} or the model diverged",
+            f"{rows[0]}: {name} or the model diverged",
             RuntimeWarning,
-            stacklevel=2,
         )
-    return x
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this file: the filters show a warning once for each line."""
+    frame, level = currentframe(), 1
+    while frame is not None and frame.f_code.co_filename in (__file__, validate.__file__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
+
+
+def check_grad(sampler: Sampler, x: Tensor, cond: Cond | None, grad: bool | str) -> None:
+    """Refuse derivatives that a sampler does not have; warn if one is lost."""
+    name = type(sampler).__name__
+    if grad and not sampler.claims.differentiable:
+        raise ValueError(f"grad must be False for {name}, which has no derivative; got {grad}")
+    if grad == "checkpoint" and sampler.claims.adaptive:
+        raise ValueError(f"grad must be True or False for {name}, one step; got 'checkpoint'")
+    inputs = {"x": x} | ({} if cond is None else dict(conditions.entries(cond)))
+    if not grad and torch.is_grad_enabled():
+        lost = [name for name, value in inputs.items() if value.requires_grad]
+        if lost:
+            warn(f"{lost[0]} requires a gradient, which the samples lack; use grad=True")
 
 
 def check_conditions(model: Model, cond: Cond, count: int) -> None:
@@ -192,14 +325,17 @@ def check_conditions(model: Model, cond: Cond, count: int) -> None:
 
 def path_of(
     model: Model, sampler: Sampler, steps: int | None, grid: Grid | None,
-    times: Tensor | Sequence[float] | None,
+    times: Tensor | Sequence[float] | None, *, up: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return the times of a run, float64 on the CPU: `times`, or a grid in the trained range."""
+    """Return the times of a run, float64 on the CPU: `times`, or a grid in the trained range.
+
+    They decrease, or increase if `up`.
+    """
     name, adaptive, end = type(sampler).__name__, sampler.claims.adaptive, end_time(model)
     if times is not None:
         if steps is not None or grid is not None:
             raise ValueError("times must be given alone, without steps or grid; got both")
-        path = given_times(model, times)
+        path = given_times(model, times, up)
     elif adaptive and (steps is not None or grid is not None):
         word, got = ("grid", grid) if steps is None else ("steps", steps)
         raise ValueError(f"{word} must be left out for {name}, which chooses its own; got {got}")
@@ -211,7 +347,7 @@ def path_of(
         path = cut(rule(model.process, steps, start_time(model), ratio), end)
     if adaptive and path[-1] < end < path[-2]:
         path = torch.cat([path[:-1], path.new_tensor([end]), path[-1:]])
-    return path
+    return path.flip(0) if up else path
 
 
 def start_time(model: Model) -> float:
@@ -226,30 +362,38 @@ def end_time(model: Model) -> float:
     return 0.0 if high == math.inf else model.process.time(high).item()
 
 
-def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
-    """Return explicit times if they decrease; warn of times where the model was not trained."""
+def given_times(model: Model, times: Tensor | Sequence[float], up: bool) -> Tensor:
+    """Return explicit times from the last to the first; they must decrease, or increase if `up`.
+
+    Warn of times at which the model is evaluated but was not trained.
+    """
     path = finite("times", double(times, "times").cpu())
     if path.ndim != 1 or len(path) < 2:
         raise ValueError(f"times must hold at least two numbers; got shape {tuple(path.shape)}")
-    wrong = (~(path[:-1] > path[1:])).nonzero().flatten().tolist()
+    ordered = path[:-1] < path[1:] if up else path[:-1] > path[1:]
+    wrong = (~ordered).nonzero().flatten().tolist()
     if wrong:
         k, hint = wrong[0], "; reverse them" if len(wrong) == len(path) - 1 else ""
         got = f"times[{k}]={path[k]:g}, times[{k + 1}]={path[k + 1]:g}"
-        raise ValueError(f"times must decrease from noise to data; got {got}{hint}")
+        rule = "increase from data to noise" if up else "decrease from noise to data"
+        hint = f"{hint}, or use encode" if hint and not up else hint
+        raise ValueError(f"times must {rule}; got {got}{hint}")
+    path = path.flip(0) if up else path
+    called = path[path > 0] if up else path[:-1]
     low, high, only = trained_range(model)
-    log_snr = model.process.log_snr(path[:-1])
+    log_snr = model.process.log_snr(called)
     slack = SLACK * (1 + log_snr.abs())
     outside = ((log_snr < low - slack) | (log_snr > high + slack)).nonzero().flatten().tolist()
     if outside:
         k, first, last = outside[0], start_time(model), end_time(model)
         text = (
-            f"log_snr {log_snr[k]:.4g} at t={path[k]:.4g} is outside the range [{low:.4g}, "
+            f"log_snr {log_snr[k]:.4g} at t={called[k]:.4g} is outside the range [{low:.4g}, "
             f"{high:.4g}] at which the model was trained; use times from {first:.4g} to "
             f"{last:.4g}, then 0"
         )
         if only:
             raise ValueError(f"times must lie where the model is defined: {text}")
-        warnings.warn(text, stacklevel=5)
+        warn(text)
     return path
 
 
@@ -264,7 +408,8 @@ def chosen_noise(
     if sum(given is not None for given in (generator, seeds, noise)) > 1:
         raise ValueError("generator, seeds and noise must not be given together; got several")
     if noise is not None:
-        return IS_NOISE("noise", noise)
+        known = isinstance(noise, Generated | Seeded | Brownian)
+        return noise if known else Injected(IS_NOISE("noise", noise))
     if seeds is None:
         return Generated(generator)
     if len(sequence_of_seeds(seeds)) != len(x):

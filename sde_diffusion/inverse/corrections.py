@@ -22,7 +22,7 @@ from sde_diffusion.models import Model, Prediction, conditions, derivatives
 from sde_diffusion.models.model import Wrapper
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, posterior_kernel
-from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler
+from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Sampler, check_down
 from sde_diffusion.validate import Checked, Cond, Kind, Number
 
 __all__ = ["BackpropCorrection", "Corrected", "Differentiable", "PosteriorMeanCorrection"]
@@ -71,6 +71,7 @@ class Descent(Corrected):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         recorded_model = RecordingModel(model, self.through_network)
         x_s, _ = self.sampler.step(recorded_model, x, t, s, noise, None)
         first = recorded_model.first
@@ -147,17 +148,22 @@ class Differentiable(NamedTuple):
 
     @staticmethod
     def of(model: Model, x: Tensor, level: Level, cond: Cond | None = None) -> "Differentiable":
+        """Evaluate the model; `found` has a graph only where the caller records one of x."""
+        graph = derivatives.in_graph(x)
         with derivatives.recorded():
-            point = derivatives.leaf(x)
+            point = derivatives.point_of(x, graph)
             fixed = Level(*map(derivatives.ordinary, level))
             found = conditions.evaluate(model, point, fixed, cond)
             x0 = found.x0
         if not x0.requires_grad:
             raise ValueError("model must be differentiable in x; got an x0 with no derivative")
+        if graph:
+            return Differentiable(found, point, x0)
         extra = None if found.extra is None else found.extra.detach()
         first, second = found.first.detach(), found.second.detach()
         return Differentiable(Prediction(first, second, level, found.meaning, extra), point, x0)
 
     def back(self, pull: Tensor) -> Tensor:
         """Return J^T pull, with J = dx0 / dx."""
-        return torch.autograd.grad(self.x0, self.x, pull)[0]
+        graph = derivatives.in_graph(self.x) and not self.x.is_leaf
+        return torch.autograd.grad(self.x0, self.x, pull, create_graph=graph)[0]

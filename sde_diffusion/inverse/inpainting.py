@@ -23,6 +23,7 @@ from sde_diffusion.models.model import IS_MODEL, Model, per_sample_field
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, coordinates, forward_kernel
 from sde_diffusion.samplers import Ancestral, Memory, Sampler
+from sde_diffusion.samplers.sampler import check_down
 from sde_diffusion.sampling import prior, sample
 from sde_diffusion.validate import Choice, Cond, Count, arguments, batch
 
@@ -55,6 +56,7 @@ class Replacement(Corrected):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         x_s, _ = self.sampler.step(model, x, t, s, noise, None)
         y = check_fits(self.y, x, "x").to(x)
         entered = model.process.perturb(y, s, noise(s.t, s.t, x)) if s.sigma else y
@@ -84,6 +86,7 @@ class RePaint(Replacement):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         times = torch.linspace(t.t, s.t, self.jump + 1, dtype=torch.float64)
         levels = [t, *model.process.levels(times[1:-1]), s]
         a, b = forward_kernel(s, t)

@@ -1,6 +1,7 @@
 r"""Least squares with the derivative of an operator at a point."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ SMALL = 4096  # entries of the largest matrix that is decomposed as a whole
 ROUNDS = 200  # of conjugate gradients, at most
 
 
+Map = Callable[[Tensor], Tensor]
+
+
 class Linearized:
     """The derivative A of an operator at x0 (B, ...), for each sample.
 
@@ -21,7 +25,7 @@ class Linearized:
         ValueError: if the operator cannot be differentiated.
     """
 
-    def __init__(self, operator: Callable[[Tensor], Tensor], x0: Tensor) -> None:
+    def __init__(self, operator: Map, x0: Tensor) -> None:
         with recorded():
             self.x0 = leaf(x0)
             self.seen = operator(self.x0)
@@ -39,6 +43,18 @@ class Linearized:
         """Return A v, shaped like the operator's output, as the derivative of A^T v by v."""
         return torch.autograd.grad(self.pulled, self.dual, v, retain_graph=True)[0]
 
+    def check_linear(self) -> None:
+        """Refuse an operator whose A depends on x0: A is a constant in derivatives."""
+        with recorded():
+            pulled = self.transposed(uneven(self.seen), twice=True)
+        if not pulled.requires_grad:
+            return
+        (slope,) = torch.autograd.grad(
+            pulled, self.x0, uneven(pulled), retain_graph=True, materialize_grads=True
+        )
+        if bool((slope != 0).any()):
+            raise ValueError("operator must be linear to differentiate the solution; got another")
+
     def matrix(self) -> Tensor:
         """Return A of each sample, (B, m, d) float64; (1, m, d) if all are equal."""
         m = self.seen.shape[1:].numel()
@@ -48,8 +64,28 @@ class Linearized:
         return made[:1] if bool((made == made[:1]).all()) else made
 
 
+def uneven(like: Tensor) -> Tensor:
+    """Return different numbers, shaped like `like`, whose products do not cancel."""
+    return torch.linspace(1, 2, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
+
+
+class LinearMap(torch.autograd.Function):
+    """A linear map of v, whose derivative is its transpose; both can be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, at: Linearized, made: Map, transposed: Map) -> Tensor:
+        ctx.maps = at, made, transposed
+        return made(v)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        at, made, transposed = ctx.maps
+        at.check_linear()
+        return LinearMap.apply(gradients[0], at, transposed, made), None, None, None
+
+
 def least_squares(
-    operator: Callable[[Tensor], Tensor], x0: Tensor, r: Tensor, spread: Scalar, ridge: Scalar
+    operator: Map, x0: Tensor, r: Tensor, spread: Scalar, ridge: Scalar
 ) -> tuple[Tensor, Tensor]:
     r"""Solve  (spread A A^T + ridge I) z = r;  return  d = A^T z  and  ridge z = r - spread A d.
 
@@ -57,48 +93,85 @@ def least_squares(
     is least squares: the part of r outside the range of A is ignored. If spread is 0 too, d = 0.
     A small A is decomposed by singular values. For a large one, conjugate gradients solve
     (spread A^T A + ridge I) d = A^T r  in at most 200 rounds, which is an approximation if A is
-    ill-conditioned and ridge = 0.
+    ill-conditioned and ridge = 0. Where r requires a gradient, d and the rest have one, for a
+    linear operator; for any other the backward pass raises ValueError.
     """
     at = Linearized(operator, x0)
     small = r.shape[1:].numel() * x0.shape[1:].numel() <= SMALL
-    return (by_singular_values if small else by_conjugate_gradients)(at, r, spread, ridge)
+    solve, transposed = (by_singular_values if small else by_conjugate_gradients)(at, spread, ridge)
+    if not (torch.is_grad_enabled() and r.requires_grad):
+        return solve(r)
+    d = LinearMap.apply(r, at, lambda r: solve(r)[0], transposed)
+    return d, r - per_sample(spread, r) * LinearMap.apply(d, at, at.applied, at.transposed)
 
 
 def by_singular_values(
-    at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
-) -> tuple[Tensor, Tensor]:
-    """Solve `least_squares` in float64; singular values at the level of rounding count as 0."""
-    a, flat = at.matrix(), coordinates(r).double()
+    at: Linearized, spread: Scalar, ridge: Scalar
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Map]:
+    """Return r -> (d, rest) and g -> M^T g for d = M r, in float64.
+
+    Singular values at the level of rounding count as 0.
+    """
+    a, n = at.matrix(), len(at.seen)
     if not bool(a.isfinite().all()):
         raise ValueError("operator must have a finite derivative; got nan or infinity")
     s, e = (double(v).to(a).reshape(-1, 1) for v in (spread, ridge))
-    u, w, vt = (part.expand(len(r), *part.shape[1:]) for part in torch.linalg.svd(a, False))
+    u, w, vt = (part.expand(n, *part.shape[1:]) for part in torch.linalg.svd(a, False))
     counts = w > max(a.shape[1:]) * torch.finfo(w.dtype).eps * w.amax(1, keepdim=True)
     counts = counts & (s * w**2 + e > 0)
     share = torch.where(counts, w / torch.where(counts, s * w**2 + e, 1), 0)
-    d = torch.einsum("bkd,bk,bmk,bm->bd", vt, share, u, flat)
-    rest = flat - s * torch.einsum("bmd,bd->bm", a.expand(len(r), -1, -1), d)
-    return d.reshape(at.x0.shape).to(at.x0.dtype), rest.reshape(r.shape)
+
+    def solve(r: Tensor) -> tuple[Tensor, Tensor]:
+        flat = coordinates(r).double()
+        d = torch.einsum("bkd,bk,bmk,bm->bd", vt, share, u, flat)
+        rest = flat - s * torch.einsum("bmd,bd->bm", a.expand(n, -1, -1), d)
+        return d.reshape(at.x0.shape).to(at.x0.dtype), rest.reshape(r.shape)
+
+    def transposed(g: Tensor) -> Tensor:
+        z = torch.einsum("bmk,bk,bkd,bd->bm", u, share, vt, coordinates(g).double())
+        return z.reshape(at.seen.shape).to(g.dtype)
+
+    return solve, transposed
 
 
 def by_conjugate_gradients(
-    at: Linearized, r: Tensor, spread: Scalar, ridge: Scalar
-) -> tuple[Tensor, Tensor]:
-    """Solve `least_squares` without the matrix, with two back-propagations per round."""
+    at: Linearized, spread: Scalar, ridge: Scalar
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Map]:
+    """Return the maps of `by_singular_values` without the matrix of A.
+
+    Two back-propagations per round: M = (spread A^T A + ridge)^-1 A^T, and its transpose is
+    (spread A A^T + ridge)^-1 A.
+    """
     s, e = per_sample(spread, at.x0), per_sample(ridge, at.x0)
-    d = torch.zeros_like(at.x0)
-    g = at.transposed(r)  # the residual of the normal equations
-    p = g.clone()
+    s_r, e_r = per_sample(spread, at.seen), per_sample(ridge, at.seen)
+
+    def solve(r: Tensor) -> tuple[Tensor, Tensor]:
+        d = conjugate_gradients(
+            lambda p: s * at.transposed(at.applied(p)) + e * p, at.transposed(r)
+        )
+        return d, r - s_r * at.applied(d)
+
+    def transposed(g: Tensor) -> Tensor:
+        return conjugate_gradients(
+            lambda p: s_r * at.applied(at.transposed(p)) + e_r * p, at.applied(g)
+        )
+
+    return solve, transposed
+
+
+def conjugate_gradients(matrix: Map, g: Tensor) -> Tensor:
+    """Solve  matrix d = g  for each sample; the matrix is symmetric and not negative."""
+    d, p = torch.zeros_like(g), g.clone()
     size = coordinates(g).square().sum(1)
     enough = size * (16 * torch.finfo(size.dtype).eps) ** 2
     for _ in range(ROUNDS):
         going = ~(size <= enough)  # nan continues, and reaches the result
         if not bool(going.any()):
             break
-        m = s * at.transposed(at.applied(p)) + e * p
+        m = matrix(p)
         bend = coordinates(p * m).sum(1)
         step = per_sample(torch.where(going & (bend != 0), size / bend, 0), p)
         d, g = d + step * p, g - step * m
         before, size = size, coordinates(g).square().sum(1)
         p = g + per_sample(torch.where(going, size / before, 0), p) * p
-    return d, r - per_sample(spread, r) * at.applied(d)
+    return d

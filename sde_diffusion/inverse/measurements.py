@@ -87,7 +87,7 @@ class Measurement(Checked):
 
     def solve(self, x0: Tensor, spread: Scalar, ridge: Scalar) -> tuple[Tensor, Tensor]:
         """Solve `least_squares` for the residual at x0."""
-        return least_squares(self.operator, x0, self.residual(x0).detach(), spread, ridge)
+        return least_squares(self.operator, x0, self.residual(x0), spread, ridge)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -40,21 +40,35 @@ class PiGDM(Guided):
     `LogLikelihood`, which ignores s, it is the score form of DPS.
 
     Args:
-        model: any differentiable model; one forward and one backward pass per step.
+        model: any differentiable model; one forward and one backward pass per step. A model with
+            other evidence (ClassifierGuided, PiGDM, DiffPIR) is refused: given two measurements of
+            correlated coordinates no single s is right. Stack the measurements in one operator.
         observation: a Measurement, or a LogLikelihood.
         scale: w, 1 for Bayes' rule with this s. (Algorithm 1 of the paper uses a weight that
             depends on the level.)
         variance: v.
     """
 
+    conditioned: ClassVar = True
+
     observation: Annotated[Observation, IS_OBSERVATION]
     scale: Annotated[float, Number()] = 1.0
     variance: Positive = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner = self.model
+        while inner is not None:
+            if getattr(inner, "conditioned", False):
+                rule = "not be conditioned on other evidence: the variance is then another"
+                got = f"{type(inner).__name__}; stack both measurements in one operator"
+                raise ValueError(f"model must {rule}; got {got}")
+            inner = getattr(inner, "model", None)
+
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         at = Differentiable.of(self.model, x, level, cond)
         spread = posterior_variance(level, self.variance)
-        _, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
+        _, pull = self.observation.spread_likelihood(at.x0, spread)
         pull = self.scale * pull
         return with_added_score(at.found, level, at.back(pull), spread * pull)
 
@@ -75,6 +89,8 @@ class DiffPIR(Guided):
         measurement: one with a linear operator A.
         lam: lambda, the weight of the model against the measurement.
     """
+
+    conditioned: ClassVar = True
 
     measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
     lam: Positive = 1.0

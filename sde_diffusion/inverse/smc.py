@@ -12,7 +12,7 @@ likelihood of PiGDM, and q shifts the mean by v times its gradient.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, coordinates, posterior_kernel
 from sde_diffusion.samplers import Ancestral, Claims, Memory
+from sde_diffusion.samplers.sampler import check_down
 from sde_diffusion.validate import Checked, Integer, NonNegative, Positive, Share
 
 __all__ = ["SMC", "Particles"]
@@ -78,8 +79,8 @@ class SMC(Checked):
 
     @property
     def claims(self) -> Claims:
-        """The claims of Ancestral, whose chain this is."""
-        return Ancestral().claims
+        """The claims of Ancestral, whose chain this is; resampling has no derivative."""
+        return replace(Ancestral().claims, differentiable=False)
 
     @property
     def grid(self) -> Grid:
@@ -90,6 +91,7 @@ class SMC(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Particles]:  # fmt: skip
+        check_down(self, t, s)
         if len(x) % self.particles:
             clouds = f"clouds of {self.particles} particles"
             raise ValueError(f"the batch must hold {clouds}; got {len(x)} samples")

@@ -6,19 +6,18 @@ same metric, at the same sizes, between two halves of the real data.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sde_diffusion import data, validate
 from sde_diffusion.files import npz, storage
 from sde_diffusion.metrics import distances
 from sde_diffusion.metrics.distances import Features, Figure, Samples
-from sde_diffusion.models.model import finite
+from sde_diffusion.models.model import evaluating, finite, modules_of
 from sde_diffusion.validate import Checked, Count, FloatBatch, Integer, Kind, T, arguments, shown
 
 __all__ = [
@@ -128,13 +127,10 @@ def statistics(images: Tensor, network: Network, batch_size: int = 128) -> Stati
 def extract(images: Samples, network: Network, batch_size: Count = 128) -> Tensor:
     """Compute features (N, d) of images (N, C, H, W) in batches, without gradients.
 
-    A module runs in eval mode; afterwards it is in the mode that it was in before.
+    Modules run in eval mode; afterwards each is in the mode that it was in before.
     """
     batches = images.split(batch_size)
-    with torch.no_grad(), ExitStack() as afterwards:
-        for part in network.modules() if isinstance(network, nn.Module) else ():
-            afterwards.callback(setattr, part, "training", part.training)
-            part.training = False
+    with torch.no_grad(), evaluating(modules_of(network)):
         found = [network(batch) for batch in batches]
     for part, n in zip(found, map(len, batches), strict=True):
         if part.ndim != 2 or len(part) != n:

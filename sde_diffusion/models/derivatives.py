@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradient", "leaf", "one_per_sample", "ordinary", "recorded"]
+__all__ = ["gradient", "in_graph", "leaf", "one_per_sample", "ordinary", "point_of", "recorded"]
 
 
 @contextmanager
@@ -30,14 +30,29 @@ def leaf(x: Tensor) -> Tensor:
     return ordinary(x.detach()).requires_grad_()
 
 
+def in_graph(x: Tensor) -> bool:
+    """Return True if the caller records gradients by x: derivatives must then have one, too."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def point_of(x: Tensor, graph: bool) -> Tensor:
+    """Return x, to differentiate a function there: in the graph of x, or a leaf."""
+    return x.view_as(x) if graph else leaf(x)
+
+
 def gradient(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values (B,) of a function of each sample, and its gradient, shaped like x."""
+    """Return the values (B,) of a function of each sample, and its gradient, shaped like x.
+
+    Where the caller records gradients by x, both can be differentiated.
+    """
+    graph = in_graph(x)
     with recorded():
-        point = leaf(x)
+        point = point_of(x, graph)
         value = function(point)
         if not value.requires_grad:
             raise ValueError(f"{name} must be differentiable in x; got a constant")
-        return value.detach(), torch.autograd.grad(value.sum(), point)[0]
+        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=graph)
+    return value if graph else value.detach(), slope
 
 
 def one_per_sample(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ write 1 + w for this w.)
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class ClassifierGuided(Guided):
         y: the target, first axis B or 1.
         scale: w.
     """
+
+    conditioned: ClassVar = True  # on evidence: the data are not those of the inner model
 
     log_prob: Annotated[
         Callable[[Tensor, Level, Tensor], Tensor], Kind("a function of (x, level, y)", "__call__")

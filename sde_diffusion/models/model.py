@@ -5,20 +5,34 @@ x is (B, ...); cond is a tensor or a mapping of tensors whose first axis is B or
 """
 
 import copy
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NoneType,
+)
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sde_diffusion.models import conditions
 from sde_diffusion.models.parameterizations import X0
-from sde_diffusion.models.prediction import Prediction
+from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes import Level, Process, double
 from sde_diffusion.validate import Cond, Kind, shown
 
-__all__ = ["Bound", "LogSNRRange", "Model", "level_of", "per_sample_field", "select"]
+__all__ = [
+    "Bound", "LogSNRRange", "Model", "evaluating", "level_of", "modules_of", "per_sample_field",
+    "select",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -54,6 +68,8 @@ class LogSNRRange(NamedTuple):
 
 
 EVERYWHERE = LogSNRRange()
+EMPTY = CellType()  # of a variable that is not set yet
+PLAIN = NoneType, Tensor, str, float, int, type, ModuleType, BuiltinFunctionType
 
 
 class Model(Protocol):
@@ -136,6 +152,65 @@ def rows_of(value: Any, index: Tensor) -> Any:
     return value[index.to(value.device)]
 
 
+# ---- networks in eval mode ---------------------------------------------------------------------
+
+
+def modules_of(*values: Any) -> list[nn.Module]:
+    """Return the torch modules in models, samplers and functions, submodules included.
+
+    Attributes, entries of containers, methods' objects, and the variables that functions use are
+    searched.
+    """
+    found: list[nn.Module] = []
+    waiting, seen = list(values), set[int]()
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in seen and not isinstance(value, PLAIN):
+            seen.add(id(value))
+            waiting.extend(parts_of(value))
+            if isinstance(value, nn.Module):
+                found.append(value)
+    return found
+
+
+def parts_of(value: Any) -> Iterable[Any]:
+    """Return the objects that an object consists of or uses, for `modules_of`."""
+    if isinstance(value, nn.Module):
+        own = (part for name, part in vars(value).items() if not name.startswith("_"))
+        return *value.children(), *own
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple | set | frozenset):
+        return () if value and isinstance(next(iter(value)), float) else value  # a table
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != EMPTY)
+        used = (value.__globals__.get(name) for name in value.__code__.co_names)
+        return () if value.__module__.startswith("torch.") else (*cells, *used)
+    of_torch = type(value).__module__.startswith("torch.")
+    return () if of_torch else getattr(value, "__dict__", {}).values()
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put modules in eval mode: no dropout, and the stored statistics of BatchNorm.
+
+    Afterwards each has the mode that it had before, exceptions included. The flags alone are set:
+    `train` and `eval` may be overridden.
+    """
+    changed = [module for module in modules if module.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
 # ---- models around another model ---------------------------------------------------------------
 
 
@@ -196,3 +271,21 @@ class HeldBelow(Wrapper):
         if beyond > 0 or self.x0 is None:
             return self.model(x, level)
         return Prediction(x, self.x0, level, X0())
+
+
+@dataclass(eq=False)
+class KnownBelow(Wrapper):
+    """A model of a batch whose data are known: at t = 0 and below time `end`.
+
+    For paths that start from data. There x0 is the batch itself and E[eps | x_0] = 0, so the path
+    is  x = alpha x0  up to `end`, and the network is not called where it was not trained.
+    """
+
+    model: Any
+    x0: Tensor
+    end: float
+
+    def __call__(self, x: Tensor, level: Level) -> Prediction:
+        if level.sigma == 0 or level.t < self.end * (1 - 1e-9):
+            return truth(self.x0.to(x), torch.zeros_like(x), level)
+        return self.model(x, level)

@@ -5,8 +5,9 @@ with the key (seed, purpose, step, position). So a sample does not depend on the
 and a training step does not depend on the number of processes.
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from enum import IntEnum
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,6 +113,51 @@ class Seeded:
         dtype = np.float64 if like.dtype == torch.float64 else np.float32
         rows = [row.standard_normal(like.shape[1:], dtype=dtype) for row in self.streams]
         return torch.from_numpy(np.stack(rows)).to(like) if rows else torch.empty_like(like)
+
+
+class Injected:
+    """A function noise(t, s, like) of the caller, whose draws are checked.
+
+    A draw of another shape would be broadcast: all samples would have the same noise.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        self.noise = noise
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        draw: Any = self.noise(t, s, like)
+        if not isinstance(draw, Tensor):
+            raise TypeError(f"noise must return a tensor; got {validate.shown(draw)}")
+        for name in ("shape", "dtype", "device"):
+            got, wanted = getattr(draw, name), getattr(like, name)
+            if got != wanted:
+                got, wanted = (tuple(v) if name == "shape" else v for v in (got, wanted))
+                raise ValueError(f"noise must return the {name} of like, {wanted}; got {got}")
+        return draw
+
+
+class Repeated:
+    """A source whose draws are kept in a list: draws that are in it already are repeated.
+
+    Args:
+        source: of the first run.
+        draws: empty in the first run.
+    """
+
+    def __init__(self, source: Noise, draws: list[Any]) -> None:
+        self.source, self.draws, self.count = source, draws, 0
+        entropy = getattr(source, "entropy", None)
+        self.entropy = entropy and partial(self.next, entropy)
+
+    def __call__(self, t: float, s: float, like: Tensor) -> Tensor:
+        return self.next(self.source, t, s, like)
+
+    def next(self, draw: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the next draw."""
+        if self.count == len(self.draws):
+            self.draws.append(draw(*arguments))
+        self.count += 1
+        return self.draws[self.count - 1]
 
 
 def start(

@@ -110,9 +110,10 @@ class Adams(Checked):
     ) -> tuple[Tensor, History | None]:  # fmt: skip
         frame = self.frame
         now, then = frame.clock(t), frame.clock(s)
-        trusted = self.start is not None and s.sigma >= (1 - 1e-9) * self.start * s.alpha
+        low = s if then < now else t  # a path may also go up
+        trusted = self.start is not None and low.sigma >= (1 - 1e-9) * self.start * low.alpha
         # If alpha underflows at both, they are one level.
-        if trusted or now - then <= finest(x.dtype):
+        if trusted or abs(now - then) <= finest(x.dtype):
             return frame.leave(frame.enter(x, t), s), memory
         slope = frame.slope(model(x, t))
         if memory is None:

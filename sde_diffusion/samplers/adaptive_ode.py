@@ -29,7 +29,15 @@ from sde_diffusion.grids.frames import IS_FRAME
 from sde_diffusion.models.model import Model, select
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, Scalar, coordinates, double
-from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, finest, over
+from sde_diffusion.samplers.sampler import (
+    Claims,
+    Memory,
+    SampleReport,
+    SolverError,
+    check_down,
+    finest,
+    over,
+)
 from sde_diffusion.validate import Checked, Choice, Count, Integer, Positive
 
 __all__ = ["AdaptiveODE"]
@@ -91,6 +99,7 @@ class AdaptiveODE(Checked):
             SolverError: naming t, the step and the limit, where a sample reaches `max_calls` or its
                 steps vanish (unless `return_partial`), and where the model is not finite.
         """
+        check_down(self, t, s)
         state = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         whole = self.frame.clock(t) - self.frame.clock(s)
         if whole <= finest(state.dtype) or not x.numel():  # one level, or there is no sample
@@ -347,5 +356,8 @@ def plus(z: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
 
 
 def norm(z: Tensor) -> Tensor:
-    """Root mean square over the coordinates of each sample, (n,) float64."""
-    return double(coordinates(z).square().mean(1).sqrt())
+    """Root mean square over the coordinates of each sample, (n,) float64.
+
+    A constant in derivatives: they are those of the path on the steps that it has chosen.
+    """
+    return double(coordinates(z.detach()).square().mean(1).sqrt())

@@ -34,7 +34,14 @@ from sde_diffusion.noise.brownian import ROOT, WHOLE, Interval, child, rotated, 
 from sde_diffusion.noise.counter import mixed_, normals, signed
 from sde_diffusion.noise.sources import Generated, Noise
 from sde_diffusion.processes.level import Level, coordinates, enter, leave, log_snr_at
-from sde_diffusion.samplers.sampler import Claims, Memory, SampleReport, SolverError, over
+from sde_diffusion.samplers.sampler import (
+    Claims,
+    Memory,
+    SampleReport,
+    SolverError,
+    check_down,
+    over,
+)
 from sde_diffusion.validate import Checked, Choice, Count, Positive
 
 __all__ = ["AdaptiveSDE"]
@@ -92,6 +99,7 @@ class AdaptiveSDE(Checked):
                 not finite.
             ValueError: for injected noise, which cannot be refined.
         """
+        check_down(self, t, s)
         keys = keys_of(noise, x)
         if memory is not None:
             keys = mixed_(keys + int(t.u * 2**53))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sde_diffusion.grids import Usual
 from sde_diffusion.processes.level import Level, forward_kernel, posterior_kernel
-from sde_diffusion.samplers.sampler import Claims, Memory, Model, Noise
+from sde_diffusion.samplers.sampler import Claims, Memory, Model, Noise, check_down
 from sde_diffusion.validate import Checked, Share
 
 __all__ = ["Ancestral"]
@@ -52,6 +52,8 @@ class Ancestral(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        if self.eta > 0:
+            check_down(self, t, s)
         b = forward_kernel(s, t)[1]
         v = self.eta**2 * posterior_kernel(s, t)[1]
         mean = model(x, t).combine(s.alpha, sqrt(max(s.sigma**2 - v, 0.0)))

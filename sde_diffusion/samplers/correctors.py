@@ -14,7 +14,15 @@ from torch import Tensor
 from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.processes.level import Level, forward_kernel
-from sde_diffusion.samplers.sampler import IS_SAMPLER, Claims, Memory, Model, Noise, Sampler
+from sde_diffusion.samplers.sampler import (
+    IS_SAMPLER,
+    Claims,
+    Memory,
+    Model,
+    Noise,
+    Sampler,
+    check_down,
+)
 from sde_diffusion.validate import Checked, Count, NonNegative, Number, Positive
 
 __all__ = ["Churn", "Langevin"]
@@ -64,6 +72,7 @@ class Langevin(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         x, memory = self.sampler.step(model, x, t, s, noise, memory)
         if s.sigma == 0:
             return x, memory
@@ -123,6 +132,7 @@ class Churn(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         up = 1 + self.gamma(t, s)
         above = t if up == 1 else model.process.level_at(up * t.sigma / (t.alpha + up * t.sigma))
         if above.log_snr >= t.log_snr:  # no noise is added here, or the process ends here

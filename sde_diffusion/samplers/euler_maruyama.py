@@ -14,7 +14,7 @@ from torch import Tensor
 from sde_diffusion.grids import FromTMax
 from sde_diffusion.processes.level import RatedLevel
 from sde_diffusion.processes.process import SLACK, Process
-from sde_diffusion.samplers.sampler import Claims, Level, Memory, Model, Noise
+from sde_diffusion.samplers.sampler import Claims, Level, Memory, Model, Noise, check_down
 
 __all__ = ["EulerMaruyama"]
 
@@ -30,6 +30,7 @@ class EulerMaruyama:
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         rates, dt = rates_at(model.process, t), t.t - s.t
         drift = reverse_drift(model, x, t, rates)
         return x + drift.mul_(dt).add_(noise(t.t, s.t, x), alpha=sqrt(rates[1] * dt)), None

@@ -21,7 +21,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 from sde_diffusion.grids import Grid, Power
-from sde_diffusion.samplers.sampler import Claims, Level, Model, Noise, finest
+from sde_diffusion.samplers.sampler import Claims, Level, Model, Noise, check_down, finest
 from sde_diffusion.validate import Checked, Integer, Number, Share
 
 __all__ = ["DPMSolver", "VelocityMultistep"]
@@ -88,6 +88,8 @@ class DPMSolver(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Estimates | None,
     ) -> tuple[Tensor, Estimates]:  # fmt: skip
+        if self.eta > 0:
+            check_down(self, t, s)
         estimates = remembered(model(x, t).x0, t, memory, self.k)
         extrapolate = quadratic if self.k == 3 else linear
         return held(x, extrapolate(estimates, s), t, s, self.eta, noise), estimates
@@ -158,6 +160,7 @@ class VelocityMultistep(Checked):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Held | None,
     ) -> tuple[Tensor, Held]:  # fmt: skip
+        check_down(self, t, s)
         x0, gap = model(x, t).x0, log_snr_gap(t, s)
         if memory is not None:
             delta, power = x0 - memory.x0, (1 + self.eta**2) / 2
@@ -170,9 +173,15 @@ class VelocityMultistep(Checked):
 def held(
     x: Tensor, x0: Tensor, t: Level[float], s: Level[float], eta: float, noise: Noise
 ) -> Tensor:
-    """Equation (1) times alpha_s, in a form without 1 / alpha_t: x0 is constant from t to s."""
-    if s.sigma == 0:
+    """Equation (1) times alpha_s, in a form without 1 / alpha_t: x0 is constant from t to s.
+
+    At sigma_t = 0, where a path up begins, E[eps | x] = 0.
+    """
+    if s.sigma == 0 or t.sigma == 0:
         return x0 * s.alpha
+    if s.t > t.t:  # without noise, and possibly up to alpha_s = 0
+        kept = s.sigma / t.sigma
+        return (x * kept).add_(x0, alpha=s.alpha - t.alpha * kept)
     gap = log_snr_gap(t, s)
     kept = s.sigma / t.sigma * (1 - fall(gap, eta**2))
     made = (x * kept).add_(x0, alpha=s.alpha * fall(gap, 1 + eta**2))
@@ -194,7 +203,7 @@ def remembered(x0: Tensor, t: Level[float], memory: Estimates | None, k: int) ->
     """The last k estimates with the new one; of two at levels equal up to rounding, the newer."""
     here, nodes, estimates = t.log_snr / 2, (), ()
     if memory is not None:
-        apart = here - memory.half_log_snr[0] > finest(x0.dtype)
+        apart = abs(here - memory.half_log_snr[0]) > finest(x0.dtype)
         nodes, estimates = memory.half_log_snr[not apart :], memory.x0[not apart :]
     return Estimates((here, *nodes)[:k], (x0, *estimates)[:k])
 
@@ -202,7 +211,7 @@ def remembered(x0: Tensor, t: Level[float], memory: Estimates | None, k: int) ->
 def linear(estimates: Estimates, s: Level[float]) -> Tensor:
     """x0 + h / (2 h_1) (x0 - x0_1), Lu et al. 2022b, Algorithm 2; h_1 may be infinite."""
     x0, *before = estimates.x0
-    if not before or s.sigma == 0:
+    if not before or s.sigma == 0 or s.alpha == 0:
         return x0
     here, last, *_ = estimates.half_log_snr
     share = (s.log_snr / 2 - here) / (2 * (here - last))
@@ -218,7 +227,7 @@ def quadratic(estimates: Estimates, s: Level[float]) -> Tensor:
 
         <tau> = (h - 1 + e^-h) / (1 - e^-h),             <tau^2> = h^2 / (1 - e^-h) - 2 <tau>
     """
-    if len(estimates.x0) < 3 or s.sigma == 0:
+    if len(estimates.x0) < 3 or s.sigma == 0 or s.alpha == 0:
         return linear(estimates, s)
     here, last, oldest = estimates.half_log_snr
     h, h_1, h_2 = s.log_snr / 2 - here, here - last, last - oldest

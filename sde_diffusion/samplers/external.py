@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.grids import Ends
-from sde_diffusion.noise.sources import Generated, Noise
+from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes.level import Level, coordinates, enter, leave
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, rates_at, reverse_drift
-from sde_diffusion.samplers.sampler import Claims, Memory, Model, SolverError
+from sde_diffusion.samplers.sampler import Claims, Memory, Model, SolverError, check_down
 from sde_diffusion.validate import Checked, Choice, Count, Positive
 
 __all__ = ["CallCount", "ScipyODE", "TorchODE", "TorchSDE"]
@@ -51,15 +51,17 @@ class AdaptiveSolver(Checked, ABC):
         if s.u == t.u or not x.numel():  # alpha underflows at both, or there is no sample
             return leave(enter(x, t), s), CallCount(0)
         y = enter(x.to(torch.promote_types(x.dtype, torch.float32)), t)
-        if s.u > 0:
+        # Stop a little above sigma = 0, where networks are not trained and x0 does not fix eps, and
+        # finish by Euler's rule; or start by it. Its error is u^2 |y''| / 2: for
+        # u = sqrt(tolerance) / 10 it is 1/200 of the tolerance times |y''|.
+        near = min(0.1 * min(self.rtol, self.atol) ** 0.5, max(t.u, s.u) / 2)
+        if t.u == 0:
+            y = self._integrate(slope, y + near * slope(0.0, y), near, s.u)
+        elif s.u > 0:
             y = self._integrate(slope, y, t.u, s.u)
         else:
-            # Stop a little above sigma = 0, where networks are not trained and x0 does not fix eps,
-            # and finish by Euler's rule. Its error is u^2 |y''| / 2: for u = sqrt(tolerance) / 10
-            # it is 1/200 of the tolerance times |y''|.
-            end = min(0.1 * min(self.rtol, self.atol) ** 0.5, t.u / 2)
-            y = self._integrate(slope, y, t.u, end)
-            y = y - end * slope(end, y)
+            y = self._integrate(slope, y, t.u, near)
+            y = y - near * slope(near, y)
         return leave(y, s).to(x), CallCount(slope.calls)
 
     @abstractmethod
@@ -70,6 +72,8 @@ class AdaptiveSolver(Checked, ABC):
 @dataclass(frozen=True)
 class TorchODE(AdaptiveSolver):
     """Any method of torchdiffeq. One error norm and one step size serve the whole batch.
+
+    Derivatives are those of the steps that it has chosen.
 
     Args:
         method: adaptive ("dopri8", "dopri5", "bosh3", "fehlberg2", "adaptive_heun"), or fixed-step
@@ -96,6 +100,7 @@ class TorchODE(AdaptiveSolver):
         options = None
         if self.method in self.ADAPTIVE:  # otherwise they overstep the end and interpolate
             options = {"step_t": span[1:], "max_step": self.LARGEST_STEP, "dtype": real}
+            options["norm"] = detached_norm
         rtol, atol = self.SAFETY * self.rtol, self.SAFETY * self.atol
         try:
             path = odeint(slope, y, span, rtol=rtol, atol=atol, method=self.method, options=options)
@@ -104,9 +109,16 @@ class TorchODE(AdaptiveSolver):
         return cast(Tensor, path)[-1]
 
 
+def detached_norm(y: Tensor) -> Tensor:
+    """The norm of torchdiffeq, a constant in derivatives: they are those of the chosen steps."""
+    return y.detach().abs().pow(2).mean().sqrt()
+
+
 @dataclass(frozen=True)
 class ScipyODE(AdaptiveSolver):
     """Any method of scipy.integrate.solve_ivp, in float64: an accurate, slow reference.
+
+    It has no derivatives.
 
     Args:
         method: "RK45", "RK23", "DOP853", "Radau", "BDF" or "LSODA".
@@ -120,6 +132,8 @@ class ScipyODE(AdaptiveSolver):
     rtol: Positive = 1e-8
     atol: Positive = 1e-8
     max_calls: Count = 100_000
+
+    claims = replace(AdaptiveSolver.claims, differentiable=False)
 
     def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from scipy.integrate import solve_ivp
@@ -185,6 +199,7 @@ class TorchSDE(Checked):
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         from torchsde import sdeint
 
+        check_down(self, t, s)
         if not x.numel():
             return x.clone(), None
         srk = self.method == "srk"
@@ -249,10 +264,11 @@ def torchsde_path(sampler: Any, noise: Noise, x: Tensor, t: Level[float], s: Lev
     """A BrownianInterval of torchsde with entropy from the generator of the run."""
     from torchsde import BrownianInterval
 
-    if not isinstance(noise, Generated):
+    entropy_of = getattr(noise, "entropy", None)
+    if entropy_of is None:
         advice = "its path is drawn by torchsde; give generator="
         raise ValueError(f"seeds and noise must be left out for {sampler}; {advice}")
-    size, entropy, area = coordinates(x).shape, noise.entropy(), "space-time"
+    size, entropy, area = coordinates(x).shape, entropy_of(), "space-time"
     return BrownianInterval(
         -t.t, -s.t, size, x.dtype, x.device, entropy, levy_area_approximation=area
     )

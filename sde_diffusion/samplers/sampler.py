@@ -1,6 +1,7 @@
 """The sampler protocol: a rule for one step, its claims, and the report of an adaptive solver.
 
-Convention: a sampler moves a batch from time t to an earlier time s < t.
+Convention: a sampler moves a batch from time t to an earlier time s < t. Those that can also step
+up, from data to noise, do so with the same code and s > t; the others refuse (`check_down`).
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Claims:
         adaptive: True if it chooses its own levels, and takes no `steps`.
         rates: True if it needs the rates f and g^2: its steps then start at a RatedLevel.
         rounding: relative rounding error of its own arithmetic, where it is not float64's.
+        differentiable: False if its steps cannot be differentiated, so that grad=True is refused.
     """
 
     order: int | None
@@ -45,6 +47,7 @@ class Claims:
     adaptive: bool = False
     rates: bool = False
     rounding: float = 0.0
+    differentiable: bool = True
 
     @property
     def of_one_step(self) -> int | None:
@@ -98,6 +101,13 @@ class SampleReport(NamedTuple):
         """The record of a batch that does not move."""
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return SampleReport(none, none.clone(), none.double(), none == 0)
+
+
+def check_down(sampler: Any, t: Level[float], s: Level[float]) -> None:
+    """Refuse a step up to a higher noise level, for samplers that only step down."""
+    if s.t > t.t:
+        got, name = f"t={t.t:.4g}, then {s.t:.4g}", type(sampler).__name__
+        raise ValueError(f"times must decrease for {name}; got {got}; Heun steps both ways")
 
 
 def finest(dtype: torch.dtype) -> float:

@@ -68,7 +68,7 @@ def test_least_squares_solve_what_they_say(rule, name, spread, ridge):
     """(spread A A^T + ridge I) z = r: A^T z and ridge z, against a dense solution."""
     operator, matrix, x = OPERATORS[name], dense(OPERATORS[name]), drawn(2, 3, 4, 6)
     r = operator(drawn(2, 3, 4, 6, seed=9)) - operator(x)
-    pulled, rest = rule(Linearized(operator, x), r, spread, ridge)
+    pulled, rest = rule(Linearized(operator, x), spread, ridge)[0](r)
     whole = spread * matrix @ matrix.T + ridge * torch.eye(len(matrix), dtype=torch.float64)
     z = torch.linalg.lstsq(whole, r.flatten(1).T, driver="gelsd").solution
     # Blurs without a ridge are ill-conditioned: a rest of eps is an error of eps * condition.
@@ -84,7 +84,7 @@ def test_what_nothing_explains_of_a_measurement_counts_for_nothing(rule):
     """Without a ridge: the pseudoinverse, for dependent rows and values that they cannot make."""
     matrix = drawn(5, 3, seed=1) @ drawn(3, 8, seed=2)  # rank 3 of 5 rows
     x, r = drawn(4, 8), drawn(4, 5, seed=3)
-    d, _ = rule(Linearized(Matrix(matrix), x), r, 0.7, 0.0)
+    d, _ = rule(Linearized(Matrix(matrix), x), 0.7, 0.0)[0](r)
     expected = r @ torch.linalg.pinv(matrix).T / 0.7
     values = torch.linalg.svdvals(matrix)[:3]
     bound = 1e-13 * float((values[0] / values[2]) ** 2 * expected.abs().max())

@@ -24,6 +24,7 @@ from sde_diffusion.noise import Noise
 from sde_diffusion.processes import EDM, Level, Process, double
 from sde_diffusion.processes.level import enter, leave
 from sde_diffusion.samplers import Claims, Memory, SolverError
+from sde_diffusion.samplers.sampler import check_down
 from sde_diffusion.validate import Checked, Kind, Share
 from sde_diffusion.verify.probe import NotAffine
 
@@ -144,7 +145,9 @@ class OneStep(Checked, ABC):
 
     @property
     def claims(self) -> Claims:
-        return Claims(self.order, noise=True, adaptive=True, rounding=self.rounding)
+        return Claims(
+            self.order, noise=True, adaptive=True, rounding=self.rounding, differentiable=False
+        )
 
     @abstractmethod
     def _loop(self, model: PeerModel, x: Tensor) -> tuple[Tensor, str]:
@@ -154,6 +157,7 @@ class OneStep(Checked, ABC):
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
+        check_down(self, t, s)
         with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
             end, remark = self._loop(PeerModel(model, injected), x.clone())
         return end.to(x), Remark(remark)

@@ -3,9 +3,12 @@
 import gzip
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
+import tracemalloc
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -183,6 +186,58 @@ def test_a_damaged_gz_is_refused_by_name_or_read_unharmed(tmp_path):
         else:
             assert torch.equal(loaded.labels, labels)
     assert refused > 0.7 * len(whole) * 8 / 5  # all but 6 of about 40 bytes matter
+
+
+def of_shape(kind, *shape, value=0):
+    """Return bytes of a whole IDX file of another type or shape."""
+    return idx(np.full(shape, value, dtype=np.uint8)).replace(b"\x08", kind, 1)
+
+
+HOSTILE = {  # file, its bytes, the reason
+    "14 x 56": ("train-images", of_shape(b"\x08", 20, 14, 56), "28 x 28 bytes; got 20 x 14 x 56"),
+    "1 x 1": ("train-images", of_shape(b"\x08", 20, 1, 1), "got 20 x 1 x 1"),
+    "none": ("train-images", of_shape(b"\x08", 0, 28, 28), "got 0 x 28 x 28"),
+    "too many": ("train-labels", of_shape(b"\x08", 60_001), "1 to 60000 bytes; got 60001"),
+    "floats": ("train-images", of_shape(b"\x0d", 20, 28, 28), "format: starts with 00 00 0d 03"),
+    "labels of 200": ("train-labels", of_shape(b"\x08", 20, value=200),
+                      r"labels must lie in \[0, 9\]; got 200 in row 0"),
+    "labels as images": ("train-images", of_shape(b"\x08", 20), "starts with 00 00 08 01"),
+    "a header cut short": ("train-images", b"\0\0\x08\3\0\0", "train-images-idx3-ubyte"),
+    "a byte more": ("train-labels", of_shape(b"\x08", 20) + b"\0", "20 bytes after .* got more"),
+    "a byte less": ("train-labels", of_shape(b"\x08", 20)[:-1], "20 bytes after .* got 19"),
+    "fewer labels": ("train-labels", of_shape(b"\x08", 19), "19 labels for the 20 images of "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["torchvision's, unpacked", "torchvision's, as fetched"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_files_of_another_type_shape_or_range_are_refused_by_name(tmp_path, what, layout):
+    """Also with download=True, which never reads them by other means."""
+    file, contents, reason = HOSTILE[what]
+    (path,) = lay_out(tmp_path, layout=layout).glob(f"{file}*")
+    path.write_bytes(gzip.compress(contents) if path.suffix else contents)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{path} cannot be read: ")
+    assert re.search(reason, message)
+    assert refusal(tmp_path, lambda root: data.mnist(root, download=True)) == message
+
+
+@pytest.mark.parametrize("count", [2**20, 60_000])
+def test_a_small_gz_that_unpacks_to_a_large_file_takes_no_memory(tmp_path, count):
+    """Of 1 GB, in 1 MB; the header says all of it, or MNIST's size, which may be read."""
+    path = lay_out(tmp_path) / "train-images-idx3-ubyte.gz"
+    pack = zlib.compressobj(9, wbits=31)
+    head = b"\0\0\x08\3" + struct.pack(">3I", count, 28, 28)
+    first, zeros = (pack.compress(x) + pack.flush(zlib.Z_FULL_FLUSH) for x in (head, bytes(2**24)))
+    path.write_bytes(first + 60 * zeros)  # after a full flush a part does not refer to others
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert message.startswith(f"{path} cannot be read: must hold ")
+    assert peak < (2**20 if count > 60_000 else 2.5 * 60_000 * 784)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ class Points:
         made, known = known_floats(x, mask)
         warn_of_size("x", made)
         if isinstance(cond, Mapping):
-            cond = {name: per_point(name, value, len(made)) for name, value in cond.items()}
+            cond = {name: per_point(name, value, len(made)) for name, value in cond.items()} or None
         elif cond is not None:
             cond = per_point("cond", cond, len(made))
         vars(self).update(x=made, cond=cond, mask=known)
@@ -211,6 +211,7 @@ def to_uint8(x: Tensor) -> Tensor:
     Raises:
         ValueError: unless x are floats without nan, naming the first row that has one.
     """
+    validate.kind("x", x, "a tensor of floats", "is_floating_point", "isnan")
     if not x.is_floating_point():
         raise ValueError(f"x must be floats in [-1, 1]; got {validate.shown(x)}")
     refuse("x", "be numbers", x, x.isnan())

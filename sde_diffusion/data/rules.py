@@ -53,7 +53,7 @@ def whole_pixels(value: Array) -> Tensor:
             moved = "transpose" if is_numpy else "permute"
             hint = f", channels last; use pixels.{moved}(0, 3, 1, 2)"
         raise ValueError(f"pixels must be images (N, C, H, W); got shape {shape}{hint}")
-    if pixels.dtype.is_floating_point or pixels.dtype == torch.bool:
+    if pixels.is_floating_point() or pixels.is_complex() or pixels.dtype == torch.bool:
         got, made = conversion(pixels)
         cast = '.astype("uint8")' if is_numpy else ".to(torch.uint8)"
         hint = f"; e.g. {made}{cast}" if made else ""
@@ -86,7 +86,7 @@ def conversion(pixels: Tensor) -> tuple[str, str | None]:
     name = str(pixels.dtype).removeprefix("torch.")
     if pixels.dtype == torch.bool:
         return name, "(255 * pixels)"
-    if not pixels.numel():
+    if not pixels.numel() or pixels.is_complex():
         return name, None
     low, high = (float(end) for end in pixels.aminmax())
     ranges = {

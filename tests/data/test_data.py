@@ -390,6 +390,7 @@ REFUSED_PIXELS = {
     "an array of floats": ((GRAY / 255).numpy(), r'\* 255\).round\(\).astype\("uint8"\)$'),
     "floats far off": (1000.0 * GRAY, r"float32 from 0 to 49000$"),
     "floats with nan": (GRAY / torch.zeros(1), r"float32 from nan to nan$"),
+    "complex numbers": (GRAY.to(torch.complex64), r"integers in \[0, 255\]; got complex64$"),
     "bools": (GRAY > 9, r"got bool; e.g. \(255 \* pixels\).to"),
     "12 bits": (GRAY.short().index_fill(0, LABELS[1:], 4095), r"\[0, 255\]; got 4095 in image 1"),
     "negative": (GRAY.long() - 30, r"got -30 in image 0"),

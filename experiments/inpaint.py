@@ -104,8 +104,8 @@ def digits(config: Config) -> tuple[Tensor, str]:
     try:
         images = data.mnist(config.data_root, train=False)
         where = f"of {data.data_root(config.data_root)}"
-    except data.DataNotFound:
-        if config.data_root:
+    except data.DataNotFound as error:
+        if config.data_root or isinstance(error, data.DataDamaged):
             raise
         images, where = data.sample_digits(), "that come with the package: there is no MNIST here"
     if config.num_images > len(images):

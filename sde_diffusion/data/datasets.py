@@ -14,6 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sde_diffusion import validate
+from sde_diffusion.data.rules import (
+    Array,
+    as_tensor,
+    known_floats,
+    per_point,
+    refuse,
+    warn_of_size,
+    whole_labels,
+    whole_pixels,
+)
 from sde_diffusion.noise.sources import Purpose, stream
 from sde_diffusion.validate import Cond
 
@@ -29,6 +40,8 @@ __all__ = [
     "to_uint8",
 ]
 
+Drawn = tuple[Tensor, Cond | None] | tuple[Tensor, Cond | None, Tensor]
+
 DEQUANTIZATION = 1 / (12 * 128**2)  # variance that uniform dequantization gives to every pixel
 
 
@@ -38,8 +51,11 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Cond | None]:
+    def batch(self, index: Tensor, uniform: Tensor) -> Drawn:
         """Return the samples `index` (B,) and their conditions, (B, ...) or several by name.
+
+        A third value may follow, the mask of the loss: bools shaped like the samples, False where a
+        coordinate is unknown and its value is to be ignored.
 
         Args:
             uniform: numbers in [0, 1), (B, *sample shape): the only randomness of a sample.
@@ -52,17 +68,26 @@ class Data(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Images:
     """Images (N, C, H, W) uint8 with labels (N,), dequantized as they are drawn.
 
     Args:
-        classes: if not 0, the label is the condition, one-hot (B, classes) float32.
+        pixels: integers in [0, 255], a tensor or a numpy array.
+        labels: one integer per image.
+        classes: if not 0, the label is the condition, one-hot (B, classes) float32, and lies in
+            [0, classes - 1].
     """
 
     pixels: Tensor
     labels: Tensor
     classes: int = 0
+
+    def __init__(self, pixels: Array, labels: Array, classes: int = 0) -> None:
+        classes = validate.integer("classes", classes, 0)
+        made = whole_pixels(pixels)
+        whole = whole_labels(as_tensor("labels", labels), len(made), classes)
+        vars(self).update(pixels=made, labels=whole, classes=classes)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -79,11 +104,37 @@ class Images:
         return x0, torch.nn.functional.one_hot(labels, self.classes).float()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Points:
-    """Points (N, ...) of any shape, returned unchanged."""
+    """Points (N, ...) of any shape, with a condition and a mask of the loss where they have any.
+
+    They should be of about unit size, as the noise is: see `standardized`.
+
+    Args:
+        x: floats, a tensor or a numpy array; finite where known.
+        cond: conditions (N, ...), or several by name.
+        mask: bools shaped like x, False where a coordinate is unknown. The loss is the mean over
+            the known ones of each point; the network sees the unknown ones as 0 plus noise. Give
+            the mask in `cond` too if the network is to see it.
+    """
 
     x: Tensor
+    cond: Cond | None = None
+    mask: Tensor | None = None
+
+    def __init__(
+        self,
+        x: Array,
+        cond: Array | Mapping[str, Array] | None = None,
+        mask: Array | None = None,
+    ) -> None:
+        made, known = known_floats(x, mask)
+        warn_of_size("x", made)
+        if isinstance(cond, Mapping):
+            cond = {name: per_point(name, value, len(made)) for name, value in cond.items()} or None
+        elif cond is not None:
+            cond = per_point("cond", cond, len(made))
+        vars(self).update(x=made, cond=cond, mask=known)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -92,8 +143,17 @@ class Points:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.x.shape[1:])
 
-    def batch(self, index: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.x[index.to(self.x.device)].to(uniform.device), None
+    def batch(self, index: Tensor, uniform: Tensor) -> Drawn:
+        def rows(value: Tensor) -> Tensor:
+            return value[index.to(value.device)].to(uniform.device)
+
+        cond = self.cond
+        if isinstance(cond, Mapping):
+            cond = {name: rows(value) for name, value in cond.items()}
+        elif cond is not None:
+            cond = rows(cond)
+        x0 = rows(self.x)
+        return (x0, cond) if self.mask is None else (x0, cond, rows(self.mask))
 
 
 def dequantize(pixels: Tensor, uniform: Tensor) -> Tensor:
@@ -129,9 +189,10 @@ def fingerprint(data: Data) -> str:
     """Identify data by number, shape and a hash of 256 samples spread over them."""
     size = len(data)
     index = torch.linspace(0, size - 1, min(size, 256), dtype=torch.float64).long()
-    samples, cond = data.batch(index, torch.zeros(len(index), *data.shape))
+    samples, cond, *known = data.batch(index, torch.zeros(len(index), *data.shape))
     hashed = hashlib.sha256()
-    for name, part in [("", samples), *named_tensors(cond).items()]:
+    masks = [("mask", part) for part in known]
+    for name, part in [("", samples), *named_tensors(cond).items(), *masks]:
         hashed.update(name.encode())
         hashed.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{size} of {tuple(data.shape)}, {hashed.hexdigest()[:16]}"
@@ -145,7 +206,16 @@ def named_tensors(cond: Cond | None) -> Mapping[str, Tensor]:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8: the pixel whose interval holds x, clamped outside."""
+    """Convert images in [-1, 1] to uint8: the pixel whose interval holds x, clamped outside.
+
+    Raises:
+        ValueError: unless x are floats without nan, naming the first row that has one.
+    """
+    validate.kind("x", x, "a tensor of floats", "is_floating_point", "isnan")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floats in [-1, 1]; got {validate.shown(x)}")
+    refuse("x", "be numbers", x, x.isnan())
+    warn_of_size("x", x, smallest=0.0)
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 

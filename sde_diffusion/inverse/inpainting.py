@@ -16,6 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from sde_diffusion.data.rules import warn_of_size
 from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
 from sde_diffusion.inverse.operators import binary, broadcast, check_fits
 from sde_diffusion.models.guidance import Clipped
@@ -160,6 +161,7 @@ def complete_image(
         cond, generator, seeds: as in `sample`.
     """
     known("y", y, "ymask", ymask)
+    warn_of_size("y", torch.where(ymask.to(y.device) == 1, y, 0), smallest=0.0)
     rule = route(sampler or Ancestral(), MaskedMSE(y, ymask), scale)
     x = prior(model, y.shape, generator=generator, seeds=seeds, dtype=y.dtype, device=y.device)
     clipped = Clipped(model) if clip else model

@@ -72,6 +72,7 @@ def denoising_loss(
     *,
     cond: Cond | None = None,
     keep: Tensor | None = None,
+    mask: Tensor | None = None,
     space: Annotated[Parameterization, IS_MEANING] | None = None,
     penalty: Annotated[Penalty, PENALTY] | None = None,
     weight: Annotated[Weight | Callable[[Level], Scalar], WEIGHT] | None = None,
@@ -85,6 +86,9 @@ def denoising_loss(
         eps: standard normal noise, shaped like x0.
         cond: conditions of a conditional network, (B, ...), or several by name.
         keep: bool (B,); where False the sample's conditions are replaced by the denoiser's null.
+        mask: bools shaped like x0, False where a coordinate is unknown: the network sees 0 plus
+            noise there, whatever x0 holds, and the mean is over the known coordinates of each
+            sample (nan if there are none).
         space: the quantity compared (Eps(), X0(), V(), Score(), ...); by default that of the
             weight, or else the network's own output.
         penalty: L2(), the default, L1(), Huber(delta) or any function of the error.
@@ -105,9 +109,20 @@ def denoising_loss(
             rule = f"a bool for each condition, ({len(x0)},), given with cond"
             raise ValueError(f"keep must be {rule}; got {shown(keep)}")
         cond = denoiser.with_null(cond, keep)
+    if mask is not None:
+        kind("mask", mask, "a tensor of bools", "dtype", "shape")
+        if mask.shape != x0.shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bools shaped like x0, {tuple(x0.shape)}; "
+                             f"got {shown(mask)}")  # fmt: skip
+        x0 = x0.masked_fill(~mask, 0)
     space = space or own or denoiser.parameterization
     level = denoiser.process.level(t, x0)
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))
     cost = (penalty or L2())(error)
-    return coordinates(cost if weight is None else weight(level) * cost).mean(1)
+    cost = coordinates(cost if weight is None else weight(level) * cost)
+    if mask is None:
+        return cost.mean(1)
+    known = coordinates(mask)
+    counts = known.sum(1, dtype=torch.promote_types(cost.dtype, torch.float32))
+    return cost.masked_fill(~known, 0).mean(1) * (known.shape[1] / counts).to(cost.dtype)

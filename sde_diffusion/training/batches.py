@@ -31,6 +31,8 @@ class Batch(NamedTuple):
         cond: a condition (B, ...) of any shape and dtype, several by name, or None.
         first: position of the first sample in the global batch.
         keep: bool (B,), False where the sample is trained without its conditions; None: all True.
+        mask: bools shaped like x0, False where a coordinate is unknown; None: all True.
+        rows: of the data set, (B,), for messages.
     """
 
     x0: Tensor
@@ -39,6 +41,8 @@ class Batch(NamedTuple):
     cond: validate.Cond | None
     first: int = 0
     keep: Tensor | None = None
+    mask: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @validate.arguments
@@ -72,7 +76,7 @@ def draw(
     places = torch.arange(positions.start, positions.stop)
     offset = stream(recipe.seed, Purpose.TIMES, step).random()
     t = times(stratified(offset, places, recipe.batch_size))
-    x0, cond = data.batch(index, uniform)
+    x0, cond, *known = data.batch(index, uniform)
     if x0.shape != like.shape or not x0.is_floating_point():
         got = f"{tuple(x0.shape)}, {x0.dtype}"
         raise ValueError(f"data.batch must return floats of shape {tuple(like.shape)}; got {got}")
@@ -81,7 +85,7 @@ def draw(
         raise ValueError(f"cond_dropout must be 0 for data without conditions; got {share}")
     if share:
         keep = uniforms(row_keys(dropped, positions, device), ()) >= share
-    return Batch(x0, t, eps, cond, positions.start, keep)
+    return Batch(x0, t, eps, cond, positions.start, keep, known[0] if known else None, index)
 
 
 def to_device(cond: Any, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sde_diffusion import validate
 from sde_diffusion.data.datasets import Data, named_tensors
+from sde_diffusion.data.rules import warn_of_size
 from sde_diffusion.files import storage
 from sde_diffusion.losses import L2, Penalty, TimeDistribution, UniformTimes, Weight, denoising_loss
 from sde_diffusion.losses.times import support_of
@@ -102,6 +103,7 @@ class TrainState:
         self.times, self.weight, self.penalty = times or UniformTimes(), weight, penalty or L2()
         self.bad, self.step, self.skipped, self.facts = bad, 0, 0, dict(facts or {})
         self.changes: list[dict[str, Any]] = []
+        self._begun = False
         if denoiser.trained is None and not learned(denoiser.process):
             denoiser.trained = support_of(self.times, denoiser.process)
         denoiser.to(self.engine.device)
@@ -175,7 +177,8 @@ class TrainState:
         dtype = next((p.dtype for p in weights if p.is_floating_point()), batch.x0.dtype)
         mask(self._masked, recipe, self.step, batch, device)
         x0, eps = (value.to(device, dtype) for value in (batch.x0, batch.eps))
-        cond, keep = (to_device(value, device) for value in (batch.cond, batch.keep))
+        given = batch.cond, batch.keep, batch.mask
+        cond, keep, known = (to_device(value, device) for value in given)
         bf16 = recipe.dtype == "bf16"
         half = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
         with half, torch.random.fork_rng(enabled=self._foreign):
@@ -183,7 +186,7 @@ class TrainState:
                 # Dropout of torch's own draws from the global generator: numbers of this address.
                 address = words(recipe.seed, Purpose.FOREIGN, self.step, 1)[0] + batch.first
                 torch.manual_seed(address % 2**63)
-            return denoising_loss(self._trained, x0, batch.t, eps, cond=cond, keep=keep,
+            return denoising_loss(self._trained, x0, batch.t, eps, cond=cond, keep=keep, mask=known,
                                   weight=self.weight, penalty=self.penalty)  # fmt: skip
 
     def advance(self, *parts: Batch) -> Metrics:
@@ -203,6 +206,9 @@ class TrainState:
             raise ValueError("parts must hold at least one part of a batch; got none")
         for part in parts:
             validate.kind("each part", part, "a Batch such as draw() makes", "x0", "eps", "t")
+        if not self._begun:
+            warn_of_size("x0 of the first batch", parts[0].x0)
+            self._begun = True
         mine = sum(len(part.x0) for part in parts)
         total = mine if engine.num_processes == 1 else recipe.batch_size
         if not self.denoiser.network.training:
@@ -351,13 +357,18 @@ def blame(parts: tuple[Batch, ...], each: list[Tensor]) -> str:
     """Name the first samples of this process that are not finite, or whose loss is not."""
     for part, losses in zip(parts, each, strict=True):
         cond = {f"cond {name}".strip(): value for name, value in named_tensors(part.cond).items()}
-        fields = {"x0": part.x0, **cond, "eps": part.eps, "t": part.t, "loss": losses}
+        x0 = part.x0 if part.mask is None else part.x0.where(part.mask, 0)
+        fields = {"x0": x0, **cond, "eps": part.eps, "t": part.t, "loss": losses}
         for name, value in fields.items():
             finite = value.isfinite().reshape(len(value), -1).all(1)
             if not bool(finite.all()):
-                rows = (~finite).nonzero().flatten().add(part.first).tolist()
-                more = ", ..." if len(rows) > 5 else ""
-                return f": {name} of position {', '.join(map(str, rows[:5]))}{more}"
+                bad = (~finite).nonzero().flatten().cpu()
+                more = ", ..." if len(bad) > 5 else ""
+                positions = ", ".join(map(str, (bad[:5] + part.first).tolist())) + more
+                if part.rows is None:
+                    return f": {name} of position {positions}"
+                rows = ", ".join(map(str, part.rows.cpu()[bad[:5]].tolist())) + more
+                return f": {name} of data row {rows} (position {positions})"
     return ""
 
 

@@ -1,10 +1,15 @@
 """Data sets are found, read in place and refused in one line; batches depend on their addresses."""
 
 import gzip
+import math
 import os
+import re
 import shutil
 import struct
 import tempfile
+import tracemalloc
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ import torchvision  # noqa: F401  first, as its import leaves a folder among the
 from sde_diffusion import data
 from sde_diffusion.data.datasets import Images, Points, dequantize, shuffled_indices, to_uint8
 from sde_diffusion.data.image_files import DataNotFound
+from sde_diffusion.data.rules import as_tensor
 from sde_diffusion.metrics.features import MnistFeatures
 
 PARTS = {"train": 20, "t10k": 10}
@@ -182,6 +188,58 @@ def test_a_damaged_gz_is_refused_by_name_or_read_unharmed(tmp_path):
     assert refused > 0.7 * len(whole) * 8 / 5  # all but 6 of about 40 bytes matter
 
 
+def of_shape(kind, *shape, value=0):
+    """Return bytes of a whole IDX file of another type or shape."""
+    return idx(np.full(shape, value, dtype=np.uint8)).replace(b"\x08", kind, 1)
+
+
+HOSTILE = {  # file, its bytes, the reason
+    "14 x 56": ("train-images", of_shape(b"\x08", 20, 14, 56), "28 x 28 bytes; got 20 x 14 x 56"),
+    "1 x 1": ("train-images", of_shape(b"\x08", 20, 1, 1), "got 20 x 1 x 1"),
+    "none": ("train-images", of_shape(b"\x08", 0, 28, 28), "got 0 x 28 x 28"),
+    "too many": ("train-labels", of_shape(b"\x08", 60_001), "1 to 60000 bytes; got 60001"),
+    "floats": ("train-images", of_shape(b"\x0d", 20, 28, 28), "format: starts with 00 00 0d 03"),
+    "labels of 200": ("train-labels", of_shape(b"\x08", 20, value=200),
+                      r"labels must lie in \[0, 9\]; got 200 in row 0"),
+    "labels as images": ("train-images", of_shape(b"\x08", 20), "starts with 00 00 08 01"),
+    "a header cut short": ("train-images", b"\0\0\x08\3\0\0", "train-images-idx3-ubyte"),
+    "a byte more": ("train-labels", of_shape(b"\x08", 20) + b"\0", "20 bytes after .* got more"),
+    "a byte less": ("train-labels", of_shape(b"\x08", 20)[:-1], "20 bytes after .* got 19"),
+    "fewer labels": ("train-labels", of_shape(b"\x08", 19), "19 labels for the 20 images of "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["torchvision's, unpacked", "torchvision's, as fetched"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_files_of_another_type_shape_or_range_are_refused_by_name(tmp_path, what, layout):
+    """Also with download=True, which never reads them by other means."""
+    file, contents, reason = HOSTILE[what]
+    (path,) = lay_out(tmp_path, layout=layout).glob(f"{file}*")
+    path.write_bytes(gzip.compress(contents) if path.suffix else contents)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{path} cannot be read: ")
+    assert re.search(reason, message)
+    assert refusal(tmp_path, lambda root: data.mnist(root, download=True)) == message
+
+
+@pytest.mark.parametrize("count", [2**20, 60_000])
+def test_a_small_gz_that_unpacks_to_a_large_file_takes_no_memory(tmp_path, count):
+    """Of 1 GB, in 1 MB; the header says all of it, or MNIST's size, which may be read."""
+    path = lay_out(tmp_path) / "train-images-idx3-ubyte.gz"
+    pack = zlib.compressobj(9, wbits=31)
+    head = b"\0\0\x08\3" + struct.pack(">3I", count, 28, 28)
+    first, zeros = (pack.compress(x) + pack.flush(zlib.Z_FULL_FLUSH) for x in (head, bytes(2**24)))
+    path.write_bytes(first + 60 * zeros)  # after a full flush a part does not refer to others
+    tracemalloc.start()
+    try:
+        message = refusal(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert message.startswith(f"{path} cannot be read: must hold ")
+    assert peak < (2**20 if count > 60_000 else 2.5 * 60_000 * 784)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -236,6 +294,26 @@ def test_what_lies_outside_becomes_the_nearest_pixel():
     assert to_uint8(x).tolist() == [0, 0, 0, 255, 255, 255]
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), "x must be numbers; got nan in row 1"),
+        (torch.tensor(math.nan), "x must be numbers; got nan in row 0"),
+        (torch.tensor([0, 100, 255], dtype=torch.uint8), r"floats in \[-1, 1\]; got a tensor"),
+        (torch.tensor([0, 1]), r"floats in \[-1, 1\]; got a tensor"),
+    ],
+)
+def test_what_is_no_picture_in_minus_one_to_one_is_refused(x, message):
+    """uint8 would wrap: 255 became 0, and nan became 0."""
+    with pytest.raises(ValueError, match=message):
+        to_uint8(x)
+
+
+def test_pictures_in_0_to_255_warn_where_they_would_be_clamped():
+    with pytest.warns(UserWarning, match="x has values from 0 to 255"):
+        to_uint8(torch.tensor([0.0, 255.0]))
+
+
 @pytest.mark.parametrize("size", [1, 2, 97])
 def test_every_epoch_is_a_permutation(size):
     epochs = shuffled_indices(0, size, 0, 4 * size).reshape(4, size)
@@ -274,6 +352,167 @@ def test_points_are_used_as_they_are():
     x0, cond = points.batch(torch.tensor([2, 0]), torch.rand(2, 3))
     assert torch.equal(x0, x[[2, 0]])
     assert cond is None
+
+
+# ---- what is checked when a set is made --------------------------------------------------------
+
+GRAY = torch.arange(2 * 5 * 5, dtype=torch.uint8).reshape(2, 1, 5, 5)
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "<i4", ">i4", "int64", "uint16", "u8"])
+def test_integers_that_are_pixels_are_taken_from_tensors_and_arrays(dtype):
+    array = GRAY.numpy().astype(dtype)
+    before = array.copy()
+    made = [Images(array[:, :, ::-1][:, :, ::-1], LABELS.numpy().astype(dtype), classes=2)]
+    if array.dtype.isnative:
+        made.append(Images(torch.from_numpy(array), torch.from_numpy(LABELS.numpy().astype(dtype))))
+    for images in made:
+        assert torch.equal(images.pixels, GRAY)
+        assert images.pixels.dtype == torch.uint8
+        assert torch.equal(images.labels, LABELS)
+    made[0].pixels.zero_()
+    assert np.array_equal(array, before)
+
+
+def test_an_array_that_cannot_be_written_is_copied():
+    array = GRAY.numpy().copy()
+    array.flags.writeable = False
+    assert torch.equal(Images(array, LABELS).pixels, GRAY)
+
+
+CENTRED = GRAY / 25 - 1
+REFUSED_PIXELS = {
+    "floats in [0, 1]": (GRAY / 255, r"integers in \[0, 255\]; got float32 from 0 to 0.192157; "
+                                     r"e.g. \(pixels \* 255\).round\(\).to\(torch.uint8\)"),
+    "floats in [-1, 1]": (CENTRED, r"from -1 to 0.96; e.g. \(\(pixels \+ 1\) \* 127.5\).round"),
+    "floats in [0, 255]": (GRAY.double(), r"float64 from 0 to 49; e.g. pixels.round\(\)"),
+    "an array of floats": ((GRAY / 255).numpy(), r'\* 255\).round\(\).astype\("uint8"\)$'),
+    "floats far off": (1000.0 * GRAY, r"float32 from 0 to 49000$"),
+    "floats with nan": (GRAY / torch.zeros(1), r"float32 from nan to nan$"),
+    "complex numbers": (GRAY.to(torch.complex64), r"integers in \[0, 255\]; got complex64$"),
+    "bools": (GRAY > 9, r"got bool; e.g. \(255 \* pixels\).to"),
+    "12 bits": (GRAY.short().index_fill(0, LABELS[1:], 4095), r"\[0, 255\]; got 4095 in image 1"),
+    "negative": (GRAY.long() - 30, r"got -30 in image 0"),
+    "channels last": (torch.zeros(2, 28, 28, 1, dtype=torch.uint8), r"pixels.permute\(0, 3, 1, 2"),
+    "an array, channels last": (np.zeros((2, 9, 8, 3), np.uint8), r"pixels.transpose\(0, 3, 1, 2"),
+    "RGBA, channels last": (np.zeros((2, 9, 8, 4), np.uint8), r"channels last; use"),
+    "no channels": (GRAY[:, 0], r"got shape \(2, 5, 5\); use pixels\[:, None\]"),
+    "no height": (GRAY[:, :, :0], r"got shape \(2, 1, 0, 5\)$"),
+    "words": (np.array([[[["a"]]]]), r"hold numbers of 64 bits at most; got <U1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED_PIXELS)
+def test_pixels_are_refused_when_made_with_what_to_write(what):
+    pixels, message = REFUSED_PIXELS[what]
+    with pytest.raises((TypeError, ValueError), match=f"^pixels must .*{message}") as caught:
+        Images(pixels, LABELS)
+    assert len(str(caught.value).split()) <= 25
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 10], r"labels must lie in \[0, 9\], the classes; got 10 in row 1$"),
+        ([-1, 3], r"got -1 in row 0$"),
+        ([0.0, 2.5], r"labels must be whole numbers; got 2.5 in row 1$"),
+        ([0.0, math.nan], r"got nan in row 1$"),
+        ([3], r"one integer per image, \(2,\); got a tensor of shape \(1,\)"),
+        ([[1, 0], [0, 1]], r"one integer per image, \(2,\); got a tensor of shape \(2, 2\)"),
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_labels_are_refused_when_made_with_the_first_bad_row(labels, message, kind):
+    with pytest.raises(ValueError, match=message):
+        Images(GRAY, kind(labels), classes=10)
+
+
+def test_labels_outside_the_classes_are_refused_where_classes_are_given_later():
+    with pytest.raises(ValueError, match="got 7 in row 1"):
+        replace(Images(GRAY, torch.tensor([0, 7])), classes=5)
+    with pytest.raises(ValueError, match="classes must be at least 0"):
+        Images(GRAY, LABELS, classes=-1)
+
+
+@pytest.mark.parametrize("value", [[[1.0]], 1.0, None, "x", np.float32(1)])
+def test_data_that_are_neither_tensor_nor_array_are_refused(value):
+    with pytest.raises(TypeError, match="x must be a tensor or a numpy array; got"):
+        as_tensor("x", value)
+
+
+def test_images_of_0_and_1_in_bytes_warn():
+    with pytest.warns(UserWarning, match="pixels are 0 and 1 of 255"):
+        Images((GRAY > 9).to(torch.uint8), LABELS)
+
+
+X = torch.linspace(-1, 1, 24).reshape(4, 3, 2)
+KNOWN = torch.arange(24).reshape(4, 3, 2) % 5 > 0
+CONDS = {
+    "labels": torch.arange(4),
+    "an array": np.arange(8.0, dtype=np.float32).reshape(4, 2),
+    "two by name": {"text": torch.ones(4, 3, 5), "label": np.arange(4)},
+}
+
+
+@pytest.mark.parametrize("name", CONDS)
+def test_points_have_conditions_of_any_shape(name):
+    points, index = Points(X.numpy(), CONDS[name]), torch.tensor([2, 0])
+    x0, cond = points.batch(index, torch.zeros(2, 3, 2))
+    assert torch.equal(x0, X[[2, 0]])
+    given, found = CONDS[name], cond
+    if not isinstance(given, dict):
+        given, found = {"": given}, {"": cond}
+    for key, value in given.items():
+        assert torch.equal(found[key], torch.as_tensor(value)[[2, 0]])
+    assert data.fingerprint(points) != data.fingerprint(Points(X))
+
+
+def test_points_with_a_mask_return_it_and_zeros_where_unknown():
+    points = Points(X.masked_fill(~KNOWN, math.nan), mask=KNOWN.numpy())
+    x0, cond, known = points.batch(torch.tensor([2, 0]), torch.zeros(2, 3, 2))
+    assert cond is None
+    assert torch.equal(known, KNOWN[[2, 0]])
+    assert torch.equal(x0, torch.where(KNOWN, X, 0.0)[[2, 0]])
+    assert data.fingerprint(points) != data.fingerprint(Points(points.x))
+
+
+def spoilt(value):
+    x = X.clone()
+    x[2, 1, 0] = value
+    return x
+
+
+REFUSED_POINTS = {
+    "nan": ((spoilt(math.nan),), "x must be finite; got nan in row 2; give mask="),
+    "infinite": ((spoilt(-math.inf).numpy(),), "x must be finite; got -inf in row 2"),
+    "nan where known": ((spoilt(math.nan), None, X < 5), "where mask is True; got nan in row 2"),
+    "integers": ((torch.arange(6).reshape(3, 2),), r"x must be floats \(N, ...\); got a tensor"),
+    "one number": ((torch.tensor(1.0),), r"x must be floats \(N, ...\)"),
+    "a masked array": ((np.ma.masked_invalid(spoilt(math.nan)),), "mask=~array.mask"),
+    "a short condition": ((X, X[:3]), r"cond must have one entry per point, \(4, ...\)"),
+    "a condition with nan": ((X, {"a": spoilt(math.nan)}), "a must be finite; got nan in row 2"),
+    "a mask of rows": ((X, None, LABELS > 0), "mask must be bools shaped like x"),
+    "a mask of numbers": ((X, None, torch.ones_like(X)), "mask must be bools shaped like x"),
+    "a row without a value": ((X, None, KNOWN.index_fill(0, LABELS[1:], 0)),
+                              "mask must be True somewhere in each row; got False in row 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED_POINTS)
+def test_points_are_refused_when_made_with_the_first_bad_row(what):
+    given, message = REFUSED_POINTS[what]
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        Points(*given)
+    assert len(str(caught.value).split()) <= 25
+
+
+@pytest.mark.parametrize("scale", [255.0, 65535.0, -20.0, 1e-5])
+def test_points_that_the_noise_does_not_fit_warn_with_their_range(scale):
+    x = scale * torch.linspace(0.5, 1, 8)
+    low, high = sorted((scale / 2, scale))
+    with pytest.warns(UserWarning, match=f"x has values from {low:g} to {high:g}, beside noise"):
+        Points(x)
 
 
 def test_images_know_the_shape_of_one():

@@ -1,6 +1,8 @@
 """Folders of images as data: torchvision's layout and sizes, and one line for whatever is wrong."""
 
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -23,7 +25,6 @@ def tree(tmp_path):
     for seed, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(24, 24, seed)).save(tmp_path / name)
-    (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "cat" / "._a.png").write_text("what some systems leave beside a.png")
     (tmp_path / ".cache").mkdir()
     return tmp_path
@@ -81,10 +82,132 @@ def test_any_image_of_8_bits_becomes_rgb(tmp_path, mode):
     assert (image_folder(tmp_path, 8).pixels == 255).all()
 
 
+def test_4_bits_a_colour_and_16_bits_a_pixel_are_read(tmp_path):
+    (tmp_path / "a.ppm").write_bytes(b"P6 2 2 15\n" + bytes([15] * 12))
+    head = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 62, 0, 54, 40, 2, 2, 1, 16, 0, 8, 0, 0, 0, 0)
+    (tmp_path / "b.bmp").write_bytes(head + b"\xff\x7f" * 4)
+    assert (image_folder(tmp_path, 2).pixels == 255).all()
+
+
 def test_a_strip_of_pixels_takes_no_more_memory_than_a_square(tmp_path):
     """Resized as a whole to 64 x 6,400,000 it would take a gigabyte."""
     Image.fromarray(np.full((1, 100_000), 7, dtype=np.uint8)).save(tmp_path / "a.png")
     assert (image_folder(tmp_path, 64).pixels == 7).all()
+
+
+# ---- what a file says about itself -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright_as_exif_says(tmp_path, orientation, kind):
+    """EXIF 2.32, 4.6.4 A, tag 274: the sides of the picture that row 0 and column 0 stand for.
+
+    Blocks of 16 x 16 pixels of one colour leave JPEG the rounding of luma and chroma by 1/2, hence
+    1/2 + 1.772 / 2 levels, and the rounding of the result.
+    """
+    upright = np.kron(noise(2, 2), np.ones((16, 16, 1), np.uint8))
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{kind}", exif=exif, **how)
+    gap = image_folder(tmp_path, 32).pixels[0].permute(1, 2, 0).int() - torch.tensor(upright).int()
+    assert gap.abs().max() <= (1 if kind == "jpg" else 0)
+
+
+COLOURS = {"white": (255, 255, 255), "#102030": (16, 32, 48)}
+
+
+@pytest.mark.parametrize("background", COLOURS)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparent_pixels_show_the_background_and_not_what_they_hide(tmp_path, mode, background):
+    """Modes with an alpha of their own, and those with one transparent colour (PNG's tRNS)."""
+    hidden = np.zeros((8, 8, 4), np.uint8)
+    hidden[:, :, :3] = 90
+    hidden[4:] = (200, 200, 200, 255)
+    plain = {"P": 0, "RGB": (90, 90, 90), "L": 90}
+    if mode == "P":
+        index = Image.fromarray((hidden[:, :, 3] > 0).astype(np.uint8), mode="P")
+        index.putpalette([90, 90, 90, 200, 200, 200])
+    image = index if mode == "P" else Image.fromarray(hidden).convert(mode)
+    extra = {"transparency": plain[mode]} if mode in plain else {}
+    image.save(tmp_path / "a.png", **extra)
+    pixels = image_folder(tmp_path, 8, background=background).pixels[0]
+    assert (pixels[:, 4:] == 200).all()
+    assert (pixels[:, :4].flatten(1) == torch.tensor(COLOURS[background])[:, None]).all()
+
+
+def test_a_half_transparent_pixel_is_the_mean_of_its_colour_and_the_background(tmp_path):
+    """(alpha c + (255 - alpha) b) / 255, rounded; resized after compositing, as a viewer shows."""
+    values = noise(8, 8)
+    alpha = np.random.default_rng(1).integers(0, 256, (8, 8, 1), dtype=np.uint8)
+    Image.fromarray(np.concatenate([values, alpha], 2)).save(tmp_path / "a.png")
+    exact = (alpha / 255.0) * values + (1 - alpha / 255.0) * 255
+    found = image_folder(tmp_path, 8).pixels[0].permute(1, 2, 0).double().numpy()
+    assert np.abs(found - exact).max() <= 1
+    small = image_folder(tmp_path, 4).pixels[0]
+    Image.fromarray(found.astype(np.uint8)).save(tmp_path / "a.png")
+    assert torch.equal(small, image_folder(tmp_path, 4).pixels[0])
+
+
+@pytest.mark.parametrize("background", ["nothing", "", "#12345", "rgba(1, 2, 3, 0)", "#01020300"])
+def test_a_background_that_is_no_opaque_colour_is_refused(tree, background):
+    with pytest.raises(ValueError, match="background must be an opaque colour such as gray"):
+        image_folder(tree, 8, background=background)
+
+
+# ---- what is left out --------------------------------------------------------------------------
+
+
+def test_files_left_out_are_counted_with_the_reasons(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for k in range(3):
+        Image.fromarray(noise(8, 8)).save(elsewhere / f"{k}.png")
+    before = image_folder(tree, 8)
+    (tree / "dog" / "more").symlink_to(elsewhere)
+    (tree / "dog" / "itself").symlink_to(tree / "dog")
+    (tree / "cat" / "notes.txt").write_text("no image")
+    (tree / "cat" / "a.gif").write_text("no image")
+    (tree / "wild" / "README").write_text("no image")
+    (tree / "wild" / "gone.png").symlink_to(tree / "nowhere")
+    Image.fromarray(noise(8, 8)).save(tree / "stray.png")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        images = image_folder(tree, 8)
+    (message,) = [str(one.message) for one in caught]
+    assert message.startswith(f"10 of 16 files left out of {tree}: ")
+    for part in ("5 in linked folders", "1 of type .txt", "1 of type .gif", "1 of type unknown",
+                 "1 not regular files", "1 above the class folders"):  # fmt: skip
+        assert part in message
+    assert torch.equal(images.pixels, before.pixels)
+    with pytest.warns(UserWarning, match=r"2 of 5 files left out .*: 1 of type \.\w+, 1 of type"):
+        image_folder(tree, 8, data_class="cat")
+
+
+def test_a_class_folder_that_is_a_link_is_a_class(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    Image.fromarray(noise(8, 8)).save(elsewhere / "a.png")
+    (tree / "bear").symlink_to(elsewhere)
+    assert image_folder(tree, 8).labels.tolist() == [0, 1, 1, 1, 2, 2, 3]
+
+
+def test_a_class_without_images_is_named(tree):
+    """It shifts the labels of those after it."""
+    (tree / "annotations").mkdir()
+    with pytest.warns(UserWarning, match="the classes annotations hold no images"):
+        assert image_folder(tree, 8).labels.tolist() == [1, 1, 1, 2, 2, 3]
+    Image.fromarray(noise(8, 8)).save(tree / "stray.png")
+    with pytest.raises(DataNotFound, match="annotations holds no images"):
+        image_folder(tree, 8, data_class="annotations")
 
 
 def truncated(path):
@@ -105,6 +228,43 @@ def bomb(side):
     return make
 
 
+def png16(colour_type, channels):
+    """A PNG of 8 x 8 pixels of 16 bits a channel, of black."""
+
+    def chunk(name, data):
+        crc = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + crc
+
+    def make(path):
+        head = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+        rows = zlib.compress(bytes(8 * (1 + 8 * channels * 2)))
+        parts = chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+        (path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+    return make
+
+
+def tiff16(path):
+    """A TIFF of one pixel of 16 bits a channel: PIL reads its upper halves."""
+    values = {256: 1, 257: 1, 258: 134, 259: 1, 262: 2, 273: 140, 277: 3, 278: 1, 279: 6}
+    pairs = values.items()
+    entries = b"".join(struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, v) for tag, v in pairs)
+    head = b"II*\0" + struct.pack("<IH", 8, len(pairs))
+    body = bytes(134 - len(head + entries)) + struct.pack("<HHH", 16, 16, 16) + bytes(6)
+    (path / "deep.tif").write_bytes(head + entries + body)
+
+
+def ppm(largest):
+    size = 2 if largest > 255 else 1
+    return lambda path: (path / "deep.ppm").write_bytes(b"P6 2 2 %d\n" % largest + bytes(12 * size))
+
+
+def animated(kind):
+    frames = [Image.fromarray(noise(8, 8, seed)) for seed in (0, 1, 2)]
+    how = {"save_all": True, "append_images": frames[1:]}
+    return lambda path: frames[0].save(path / f"many.{kind}", **how)
+
+
 WRONG = {
     "empty": (lambda path: None, "holds no images"),
     "text": (lambda path: (path / "text.jpg").write_text("no image"), "text.jpg cannot be read"),
@@ -117,6 +277,15 @@ WRONG = {
         lambda path: Image.fromarray(np.zeros((8, 8), np.uint16)).save(path / "deep.png"),
         "more than 8 bits",
     ),
+    "16 bits of red, green and blue": (png16(2, 3), "deep.png cannot be read: more than 8 bits"),
+    "16 bits of gray and alpha": (png16(4, 2), "deep.png cannot be read: more than 8 bits"),
+    "16 bits of all four": (png16(6, 4), "deep.png cannot be read: more than 8 bits"),
+    "16 bits in a TIFF": (tiff16, "deep.tif cannot be read: more than 8 bits"),
+    "16 bits in a PPM": (ppm(65535), "deep.ppm cannot be read: more than 8 bits"),
+    "10 bits in a PPM": (ppm(1023), "deep.ppm cannot be read: more than 8 bits"),
+    "pages": (animated("tiff"), "many.tiff cannot be read: 3 images in one file"),
+    "an animated PNG": (animated("png"), "many.png cannot be read: 3 images in one file"),
+    "an animated WEBP": (animated("webp"), "many.webp cannot be read: 3 images in one file"),
     "a name of two lines": (lambda path: (path / "a\nb.png").touch(), "a\\nb.png cannot be read"),
     "a pipe": (lambda path: os.mkfifo(path / "pipe.png"), "holds no images"),
 }

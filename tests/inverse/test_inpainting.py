@@ -1,6 +1,7 @@
 """Completing images: known pixels to the bit, at the level entered; the sheet's two gradients."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -202,6 +203,13 @@ def test_completion_takes_any_sampler_at_its_own_number_of_calls(route, name):
     assert model.count == plain.count
     assert made.isfinite().all()
     assert made.dtype == Y.dtype
+
+
+def test_a_picture_in_0_to_255_warns_and_its_unknown_pixels_do_not():
+    wide = torch.where(MASK == 1, Y, 255.0)
+    for y, context in ((wide, nullcontext()), (255 * Y, pytest.warns(UserWarning, match="y has"))):
+        with context:
+            complete_image(data(), y, MASK, 0.0, steps=2, seeds=range(4))
 
 
 @pytest.mark.parametrize("name", OWN_STEPS)

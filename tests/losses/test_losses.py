@@ -45,6 +45,49 @@ def test_the_eps_loss_is_the_variance_weighted_denoising_score_matching_loss(dty
     assert_close(ours.detach(), exact, rtol=bound, atol=0)
 
 
+KNOWN = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 1, 1], [1, 0, 1]], dtype=torch.bool)
+
+
+def gradients(model, losses):
+    return torch.autograd.grad(losses.mean(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("weight", [None, sd.losses.SNR()])
+@pytest.mark.parametrize("hidden", [torch.nan, 1e30, -3.0])
+def test_a_masked_loss_and_its_gradient_are_those_of_the_known_coordinates(hidden, weight):
+    """Whatever stands in the others: the reference never has them, its network sees sigma eps."""
+    (x0, eps), model = problem(), denoiser(sd.X0())
+    level = sd.VP().level(T, x0)
+    seen = model(level.alpha * torch.where(KNOWN, x0, 0.0) + level.sigma * eps, level).x0
+    factor = 1.0 if weight is None else weight(level)[:, 0]
+    each = [((seen[k] - x0[k])[KNOWN[k]] ** 2).mean() for k in range(4)]
+    spoilt = x0.masked_fill(~KNOWN, hidden)
+    ours = sd.denoising_loss(model, spoilt, T, eps, mask=KNOWN, space=sd.X0(), weight=weight)
+    expected = torch.stack(each) * factor
+    assert_close(ours, expected, rtol=1e-14, atol=0)
+    pairs = zip(gradients(model, ours), gradients(model, expected), strict=True)
+    for found, reference in pairs:
+        assert_close(found, reference, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_mask_that_is_true_everywhere_changes_no_bit(dtype):
+    (x0, eps), model = problem(dtype), denoiser(sd.Eps(), dtype)
+    plain = sd.denoising_loss(model, x0, T, eps)
+    masked = sd.denoising_loss(model, x0, T, eps, mask=torch.ones_like(KNOWN))
+    assert torch.equal(plain, masked)
+    for a, b in zip(gradients(model, plain), gradients(model, masked), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(4, dtype=torch.bool), torch.ones(4, 3),
+                                  torch.ones(1, 3, dtype=torch.bool)])  # fmt: skip
+def test_a_mask_that_is_not_one_bool_a_coordinate_is_refused(mask):
+    (x0, eps), model = problem(), denoiser(sd.Eps())
+    with pytest.raises(ValueError, match=r"^mask must be bools shaped like x0, \(4, 3\); got"):
+        sd.denoising_loss(model, x0, T, eps, mask=mask)
+
+
 @pytest.mark.parametrize("space", PARAMETERIZATIONS)
 def test_losses_in_different_spaces_differ_by_a_factor_of_the_level(space):
     """With eps_hat - eps = e: x0 - sigma/alpha e, score - e/sigma, v - e/alpha (VP), ..."""

@@ -227,6 +227,16 @@ def test_images_of_another_kind_are_refused_by_shape(mnist, efficientnet):
         mnist.reference("valid")
 
 
+def test_pixels_in_0_to_255_warn_and_nan_is_refused(mnist, efficientnet):
+    """Clamped to [-1, 1], all but the black pixels would be white."""
+    x = torch.arange(2.0 * 784).reshape(2, 1, 28, 28) % 256
+    for network in (mnist, efficientnet):
+        with pytest.warns(UserWarning, match="x has values from 0 to 255, beside noise"):
+            network(x)
+        with pytest.raises(ValueError, match="x must be numbers; got nan in row 0"):
+            network(x / torch.zeros(1))
+
+
 def test_the_digits_need_no_library_of_the_extra():
     heavy = "torchmetrics torch_fidelity ot efficientnet_lite_pytorch torchvision accelerate"
     code = (

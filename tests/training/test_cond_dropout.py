@@ -162,8 +162,10 @@ def test_a_condition_that_is_not_finite_is_named():
     cond = {"label": torch.arange(16), "text": torch.ones(16, 3)}
     cond["text"][5, 1] = torch.nan
     batch = draw(LABELLED, RECIPE, TIMES, 0)._replace(cond=cond)
-    assert blame((batch,), [torch.zeros(16)]) == ": cond text of position 5"
-    batch = batch._replace(cond=cond["text"])
+    row = shuffled_indices(RECIPE.seed, 40, 5, 1).item()
+    found = blame((batch,), [torch.zeros(16)])
+    assert found == f": cond text of data row {row} (position 5)"
+    batch = batch._replace(cond=cond["text"], rows=None)
     assert blame((batch,), [torch.zeros(16)]) == ": cond of position 5"
 
 

@@ -307,7 +307,8 @@ def unsuitable(value: Any) -> str:
 
 def learned(part: object) -> list[nn.Parameter]:
     """The parameters to be trained in an object, its fields, and the variables of a function."""
-    held = [part, getattr(part, "__self__", None), *getattr(part, "__dict__", {}).values()]
+    owner = getattr(part, "__self__", part)  # of a method
+    held = [owner, *getattr(owner, "__dict__", {}).values()]
     if inspect.isfunction(part):
         used = inspect.getclosurevars(part)
         held += [*used.nonlocals.values(), *used.globals.values()]

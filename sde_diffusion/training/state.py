@@ -1,6 +1,7 @@
 """One optimizer step, and the state that it changes."""
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -311,8 +312,12 @@ def unsuitable(value: Any) -> str:
 
 
 def learned(part: object) -> list[nn.Parameter]:
-    """The parameters to be trained in an object and its fields."""
-    held = [part, *getattr(part, "__dict__", {}).values()]
+    """The parameters to be trained in an object, its fields, and the variables of a function."""
+    owner = getattr(part, "__self__", part)  # of a method
+    held = [owner, *getattr(owner, "__dict__", {}).values()]
+    if inspect.isfunction(part):
+        used = inspect.getclosurevars(part)
+        held += [*used.nonlocals.values(), *used.globals.values()]
     inside = [p for m in held if isinstance(m, nn.Module) for p in m.parameters()]
     return [p for p in (*held, *inside) if isinstance(p, nn.Parameter) and p.requires_grad]
 

@@ -374,13 +374,22 @@ class Held:
         return getattr(VP(), name)
 
 
+ONE = torch.ones(())
+
+
+def closure(parameter):
+    return lambda *given: parameter
+
+
 @pytest.mark.parametrize("name", ["process", "weight", "penalty", "times"])
-@pytest.mark.parametrize("kind", [Held, lambda p: nn.ParameterList([p])])
+@pytest.mark.parametrize(
+    "kind", [Held, lambda p: nn.ParameterList([p]), lambda p: Held(p).__call__, closure]
+)
 def test_parameters_that_nothing_would_train_are_refused_at_once(name, kind):
     """Learned weights of the loss, for example: the optimizer has those of the denoiser only."""
     part = kind(nn.Parameter(torch.ones(())))
     if name == "process":
-        part = Held(part if isinstance(part, nn.Module) else part.scale)
+        part = part if isinstance(part, Held) else Held(nn.ParameterList([nn.Parameter(ONE)]))
     process, laws = (part, {}) if name == "process" else (VP(), {name: part})
     with pytest.raises(ValueError, match=f"^{name} must .*so that its parameters are trained"):
         TrainState(Denoiser(mlp(), process, V()), RECIPE, **laws)

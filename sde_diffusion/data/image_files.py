@@ -46,7 +46,7 @@ class DataNotFound(FileNotFoundError):
 
 
 class DataDamaged(DataNotFound):
-    """A data set is there and cannot be used; the message names the file."""
+    """A data set is there and cannot be used, or not be downloaded; the message names the file."""
 
 
 @contextmanager
@@ -75,7 +75,8 @@ def mnist(root: str | Path | None = None, *, train: bool = True, download: bool 
             writes to it.
         download: download missing files into `root`.
     Raises:
-        DataNotFound: naming the files, the folder and what to set.
+        DataNotFound: naming the files, the folder and what to set; DataDamaged if a file is not
+            what its name says.
     """
     return digits("MNIST", data_root(root), train, download)
 

@@ -22,6 +22,7 @@ from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, sequence_of_seeds, start
 from sde_diffusion.processes.level import Level, coordinates, double
+from sde_diffusion.progress import bar
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Cond, FloatBatch, Kind, shown
 
@@ -147,7 +148,8 @@ def sample(
     """Return the last batch of a `trajectory`, shaped like x: data if the last time is 0.
 
     Args:
-        progress: show a progress bar; the other arguments are those of `trajectory`.
+        progress: show a progress bar, in a log file one line a minute; the other arguments are
+            those of `trajectory`.
     Warns:
         RuntimeWarning: if a sample is not finite at the end.
     """
@@ -156,12 +158,10 @@ def sample(
         seeds=seeds, noise=noise,
     )  # fmt: skip
     if progress:
-        from tqdm import tqdm
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `trajectory` has warned
             total = len(path_of(model, sampler, steps, grid, times)) - 1
-        states = tqdm(states, total=total, desc=type(sampler).__name__)
+        states = bar(states, total=total, desc=type(sampler).__name__)
     for state in states:
         x = state.x
     rows = (~coordinates(x).isfinite().all(1)).nonzero().flatten().tolist()

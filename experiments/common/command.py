@@ -1,39 +1,35 @@
 """Shared by the scripts: flags in, one line and exit 2 for bad ones, whole files out."""
 
 import contextlib
-import io
 import json
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-import tyro
+from common import flags
 from common.words import by_word
-from tqdm import tqdm
+from torch import Tensor
 
 import sde_diffusion as sd
+from sde_diffusion import progress
 from sde_diffusion.files import storage
 
 Config = TypeVar("Config")
 
-# The package's catalogue, and short names.
+# The package's catalogue, and short names: flags.PROCESS_NAMES.
 PROCESSES: dict[str, sd.processes.Process] = by_word(sd.processes.CATALOGUE) | {
     "rectified": sd.RectifiedFlow(),
     "ddpm": sd.Discrete.linear(),
 }
-PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
-ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 
 REFUSALS = (ValueError, OSError, FloatingPointError, sd.SolverError)
 
@@ -46,16 +42,18 @@ def run(
     Ctrl-C and SIGTERM exit with 130 and 143; a training run saves first, see training.Stop.
 
     Args:
-        use_underscores: show flags with underscores in --help; both forms are accepted always.
+        use_underscores: as in `flags.parse`.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse(config, use_underscores=use_underscores))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*not finite", RuntimeWarning)  # see `finite`
+            main(flags.parse(config, use_underscores=use_underscores))
     except REFUSALS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, ConnectionError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             leave(2)
-        sys.exit(2)
+        flags.refuse(error)
     except RuntimeError as error:
         if not is_loss_of_a_process(error):
             raise
@@ -65,6 +63,35 @@ def run(
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def finite(samples: Tensor, maker: object) -> Tensor:
+    """Return samples (N, ...) if all are finite: for every script that samples, before it writes.
+
+    Args:
+        maker: named in the error.
+    """
+    failed = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if failed:
+        raise FloatingPointError(
+            f"{len(failed)} of {len(samples)} samples of {maker} are not finite, the first is "
+            f"number {failed[0]}: nothing is written"
+        )
+    return samples
+
+
+def load(path: Path, flag: str = "--checkpoint") -> sd.Denoiser:
+    """Return the denoiser of the file that a flag names."""
+    flags.existing(flag, path)
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        raise ValueError(
+            f"{flag} {path}: a file of torch.save, which may hold code; import it first: "
+            f"python experiments/import_weights.py"
+        )
+    if path.is_dir() or path.suffix != ".safetensors":
+        kind = "the folder " if path.is_dir() else ""
+        raise ValueError(f"{flag} must be a .safetensors file; got {kind}{path}")
+    return sd.Denoiser.load(path)
 
 
 def is_loss_of_a_process(error: RuntimeError) -> bool:
@@ -87,45 +114,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def default(text: str) -> Any:
-    """Return what --help shows in place of a default of None."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
-    """Return the flags; raise the parser's complaint as one ValueError. --help ends in examples."""
-    complaint = io.StringIO()
-    for argument in sys.argv[1:]:
-        if not argument or (argument.startswith("--") and argument.endswith("=")):
-            raise ValueError(f"an argument is empty: {argument or repr(argument)}")
-    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, use_underscores=use_underscores, config=markers)
-    except SystemExit as end:
-        if not end.code:  # --help
-            print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
-            raise
-        lines = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", complaint.getvalue()).splitlines()
-        message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
-        message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
-        near = re.search(r"Perhaps you meant: (--\S+)", message)
-        if near:
-            message = f"{message[: near.start()]}{near[0]}"
-        raise ValueError(message.replace(", 'None'", "").replace("'None', ", "")) from None
-
-
-def examples(script: ModuleType) -> list[str]:
-    """Return the command lines in a script's docstring."""
-    lines = (script.__doc__ or "").replace("\\\n", " ").splitlines()
-    return [f"  {' '.join(line.split())}" for line in lines if line.startswith("    python ")]
-
-
 @contextlib.contextmanager
 def network_calls(network: torch.nn.Module, name: str, total: int | None = None) -> Iterator[Any]:
     """Show a bar on stderr that counts the calls of a network, in `n`.
@@ -134,7 +122,7 @@ def network_calls(network: torch.nn.Module, name: str, total: int | None = None)
         name: shown before the bar.
         total: number of calls, if it is known.
     """
-    with tqdm(desc=name, total=total, unit=" calls", leave=False) as bar:
+    with progress.bar(desc=name, total=total, unit=" calls", leave=False) as bar:
 
         def count(*_: object) -> None:
             bar.update()

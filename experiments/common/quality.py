@@ -10,16 +10,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from common.flags import FeaturesName as Word
 from torch import Tensor
 
 from sde_diffusion import data, metrics, plots
 from sde_diffusion.files import storage
 from sde_diffusion.metrics import features
-
-Word = Literal["efficientnet", "inception"]
 
 COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
 BATCH = 16  # images at once: with 128, a CPU needs three times as long for each

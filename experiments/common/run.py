@@ -10,46 +10,22 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from common import command
-from tqdm import tqdm
+from common.flags import Flags, flag
 
-from sde_diffusion import data, plots, training, validate
+from sde_diffusion import data, plots, progress, training, validate
 from sde_diffusion.files import storage
-
-
-@dataclass(frozen=True)
-class Flags:
-    """How training runs; up to rounding the result does not depend on these."""
-
-    resume: bool = False
-    """(train) continue from the newest checkpoint in the folder"""
-    overwrite: bool = False
-    """(train) delete the run in the folder first"""
-    checkpoint_every: Annotated[int | None, command.default("500")] = None
-    """(train) steps between checkpoints"""
-    accumulate: Annotated[int | None, command.default("1")] = None
-    """(train) parts of each process's share of a batch, to save memory"""
-    compile: bool = False
-    """(train) compile the network with torch.compile"""
-    on_bad: Annotated[Literal["raise", "skip"] | None, command.default("raise")] = None
-    """(train) at a loss that is not finite: stop, or skip the step and count it"""
-    tracker: Annotated[
-        Literal["tensorboard", "wandb", "none"] | None,
-        command.default("tensorboard if installed, else none"),
-    ] = None
-    """(train) tracker beside metrics.csv"""
 
 
 def check(flags: Flags) -> None:
     """Refuse values out of range."""
     for name in ("checkpoint_every", "accumulate"):
         if getattr(flags, name) is not None:
-            validate.integer(command.flag(name), getattr(flags, name), at_most=10**7)
+            validate.integer(flag(name), getattr(flags, name), at_most=10**7)
     if flags.resume and flags.overwrite:
         raise ValueError("give --resume or --overwrite, not both")
     if flags.tracker in ("tensorboard", "wandb") and not find_spec(flags.tracker):
@@ -156,7 +132,7 @@ def steps(
     total, every, main = state.recipe.steps, flags.checkpoint_every or 500, engine.is_main_process
     log = engine.log if getattr(engine, "log_with", None) else None
     made = training.train(state, given, flags.accumulate or training.accumulation())
-    bar = tqdm(made, total=total, initial=state.step, disable=not main)
+    bar = progress.bar(made, total=total, initial=state.step, disable=not main)
     journal = training.Journal(out, state.step, log) if main else None
     with training.Stop() as stop, journal or nullcontext():
         try:

@@ -102,7 +102,7 @@ def test_the_other_networks_train_too(script, root, tmp_path, network):
         (("--chain-steps", "many"), "--chain-steps"),
         (("--learning-rate", "nan"), "--learning-rate must lie in"),
         (("--checkpoint", "absent.safetensors"), "absent"),
-        (("--checkpoint", "absent.safetensors", "--epochs", 2), "--epochs has no effect"),
+        (("--checkpoint", __file__, "--epochs", 2), "--epochs has no effect"),
         (("--data-root", "nowhere"), "MNIST not found"),
         (("--resume", "--overwrite"), "give --resume or --overwrite"),
         (("--tracker", "paper"), "--tracker"),

@@ -294,11 +294,19 @@ def whole(x: Tensor) -> Tensor:
 
 
 def check_sizes(config: Config, real: int, width: int) -> None:
-    """Refuse too few digits before any is drawn: a Frechet distance needs as many as features."""
+    """Refuse too few digits before any is drawn: a Frechet distance needs as many as features.
+
+    Its bias depends on the number of samples, so that the floor needs as many too.
+    """
     least = {"--num-samples": config.num_samples, "half of --num-real": real // 2}
     for name, count in least.items():
         if count < width:
             raise ValueError(f"{name}: {count} samples are fewer than the {width} features")
+    if config.num_samples > real // 2:
+        raise ValueError(
+            f"--num-samples must be at most {real // 2}, half of the real digits, which give the "
+            f"floor; got {config.num_samples}"
+        )
 
 
 def main(config: Config) -> None:

@@ -121,7 +121,7 @@ def train(
         steps=config.train_steps,
         batch_size=config.batch_size,
         learning_rate=3e-3,
-        warmup=min(200, config.train_steps),
+        warmup=min(200, config.train_steps // 10),
         ema=training.EMA(0.995),
         seed=config.seed,
     )

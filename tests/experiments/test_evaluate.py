@@ -5,6 +5,7 @@ import io
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -119,6 +120,12 @@ def test_the_figures_are_the_librarys(alone, root):
         metrics.Statistics.of(reference), metrics.Statistics.of(held_out[:COUNT])
     )
     assert record["floor"]["frechet"] == pytest.approx(float(floor), rel=1e-3)
+    splits = [metrics.halves(metrics.extract(real, network), seed) for seed in range(5)]
+    laws = [tuple(map(metrics.Statistics.of, (a, b[:COUNT]))) for a, b in splits]
+    spread = statistics.stdev(float(metrics.frechet_distance(*pair)) for pair in laws)
+    errors = record["floor_standard_deviations"]
+    assert errors["frechet"] == pytest.approx(spread, rel=1e-2)
+    assert errors["splits"] == 5
 
 
 def start_two(*flags, root):
@@ -176,6 +183,7 @@ REFUSALS = {
     "--num-samples 1": "--num-samples",
     "--num-samples 63": "63 samples are fewer than the 64 features",
     "--num-real 100": "50 samples are fewer than the 64 features",
+    "--num-real 300 --num-samples 151": "--num-samples must be at most 150, half of the real",
     "--tolerances 0.1": "no effect without a sampler that chooses its own steps",
     "--samplers ode --tolerances 0": "--tolerances",
     "--samplers ddim --frame gaussian": "--frame has no effect",

@@ -342,7 +342,9 @@ def drawn(config: Config, denoiser: sd.Denoiser, count: int) -> Tensor:
                 )
             else:
                 x = sd.prior(denoiser, shape, seeds=seeds, device=device)
-                made = sd.sample(denoiser, chosen(config), x, steps=steps(config), seeds=seeds)
+                made = command.sampled(
+                    config.sampler, denoiser, chosen(config), x, steps=steps(config), seeds=seeds
+                )
             parts.append(made)
     return command.finite(torch.cat(parts), config.sampler)
 

@@ -178,14 +178,16 @@ def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tupl
         x = sd.prior(denoiser, (len(seeds), 1, 28, 28), seeds=seeds, device=share.device)
         hook = denoiser.network.register_forward_hook(count)
         try:
-            made = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds) if seeds else x
+            with command.unwarned():
+                if seeds:
+                    x = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds)
         except sd.SolverError:  # it is in the row; raised here, the other processes would wait
-            made = torch.full_like(x, math.nan)
+            x = torch.full_like(x, math.nan)
         finally:
             hook.remove()
         bar.update(len(seeds) * share.accelerator.num_processes)
         each = calls / max(1, len(seeds))
-        return torch.cat([made.flatten(1), made.new_full((len(seeds), 1), each)], dim=1)
+        return torch.cat([x.flatten(1), x.new_full((len(seeds), 1), each)], dim=1)
 
     with bar:
         found = share.each(config.num_samples, make)

@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     y, mask = images.to(device), halves(images).to(device)
     model = sd.pretrained("mnist_vp").to(device)
     start = time.perf_counter()
-    with command.network_calls(model.network, "inpaint", config.steps):
+    with command.unwarned(), command.network_calls(model.network, "inpaint", config.steps):
         made = inpainting.complete_image(
             model,
             y.repeat_interleave(config.completions, dim=0),

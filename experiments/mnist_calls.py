@@ -93,15 +93,13 @@ def main(config: Config) -> None:
     print(f"{config.num_samples} digits on {device} -> {config.out}", flush=True)
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]
     x = sd.prior(denoiser, (config.num_samples, 1, 28, 28), seeds=seeds, device=device)
-    made = sd.sample(denoiser, sd.Adams.auto(REFERENCE), x, steps=REFERENCE, progress=True)
-    reference = command.finite(made, f"the flow at {REFERENCE} calls")
+    flow = sd.Adams.auto(REFERENCE)
+    reference = command.sampled("the flow", denoiser, flow, x, steps=REFERENCE, progress=True)
     drawn: dict[str, dict[int, Tensor]] = {}
     figures: dict[str, dict[int, dict[str, float]]] = {}
     for calls in config.calls:
         for name, sampler in samplers(calls).items():
-            made = command.finite(
-                sd.sample(denoiser, sampler, x, steps=calls), f"{name} at {calls} calls"
-            )
+            made = command.sampled(name, denoiser, sampler, x, steps=calls)
             drawn.setdefault(name, {})[calls] = made
             found = figures.setdefault(name, {})[calls] = distances(made, reference)
             print(f"{name:24s}{calls:4d} calls: RMS {found['rms']:.3f}, "

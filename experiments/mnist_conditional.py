@@ -157,8 +157,10 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     start, rows = time.perf_counter(), {}
     for w in config.scale:
         model = guidance.ClassifierFree(denoiser, scale=w, interval=(config.low, config.high))
-        made = sd.sample(model, chosen, x, steps=steps, cond=cond, seeds=seeds, progress=True)
-        rows[w] = command.finite(made.cpu(), f"{config.sampler} at scale {w:g}")
+        rows[w] = command.sampled(
+            f"{config.sampler} at scale {w:g}", model, chosen, x, steps=steps, cond=cond,
+            seeds=seeds, progress=True,
+        ).cpu()  # fmt: skip
     seconds = time.perf_counter() - start
     out = command.folder(config.out)
     made = torch.stack(list(rows.values()))

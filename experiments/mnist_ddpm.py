@@ -177,8 +177,9 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     noise = ddpm.process.prior((8, 1, 28, 28), seeds=seeds[:8], device=device)
     for name, (sampler, steps) in SIDE_BY_SIDE.items():
         start, steps = time.perf_counter(), None if steps is None else min(steps, ddpm.num_steps)
-        made = sd.sample(denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True)
-        rows[name] = command.finite(made, name)
+        rows[name] = command.sampled(
+            name, denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True
+        )
         print(f"{name}: {time.perf_counter() - start:.1f} s")
     out = command.folder(config.out)
     storage.replace(out / "samples.png", plots.png(plots.tiles(x)))

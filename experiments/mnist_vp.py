@@ -166,7 +166,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
         for chunk in chunks:
             states = list(path(config, denoiser, chosen, chunk, steps, device, bar))
             drawn.append(states[-1].cpu())
-            film = film or [plots.tiles(x[:64]) for x in states if config.gif]
+            film = film or states
         calls = bar.n
     seconds = time.perf_counter() - start
     x = command.finite(torch.cat(drawn), config.sampler)
@@ -174,7 +174,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
     storage.replace(out / "samples.safetensors", safetensors.torch.save({"samples": x}))
     storage.replace(out / "samples.png", plots.png(plots.tiles(x[:256])))
     if config.gif:
-        storage.replace(out / "trajectory.gif", plots.gif(film))
+        storage.replace(out / "trajectory.gif", plots.gif([plots.tiles(x[:64]) for x in film]))
     facts = {"sampler": repr(chosen), "network_calls": calls, "seconds": round(seconds, 3)}
     command.write_config(out, config, device=str(device), **facts)
     batches = "" if len(chunks) == 1 else f" in {len(chunks)} batches"

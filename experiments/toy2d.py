@@ -154,8 +154,9 @@ def draw(
     columns = {"data": distribution.sample(n, config.seed + 1)}
     for name, sampler in SAMPLERS.items():
         start = time.perf_counter()
-        made = sd.sample(denoiser, sampler, x, steps=STEPS[name], seeds=seeds, progress=True)
-        columns[name] = command.finite(made, name)
+        columns[name] = command.sampled(
+            name, denoiser, sampler, x, steps=STEPS[name], seeds=seeds, progress=True
+        )
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
     states = [(few, start_time(denoiser))]

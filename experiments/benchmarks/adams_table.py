@@ -110,7 +110,8 @@ def tried(
     k, p, start = setting
     rms, medians = [], []
     for problem, frame in over:
-        made = sd.sample(problem.data, sd.Adams(k, p, frame, start), problem.start, steps=calls)
+        sampler = sd.Adams(k, p, frame, start)
+        made = command.sampled(sampler, problem.data, sampler, problem.start, steps=calls)
         errors = problem.errors(made)
         rms.append(float(errors.square().mean().sqrt()))
         medians.append(float(errors.median()))

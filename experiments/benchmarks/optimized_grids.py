@@ -185,7 +185,7 @@ def at(
 
 
 def rms(problem: Problem, sampler: sd.samplers.Sampler, times: Tensor) -> float:
-    made = sd.sample(problem.data, sampler, problem.start, times=times)
+    made = command.sampled(sampler, problem.data, sampler, problem.start, times=times)
     return float(problem.errors(made).square().mean().sqrt())
 
 

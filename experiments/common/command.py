@@ -46,9 +46,7 @@ def run(
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*not finite", RuntimeWarning)  # see `finite`
-            main(flags.parse(config, use_underscores=use_underscores))
+        main(flags.parse(config, use_underscores=use_underscores))
     except REFUSALS as error:
         if isinstance(error, ConnectionError):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -78,6 +76,22 @@ def finite(samples: Tensor, maker: object) -> Tensor:
             f"number {failed[0]}: nothing is written"
         )
     return samples
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Leave out the warning of samples that are not finite, where a script itself refuses them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not finite", RuntimeWarning)
+        yield
+
+
+def sampled(
+    maker: object, model: sd.models.Model, sampler: sd.samplers.Sampler, x: Tensor, **settings: Any
+) -> Tensor:
+    """Return `sd.sample(model, sampler, x, **settings)` if all samples are finite."""
+    with unwarned():
+        return finite(sd.sample(model, sampler, x, **settings), maker)
 
 
 def load(path: Path, flag: str = "--checkpoint") -> sd.Denoiser:

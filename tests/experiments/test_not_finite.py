@@ -37,7 +37,7 @@ def assert_failed(done, out):
 @pytest.mark.parametrize("sampler", ["heun", "sde", "adams", "dpm2", "ddim"])
 def test_digits_of_a_model_that_overflows_are_not_written(tmp_path, sampler):
     digits(sd.VP()).save(tmp_path / "net.safetensors")
-    flags = ("--sampler", sampler, "--steps", 3, "--num-samples", 4)
+    flags = ("--sampler", sampler, "--steps", 3, "--num-samples", 4, "--gif")
     done = run("mnist_vp", "--checkpoint", tmp_path / "net.safetensors", *flags,
                "--out", tmp_path / "out")  # fmt: skip
     assert_failed(done, tmp_path / "out")

@@ -71,9 +71,9 @@ from sde_diffusion import data, plots, training, validate
 from sde_diffusion.files import storage
 
 SIDE_BY_SIDE: dict[str, tuple[sd.samplers.Sampler, int | None]] = {
-    "ancestral, 1,000": (sd.Ancestral(), 1000),
-    "DDIM, 50": (sd.Ancestral(eta=0.0), 50),
-    "reverse SDE, 250": (sd.EulerMaruyama(), 250),
+    "ancestral": (sd.Ancestral(), 1000),
+    "DDIM": (sd.Ancestral(eta=0.0), 50),
+    "reverse SDE": (sd.EulerMaruyama(), 250),
     "probability-flow ODE": (sd.AdaptiveODE(1e-3, 1e-3), None),
 }
 
@@ -161,13 +161,22 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     return made
 
 
+def side_by_side(chain_steps: int) -> dict[str, tuple[sd.samplers.Sampler, int | None]]:
+    """Return samplers and steps by a title with the steps, which are at most those of the chain."""
+    runs: dict[str, tuple[sd.samplers.Sampler, int | None]] = {}
+    for name, (sampler, most) in SIDE_BY_SIDE.items():
+        steps = None if most is None else min(most, chain_steps)
+        runs[name if steps is None else f"{name}, {steps:,}"] = sampler, steps
+    return runs
+
+
 def draw(config: Config, denoiser: sd.Denoiser) -> None:
     """Write samples.png by DDPM, and side_by_side.png by every formulation."""
     device = next(denoiser.parameters()).device
     ddpm = sd.DDPM(denoiser)
     seeds = [config.seed * 2**32 + k for k in range(16)]
-    others = ", ".join(SIDE_BY_SIDE)
-    print(f"16 digits by Algorithm 2, 8 by each of {others} -> {config.out}", flush=True)
+    runs = side_by_side(ddpm.num_steps)
+    print(f"16 digits by Algorithm 2, 8 by each of {', '.join(runs)} -> {config.out}", flush=True)
     start = time.perf_counter()
     with command.network_calls(denoiser.network, "Algorithm 2", ddpm.num_steps):
         x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
@@ -175,8 +184,8 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     print(f"16 digits in {ddpm.num_steps} steps, {time.perf_counter() - start:.1f} s")
     rows: dict[str, Tensor] = {}
     noise = ddpm.process.prior((8, 1, 28, 28), seeds=seeds[:8], device=device)
-    for name, (sampler, steps) in SIDE_BY_SIDE.items():
-        start, steps = time.perf_counter(), None if steps is None else min(steps, ddpm.num_steps)
+    for name, (sampler, steps) in runs.items():
+        start = time.perf_counter()
         rows[name] = command.sampled(
             name, denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True
         )

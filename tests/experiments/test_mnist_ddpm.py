@@ -167,3 +167,12 @@ def test_an_empty_argument_is_refused(script, capsys, empty):
         script(*empty)
     assert stopped.value.code == 2
     assert "an argument is empty" in capsys.readouterr().err
+
+
+def test_the_titles_of_a_short_chain_are_its_steps():
+    assert list(mnist_ddpm.side_by_side(20)) == [
+        "ancestral, 20", "DDIM, 20", "reverse SDE, 20", "probability-flow ODE"
+    ]  # fmt: skip
+    assert list(mnist_ddpm.side_by_side(1000)) == [
+        "ancestral, 1,000", "DDIM, 50", "reverse SDE, 250", "probability-flow ODE"
+    ]  # fmt: skip

@@ -29,7 +29,7 @@ class Config:
 
     samplers: Annotated[tuple[str, ...], names("samplers to certify", flags.SAMPLERS)] = ()
     processes: Annotated[
-        tuple[Annotated[str, flags.Names(flags.PROCESSES)], ...],
+        tuple[Annotated[str, flags.Names(flags.PROCESS_NAMES)], ...],
         names("processes, except for peers", flags.PROCESSES),
     ] = ()
     peers: bool = False
@@ -116,7 +116,7 @@ def mixture(process: sd.processes.Process) -> sd.exact.GaussianMixture:
 
 def ours(name: str, where: str) -> Row:
     """Certify one of our samplers on one process."""
-    start, sampler, process = time.perf_counter(), SAMPLERS[name], PROCESSES[where]
+    start, sampler, process = time.perf_counter(), SAMPLERS[name], command.PROCESSES[where]
     data = gaussian(process)
     if name in BY_TOLERANCE:
         tolerances = verify.tolerances(sampler, data)
@@ -327,7 +327,7 @@ def rows_of(config: Config) -> Iterator[Row]:
         for name in chosen(config.samplers, families, "--samplers"):
             yield theirs(name, families[name])
         return
-    places = chosen(config.processes, PROCESSES, "--processes")
+    places = chosen(config.processes or tuple(PROCESSES), command.PROCESSES, "--processes")
     for name in chosen(config.samplers, SAMPLERS, "--samplers"):
         for place in places:
             yield ours(name, place)

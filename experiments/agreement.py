@@ -5,24 +5,18 @@
 Nothing is estimated: data are Gaussian, every law is exact.
 """
 
-import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from common import command, words
-
-import sde_diffusion as sd
-from sde_diffusion import plots, validate
-from sde_diffusion.files import storage
+from common import flags
 
 
 @dataclass(frozen=True)
 class Config:
     """Print the table; write agreement.txt, agreement.json and agreement.png."""
 
-    process: command.ProcessWord = "vp"
+    process: flags.ProcessName = "vp"
     rule: Literal["euler", "exact", "table"] = "euler"
     """euler: beta(i/N)/N; exact: the SDE's marginals; table: the published chain of ou or cosine"""
     sizes: tuple[int, ...] = (256, 512, 1024, 2048)
@@ -37,6 +31,18 @@ class Config:
     """folder of everything written"""
 
 
+if __name__ == "__main__":
+    flags.check(Config)
+
+import json
+from functools import partial
+
+from common import command, words
+
+import sde_diffusion as sd
+from sde_diffusion import plots, validate
+from sde_diffusion.files import storage
+
 PROCESSES = command.PROCESSES | {"ou": sd.OU(1.0)}  # the rate of Discrete.constant
 TABLES = {"ou": sd.Discrete.constant, "cosine": sd.Discrete.cosine}
 
@@ -48,7 +54,7 @@ def main(config: Config) -> None:
         validate.integer("--sizes", size, at_least=2, at_most=10_000)
     validate.number("--data-mean", config.data_mean)
     validate.number("--data-variance", config.data_variance, 0, strict=True)
-    words.check("--process", config.process, PROCESSES)
+    words.match("--process", config.process, PROCESSES)
     command.check_out(config.out)
     process = PROCESSES[config.process]
     if config.rule == "table":
@@ -86,10 +92,11 @@ def picture(report: sd.verify.Agreement) -> object:
     for marker, (name, rate) in zip("os^D", report.rates.items(), strict=True):
         if rate is not None:
             label = f"{name}: N^{-rate:.2f}"
-            axis.loglog(report.sizes, getattr(report, name), marker=marker, label=label)
+            axis.plot(report.sizes, getattr(report, name), marker=marker, label=label)
     axis.set(xlabel="length of the chain N (steps)", ylabel="distance")
+    plots.log_scale(axis)
     axis.set_xticks(report.sizes, [str(size) for size in report.sizes])
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
     axis.legend()
     return figure
 

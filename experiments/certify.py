@@ -7,30 +7,13 @@ Every sampler of this package on every process, or with --peers those of diffuse
 azula, by their own code. Writes certificates.md, certificates.json and certificates.png.
 """
 
-import importlib
-import importlib.util
-import json
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
-from common import command, words
-
-import sde_diffusion as sd
-from sde_diffusion import plots, verify
-from sde_diffusion.files import storage
-
-MEAN, VARIANCE = 0.7, 0.25  # of the data
-
-
-PROCESSES = words.by_word(sd.processes.CATALOGUE)
-SAMPLERS = words.by_word(sd.samplers.CATALOGUE)
+from common import flags
 
 
 def names(title: str, known: Iterable[str]) -> Any:
@@ -44,12 +27,40 @@ def names(title: str, known: Iterable[str]) -> Any:
 class Config:
     """Print the table of certificates, and write it as Markdown, JSON and a picture."""
 
-    samplers: Annotated[tuple[str, ...], names("samplers to certify", SAMPLERS)] = ()
-    processes: Annotated[tuple[str, ...], names("processes, except for peers", PROCESSES)] = ()
+    samplers: Annotated[tuple[str, ...], names("samplers to certify", flags.SAMPLERS)] = ()
+    processes: Annotated[
+        tuple[Annotated[str, flags.Names(flags.PROCESS_NAMES)], ...],
+        names("processes, except for peers", flags.PROCESSES),
+    ] = ()
     peers: bool = False
     """certify the samplers of diffusers, k-diffusion and azula instead: pip install '.[peers]'"""
     out: Path = Path("runs/certify")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import importlib
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from common import command, words
+
+import sde_diffusion as sd
+from sde_diffusion import plots, verify
+from sde_diffusion.files import storage
+
+MEAN, VARIANCE = 0.7, 0.25  # of the data
+
+
+PROCESSES = words.by_word(sd.processes.CATALOGUE)
+SAMPLERS = words.by_word(sd.samplers.CATALOGUE)
 
 
 # Those without an exact law: the error of an ODE solver follows its tolerance; mean and variance
@@ -105,7 +116,7 @@ def mixture(process: sd.processes.Process) -> sd.exact.GaussianMixture:
 
 def ours(name: str, where: str) -> Row:
     """Certify one of our samplers on one process."""
-    start, sampler, process = time.perf_counter(), SAMPLERS[name], PROCESSES[where]
+    start, sampler, process = time.perf_counter(), SAMPLERS[name], command.PROCESSES[where]
     data = gaussian(process)
     if name in BY_TOLERANCE:
         tolerances = verify.tolerances(sampler, data)
@@ -306,9 +317,7 @@ def short(row: Row) -> str:
 
 def chosen(names: tuple[str, ...], known: dict[str, Any], flag: str) -> list[str]:
     """Return the given names, or all if none is given."""
-    for name in names:
-        words.check(flag, name, known)
-    return list(dict.fromkeys(names)) or list(known)
+    return list(dict.fromkeys(words.match(flag, name, known) for name in names)) or list(known)
 
 
 def rows_of(config: Config) -> Iterator[Row]:
@@ -318,7 +327,7 @@ def rows_of(config: Config) -> Iterator[Row]:
         for name in chosen(config.samplers, families, "--samplers"):
             yield theirs(name, families[name])
         return
-    places = chosen(config.processes, PROCESSES, "--processes")
+    places = chosen(config.processes or tuple(PROCESSES), command.PROCESSES, "--processes")
     for name in chosen(config.samplers, SAMPLERS, "--samplers"):
         for place in places:
             yield ours(name, place)

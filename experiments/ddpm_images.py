@@ -12,16 +12,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-import torch
 import tyro
-from common import command, quality, run, samplers
-from torch import Tensor
-from tqdm import tqdm
+from common import flags
 from tyro.constructors import PrimitiveConstructorSpec
-
-import sde_diffusion as sd
-from sde_diffusion import data, metrics, plots, training, validate
-from sde_diffusion.files import storage
 
 
 def switched(words: list[str]) -> bool:
@@ -49,7 +42,7 @@ AT_ONCE = 64  # images drawn together
 NAME = "ddpm_images"
 CLAMPED = "clamped"
 SAMPLER_HELP = (
-    f"{CLAMPED}: the sheet's Algorithm 2, all T steps with x0 held to [-1, 1]. {samplers.HELP}"
+    f"{CLAMPED}: the sheet's Algorithm 2, all T steps with x0 held to [-1, 1]. {flags.SAMPLER_HELP}"
 )
 
 
@@ -59,11 +52,11 @@ class Sheet:
 
     data_path: Path = Path("data/train")
     """folder of images, or of folders of images named after their classes"""
-    data_class: Annotated[str | None, command.default("cat on AFHQ, else all")] = None
+    data_class: Annotated[str | None, flags.default("cat on AFHQ, else all")] = None
     """class to learn"""
     save_folder: Path = Path("results")
     """folder of everything written"""
-    load_path: Annotated[Path | None, command.default("none")] = None
+    load_path: Annotated[flags.ExistingPath | None, flags.default("none")] = None
     """a run, checkpoint or .safetensors file: drawn from with --visualize, else trained further"""
     image_size: int = 32
     """side of the square images, in pixels"""
@@ -83,43 +76,47 @@ class Sheet:
     """measure samples at the same steps, on --features"""
     visualize: Switch = False
     """draw the forward and the backward strip; with --load_path nothing is trained"""
-    features: Annotated[quality.Word | None, command.default("efficientnet")] = None
+    features: Annotated[flags.FeaturesName | None, flags.default("efficientnet")] = None
     """(fid) network of the features; only inception gives FID, only efficientnet comes by pip"""
-    inception_weights: Annotated[Path | None, command.default("none")] = None
+    inception_weights: Annotated[flags.ExistingPath | None, flags.default("none")] = None
     """(fid) file of Inception's published weights"""
-    fid_samples: Annotated[int | None, command.default("256; 2,048 with inception")] = None
+    fid_samples: Annotated[int | None, flags.default("256; 2,048 with inception")] = None
     """(fid) number of samples measured"""
-    sampler: Annotated[str, tyro.conf.arg(metavar="NAME", help=SAMPLER_HELP)] = CLAMPED
-    steps: Annotated[int | None, command.default("as in mnist_vp.py, or T")] = None
+    sampler: Annotated[
+        str,
+        flags.Names((CLAMPED, *flags.SAMPLER_NAMES)),
+        tyro.conf.arg(metavar="NAME", help=SAMPLER_HELP),
+    ] = CLAMPED
+    steps: Annotated[int | None, flags.default("as in mnist_vp.py, or T")] = None
     """sampling steps of a fixed-step sampler other than clamped, at most T"""
     num_samples: int = 64
     """images in a sample grid"""
     seed: int = 0
     """seed of training; sample k depends on (seed, k) alone"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
-    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    dtype: Annotated[Literal["float32", "bf16"] | None, flags.default("float32")] = None
     """the network's arithmetic in training"""
 
 
 @dataclass(frozen=True)
-class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come first
+class Config(flags.Flags, Sheet):  # dataclass fields: those of the last base come first
     """Learn the images of a folder and draw new ones; flags may have hyphens for underscores."""
 
-    checkpoint_every: Annotated[int | None, command.default("--save_and_sample_every")] = None
+    checkpoint_every: Annotated[int | None, flags.default("--save_and_sample_every")] = None
     """(train) steps between checkpoints"""
 
     @property
-    def process(self) -> sd.Discrete:
+    def process(self) -> "sd.Discrete":
         """alpha_t = clip(abar_t / abar_(t-1), 0.001, 1), abar_t = f(t) / f(0), s = 0.008."""
         return sd.Discrete.cosine(self.time_steps)
 
     @property
-    def times(self) -> sd.losses.DiscreteTimes:
+    def times(self) -> "sd.losses.DiscreteTimes":
         return sd.losses.DiscreteTimes(self.time_steps)
 
     @property
-    def recipe(self) -> training.Recipe:
+    def recipe(self) -> "training.Recipe":
         recipe = training.Recipe(
             steps=self.train_steps,
             batch_size=self.batch_size,
@@ -131,6 +128,19 @@ class Config(run.Flags, Sheet):  # dataclass fields: those of the last base come
             dtype=run.dtype(self.dtype),
         )
         return run.extended(self, recipe)
+
+
+if __name__ == "__main__":
+    flags.check(Config, use_underscores=True)
+
+import torch
+from common import command, quality, run, samplers
+from torch import Tensor
+from tqdm import tqdm
+
+import sde_diffusion as sd
+from sde_diffusion import data, metrics, plots, training, validate
+from sde_diffusion.files import storage
 
 
 def main(config: Config) -> None:
@@ -165,17 +175,16 @@ def check(config: Config) -> None:
     if config.unet_dim % 8:
         raise ValueError(f"--unet_dim must be a multiple of 8; got {config.unet_dim}")
     check_sampler(config)
-    for name in ("features", "inception_weights", "fid_samples") if not config.fid else ():
-        if getattr(config, name) is not None:
-            raise ValueError(f"--{name} has no effect without --fid")
+    if not config.fid:
+        names = ("features", "inception_weights", "fid_samples")
+        flags.unused(config, names, "without --fid", "--{}".format)
     if (config.features == "inception") != (config.inception_weights is not None):
         raise ValueError("--features inception and --inception_weights PATH go together")
-    training_only = ("fid", *(field.name for field in fields(run.Flags)))
-    for name in training_only if config.load_path and config.visualize else ():
-        if getattr(config, name) not in (None, False):
-            raise ValueError(
-                f"--{name} has no effect with --load_path and --visualize, which train nothing"
-            )
+    if config.load_path and config.visualize:
+        names = ("save_and_sample_every", "fid", "num_samples",
+                 "dtype", *(field.name for field in fields(flags.Flags)))  # fmt: skip
+        why = "with --load_path and --visualize, which train nothing"
+        flags.unused(config, names, why, "--{}".format)
 
 
 def check_sampler(config: Config) -> None:
@@ -229,7 +238,7 @@ def new(config: Config) -> sd.Denoiser:
 def load(config: Config, device: torch.device) -> sd.Denoiser:
     """Return the denoiser of --load_path, which must fit the other flags."""
     path = weights_in(config.load_path or Path())
-    denoiser, name = sd.Denoiser.load(path), f"--load_path {config.load_path}"
+    denoiser, name = command.load(path, "--load_path"), f"--load_path {config.load_path}"
     if denoiser.process != config.process:
         length = getattr(denoiser.process, "num_steps", None)
         found = f"--time_steps {length}" if length else f"{denoiser.process}"
@@ -248,11 +257,6 @@ def load(config: Config, device: torch.device) -> sd.Denoiser:
 
 def weights_in(path: Path) -> Path:
     """Return the .safetensors file of a path: itself, or that of a checkpoint or of a run."""
-    if path.suffix in (".pt", ".pth", ".ckpt"):
-        raise ValueError(
-            f"--load_path {path}: a file of torch.save, which may hold code; import it first: "
-            f"python experiments/import_weights.py"
-        )
     if not path.is_dir():
         return path
     newest = training.newest_checkpoint(path)
@@ -334,9 +338,11 @@ def drawn(config: Config, denoiser: sd.Denoiser, count: int) -> Tensor:
                 )
             else:
                 x = sd.prior(denoiser, shape, seeds=seeds, device=device)
-                made = sd.sample(denoiser, chosen(config), x, steps=steps(config), seeds=seeds)
+                made = command.sampled(
+                    config.sampler, denoiser, chosen(config), x, steps=steps(config), seeds=seeds
+                )
             parts.append(made)
-    return torch.cat(parts)
+    return command.finite(torch.cat(parts), config.sampler)
 
 
 def seeds_of(config: Config, numbers: Sequence[int]) -> list[int]:
@@ -383,6 +389,7 @@ def backward_strip(config: Config, denoiser: sd.Denoiser, x: Tensor) -> dict[int
         path = sd.trajectory(denoiser, chosen(config), x, times=times, seeds=seeds)
         chain = (state.x for state in path)
     states = dict(zip(range(start, -1, -1), (x, *chain), strict=True))
+    command.finite(states[0], config.sampler)
     return {percent: states[i] for percent, i in reversed(marks(config).items())}
 
 

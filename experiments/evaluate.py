@@ -4,46 +4,27 @@
     torchrun --nproc_per_node 2 experiments/evaluate.py ...    the same figures in half the time
 
 Real digits are MNIST's training digits, in two halves by --seed: samples are compared with the
-first; the second gives the floor, the figures of as many perfect samples. Each process computes on
-one thread, since the last bits of a sum depend on the number of threads.
+first; the second gives the floor, the figures of as many perfect samples, with its deviation over
+other splits: a sampler within two of these cannot be told from real digits. Each process computes
+on one thread, since the last bits of a sum depend on the number of threads.
 """
 
-import json
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import mnist_vp
-import torch
 import tyro
-from common import command
-from common import samplers as words
-from torch import Tensor
-from tqdm import tqdm
-
-import sde_diffusion as sd
-from sde_diffusion import data, metrics, plots, training, validate
-from sde_diffusion.files import storage
-from sde_diffusion.metrics import distances, features
-
-COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
-TITLES = {
-    "mnist": "Frechet distance on 64 features of a digit classifier",
-    "inception": "FID",
-    "efficientnet": "Frechet distance on 64 principal components of EfficientNet-Lite0 features",
-}
+from common import flags
 
 
 @dataclass(frozen=True)
 class Config:
     """Draw digits with every sampler, and measure them."""
 
-    samplers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help=words.HELP)] = (
-        "ancestral", "ddim", "dpm2", "adams",
-    )  # fmt: skip
+    samplers: Annotated[
+        tuple[flags.SamplerName, ...],
+        tyro.conf.arg(metavar="NAME ...", help=flags.SAMPLER_HELP),
+    ] = ("ancestral", "ddim", "dpm2", "adams")
     steps: tuple[int, ...] = (5, 10, 20, 50)
     """numbers of sampling steps of the fixed-step samplers"""
     tolerances: Annotated[
@@ -51,17 +32,17 @@ class Config:
         tyro.conf.arg(metavar="FLOAT ...", help_behavior_hint="(default: 0.1 0.01 0.001)"),
     ] = None
     """relative and absolute tolerances of the samplers that choose their own steps"""
-    frame: Annotated[words.FrameWord | None, command.default("straight")] = None
+    frame: Annotated[flags.FrameName | None, flags.default("straight")] = None
     """coordinates in which adams and adaptive-ode integrate"""
     num_samples: int = 10_000
     """digits drawn with each sampler and setting"""
-    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    checkpoint: Annotated[flags.ExistingPath | None, flags.default("the packaged weights")] = None
     """a .safetensors file of 28x28 digits"""
-    num_real: Annotated[int | None, command.default("all")] = None
+    num_real: Annotated[int | None, flags.default("all")] = None
     """number of real digits used, the first ones"""
     features: Literal["mnist", "inception", "efficientnet"] = "mnist"
     """the network whose features are compared"""
-    inception_weights: Annotated[Path | None, command.default("none")] = None
+    inception_weights: Annotated[flags.ExistingPath | None, flags.default("none")] = None
     """file of Inception's published weights"""
     download: bool = False
     """download Inception's weights"""
@@ -71,10 +52,38 @@ class Config:
     """samples drawn at once; each batch belongs to one process"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks run"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """folder that holds MNIST/raw"""
     out: Path = Path("runs/evaluate")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import mnist_vp
+import torch
+from common import command
+from common import samplers as words
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import data, metrics, plots, progress, training, validate
+from sde_diffusion.files import storage
+from sde_diffusion.metrics import distances, features
+
+COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
+TITLES = {
+    "mnist": "Frechet distance on 64 features of a digit classifier",
+    "inception": "FID",
+    "efficientnet": "Frechet distance on 64 principal components of EfficientNet-Lite0 features",
+}
 
 
 @dataclass(frozen=True)
@@ -96,12 +105,8 @@ def check(config: Config) -> None:
     for name in ("num_samples", "batch_size", "num_real"):
         value = getattr(config, name)
         if value is not None:
-            validate.integer(command.flag(name), value, 2, 10**7)
+            validate.integer(flags.flag(name), value, 2, 10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
-    for name in ("samplers", "steps", "tolerances"):
-        values = getattr(config, name)
-        if values is not None and (not values or len(set(values)) < len(values)):
-            raise ValueError(f"--{name} must be one or more, all different; got {values}")
     for steps in config.steps:
         validate.integer("--steps", steps, at_most=10**5)
     for tolerance in config.tolerances or ():
@@ -111,6 +116,8 @@ def check(config: Config) -> None:
     used = set[str]().union(*map(words.settings, config.samplers))
     if config.tolerances and "rtol" not in used:
         raise ValueError("--tolerances has no effect without a sampler that chooses its own steps")
+    if "steps" not in used:
+        flags.unused(config, ("steps",), "on samplers that choose their own steps")
     if config.frame and "frame" not in used:
         raise ValueError("--frame has no effect without a sampler that has one, such as adams")
     given = config.inception_weights is not None or config.download
@@ -155,7 +162,7 @@ class Share:
 
 def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tuple[Tensor, float]:
     """Return the samples of a run, and the network calls of each."""
-    bar = tqdm(
+    bar = progress.bar(
         desc=f"{run.word}, {run.setting}", total=config.num_samples, unit=" samples", leave=False,
         disable=not share.accelerator.is_main_process,
     )  # fmt: skip
@@ -171,14 +178,16 @@ def drawn(config: Config, share: Share, denoiser: sd.Denoiser, run: Run) -> tupl
         x = sd.prior(denoiser, (len(seeds), 1, 28, 28), seeds=seeds, device=share.device)
         hook = denoiser.network.register_forward_hook(count)
         try:
-            made = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds) if seeds else x
+            with command.unwarned():
+                if seeds:
+                    x = sd.sample(denoiser, run.sampler, x, steps=run.steps, seeds=seeds)
         except sd.SolverError:  # it is in the row; raised here, the other processes would wait
-            made = torch.full_like(x, math.nan)
+            x = torch.full_like(x, math.nan)
         finally:
             hook.remove()
         bar.update(len(seeds) * share.accelerator.num_processes)
         each = calls / max(1, len(seeds))
-        return torch.cat([made.flatten(1), made.new_full((len(seeds), 1), each)], dim=1)
+        return torch.cat([x.flatten(1), x.new_full((len(seeds), 1), each)], dim=1)
 
     with bar:
         found = share.each(config.num_samples, make)
@@ -213,6 +222,14 @@ class Judge:
     statistics: metrics.Statistics
     shares: Tensor
 
+    @staticmethod
+    def of(config: Config, found: Tensor, shares: Tensor, split: int = 0) -> "Judge":
+        """Return the judge of one half of the real features (N, d); split 0 is that of --seed."""
+        reference, _ = halves(config, found, split)
+        few = config.features == "efficientnet"
+        project = metrics.principal(reference, COMPONENTS) if few else whole
+        return Judge(reference, project, metrics.Statistics.of(project(reference)), shares.double())
+
     def row(self, made: Tensor, probabilities: Tensor) -> dict[str, Any]:
         """Return the figures of samples with features (N, d) and class probabilities (N, 10)."""
         own = metrics.Statistics.of(self.project(made))
@@ -236,6 +253,32 @@ class Judge:
         }
 
 
+def halves(config: Config, x: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """Split the rows of real digits in two halves."""
+    return metrics.halves(x, (config.seed + split) % 2**63)
+
+
+def floors(
+    config: Config, found: Tensor, probabilities: Tensor, shares: Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figures of as many real digits as samples, and their standard deviations.
+
+    The figures are those of the split by --seed, the deviations those over SPLITS random splits:
+    the permutation distribution of figures of samples from the data's own law.
+
+    Args:
+        found, probabilities: features (N, d) and class probabilities (N, 10) of the real digits.
+    """
+    rows: list[dict[str, Any]] = []
+    for split in range(SPLITS):
+        perfect, likely = (
+            halves(config, x, split)[1][: config.num_samples] for x in (found, probabilities)
+        )
+        rows.append(Judge.of(config, found, shares, split).row(perfect, likely))
+    spreads = {name: statistics.stdev(row[name] for row in rows) for name in FLOORS}
+    return rows[0], {"splits": SPLITS, "num_samples": rows[0]["num_samples"], **spreads}
+
+
 Network = features.MnistFeatures | features.EfficientNetFeatures | features.InceptionFeatures
 
 
@@ -253,11 +296,19 @@ def whole(x: Tensor) -> Tensor:
 
 
 def check_sizes(config: Config, real: int, width: int) -> None:
-    """Refuse too few digits before any is drawn: a Frechet distance needs as many as features."""
+    """Refuse too few digits before any is drawn: a Frechet distance needs as many as features.
+
+    Its bias depends on the number of samples, so that the floor needs as many too.
+    """
     least = {"--num-samples": config.num_samples, "half of --num-real": real // 2}
     for name, count in least.items():
         if count < width:
             raise ValueError(f"{name}: {count} samples are fewer than the {width} features")
+    if config.num_samples > real // 2:
+        raise ValueError(
+            f"--num-samples must be at most {real // 2}, half of the real digits, which give the "
+            f"floor; got {config.num_samples}"
+        )
 
 
 def main(config: Config) -> None:
@@ -281,21 +332,14 @@ def main(config: Config) -> None:
     denoiser = denoiser.to(share.device)
 
     found = spread(share, chosen, real)
-    reference, held_out = metrics.halves(found, config.seed)
-    project = metrics.principal(reference, COMPONENTS) if few else whole
-    statistics = metrics.Statistics.of(project(reference))
-    judge = Judge(reference, project, statistics, shares.double())
-    perfect = metrics.halves(real, config.seed)[1][: config.num_samples]
-    floor = judge.row(
-        held_out[: config.num_samples], spread(share, classifier.probabilities, perfect)
-    )
+    judge = Judge.of(config, found, shares)
+    floor, errors = floors(config, found, spread(share, classifier.probabilities, real), shares)
+    count = len(judge.reference)
     if main_process:
-        print(
-            f"{TITLES[config.features]}, against {len(reference):,} real digits -> {config.out}",
-            flush=True,
-        )
+        print(f"{TITLES[config.features]}, against {count:,} real digits -> {config.out}")
         print(table_header())
-        print(table_line("real digits", "floor", floor), flush=True)
+        print(table_line("real digits", "floor", floor))
+        print(table_line("", f"± {SPLITS} splits", errors), flush=True)
     rows: list[dict[str, Any]] = []
     for run in runs(config):
         made, calls = drawn(config, share, denoiser, run)
@@ -312,15 +356,22 @@ def main(config: Config) -> None:
         if main_process:
             print(table_line(run.word, run.setting, row), flush=True)
     if main_process:
-        write(config, floor, rows, len(reference), shares)
+        write(config, floor, errors, rows, count, shares)
     share.accelerator.end_training()
+    failed = [f"{row['sampler']}" for row in rows if "failed" in row]
+    if failed:
+        raise FloatingPointError(f"samples that are not finite: {', '.join(failed)}")
 
 
+SPLITS = 5  # of the real digits, for the error of the floor
 COLUMNS = {
     "frechet": "Frechet", "kid": "KID", "kid_standard_error": "±", "precision": "precision",
     "recall": "recall", "confidence": "confidence", "confident": "> 0.9",
     "total_variation": "classes",
 }  # fmt: skip
+
+
+FLOORS = [name for name in COLUMNS if name != "kid_standard_error"]
 
 
 def table_header() -> str:
@@ -333,13 +384,14 @@ def table_line(word: str, setting: str, row: dict[str, Any]) -> str:
     start = f"{word:14s}{setting:11s}"
     if "failed" in row:
         return f"{start}{'':7s}{calls}   {row['failed']} samples are not finite"
-    cells = "".join(f"{row[name]:11.4g}" for name in COLUMNS)
+    cells = "".join(f"{row[name]:11.4g}" if name in row else f"{'':11s}" for name in COLUMNS)
     return f"{start}{row['num_samples']:7,d}{calls}{cells}"
 
 
 def write(
     config: Config,
     floor: dict[str, Any],
+    errors: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     count: int,
     shares: Tensor,
@@ -351,16 +403,22 @@ def write(
         "reference_count": count,
         "data_class_shares": shares.tolist(),
         "floor": floor,
+        "floor_standard_deviations": errors,
         "rows": list(rows),
     }
     storage.replace(out / "evaluate.json", (json.dumps(record, indent=1) + "\n").encode())
-    storage.replace(out / "evaluate.png", plots.png(picture(config, floor, rows)))
+    storage.replace(out / "evaluate.png", plots.png(picture(config, floor, errors, rows)))
     command.write_config(out, config)
     print(f"-> {out / 'evaluate.png'}")
 
 
-def picture(config: Config, floor: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Any:
-    """Draw four figures against calls, a line for each sampler, and the floor."""
+def picture(
+    config: Config,
+    floor: dict[str, Any],
+    errors: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+) -> Any:
+    """Draw four figures against calls, a line for each sampler, and the floor with two errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
@@ -372,11 +430,11 @@ def picture(config: Config, floor: dict[str, Any], rows: Sequence[dict[str, Any]
     }
     measured = [row for row in rows if "failed" not in row]
     for axis, name in zip(figure.subplots(2, 2).flat, titles, strict=True):
-        axis.set_xscale("log")
+        plots.log_scale(axis, "x")
         if name == "kid":  # unbiased, so that it may be negative
-            axis.set_yscale("symlog", linthresh=max(4 * floor["kid_standard_error"], 1e-9))
+            plots.log_scale(axis, "y", linthresh=max(4 * floor["kid_standard_error"], 1e-9))
         elif name != "precision":
-            axis.set_yscale("log")
+            plots.log_scale(axis, "y")
         for number, word in enumerate(config.samplers):
             mine = [row for row in measured if row["sampler"] == word]
             mine.sort(key=lambda row: row["calls"])
@@ -386,9 +444,12 @@ def picture(config: Config, floor: dict[str, Any], rows: Sequence[dict[str, Any]
             axis.errorbar(calls, values, bars, color=color, fmt="o-", ms=3, lw=1.2, label=word)
             if name == "precision":
                 axis.plot(calls, [row["recall"] for row in mine], "o--", color=color, ms=3, lw=1.2)
-        axis.axhline(floor[name], color="0.5", lw=1, label="real digits")
-        if name == "precision":
-            axis.axhline(floor["recall"], color="0.5", lw=1, ls="--")
+        pair = {"precision": "-", "recall": "--"} if name == "precision" else {name: "-"}
+        for each, style in pair.items():
+            label = "real digits, ± 2 standard deviations" if style == "-" else None
+            axis.axhline(floor[each], color="0.5", lw=1, ls=style, label=label)
+            low, high = (floor[each] + sign * 2 * errors[each] for sign in (-1, 1))
+            axis.axhspan(low, high, color="0.5", alpha=0.2, lw=0)
         axis.set(xlabel="network calls", title=titles[name])
         ticks = sorted({round(row["calls"]) for row in measured})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -7,35 +7,41 @@ CHECKPOINT defines the network, process, parameterization and noise input; its o
 kept. The file must hold every tensor of the network, and no other. No code of either file runs.
 """
 
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from common import command
-from torch import Tensor
-
-import sde_diffusion as sd
-from sde_diffusion.files import storage, torch_archives
+from common import flags
 
 
 @dataclass(frozen=True)
 class Config:
     """Fill the network that a checkpoint describes with the tensors of another file."""
 
-    weights: Path
+    weights: flags.ExistingPath
     """the .pt, .pth or .ckpt file"""
-    like: Path
+    like: flags.ExistingPath
     """a .safetensors checkpoint of this package with the same network"""
     out: Path
     """the .safetensors file to write, and its .json; neither may exist"""
-    key: Annotated[str | None, command.default("the top level")] = None
+    key: Annotated[str | None, flags.default("the top level")] = None
     """where the tensors are in the file, such as model, ema or state_dict"""
     rename: tuple[str, ...] = ()
     """OLD=NEW: names that begin with OLD begin with NEW instead; in this order"""
-    sha256: Annotated[str | None, command.default("not checked")] = None
+    sha256: Annotated[str | None, flags.default("not checked")] = None
     """expected SHA-256 of --weights; needed for files of torch before 1.6"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import hashlib
+import os
+
+from common import command
+from torch import Tensor
+
+from sde_diffusion.files import storage, torch_archives
 
 
 def main(config: Config) -> None:
@@ -43,7 +49,7 @@ def main(config: Config) -> None:
     command.check_name(config.out.with_name(config.out.name + ".part"))
     command.check_out(config.out.parent)
     pairs = [pair(text) for text in config.rename]
-    denoiser = sd.Denoiser.load(config.like)
+    denoiser = command.load(config.like, "--like")
     tensors = torch_archives.import_weights(config.weights, key=config.key, sha256=config.sha256)
     for old, new in pairs:
         tensors = torch_archives.rename(tensors, old, new)

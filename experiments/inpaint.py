@@ -8,10 +8,43 @@ bottom, and completions of each by `inpainting.complete_image`, in inpaint.png. 
 digits of MNIST, those of --data-root or, where there is no MNIST, a few that come with the package.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+
+from common import flags
+
+
+@dataclass(frozen=True)
+class Config:
+    """Complete halves of digits."""
+
+    num_images: int = 6
+    """number of test digits; the top of the first half is visible, the bottom of the others"""
+    completions: int = 5
+    """completions of each digit"""
+    route: Literal["network", "mean"] = "network"
+    """network: gradient with respect to x_t, through the network; mean: to the mean of x_(t-1)"""
+    scale: Annotated[float | None, flags.default("300; 2 with --route mean")] = None
+    """step size s of the rule"""
+    clip: bool = False
+    """hold x0_hat to [-1, 1]"""
+    steps: int = 250
+    """sampling steps of the ancestral chain"""
+    seed: int = 0
+    """completion k of image i depends on (seed, i, k) alone"""
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
+    """folder that holds MNIST/raw"""
+    device: flags.Device = "auto"
+    """where the network runs"""
+    out: Path = Path("runs/inpaint")
+    """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import time
 
 import torch
 from common import command
@@ -30,32 +63,6 @@ MOST = 10_000  # images, completions, steps
 SCALES = {"network": 300.0, "mean": 2.0}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Complete halves of digits."""
-
-    num_images: int = 6
-    """number of test digits; the top of the first half is visible, the bottom of the others"""
-    completions: int = 5
-    """completions of each digit"""
-    route: Literal["network", "mean"] = "network"
-    """network: gradient with respect to x_t, through the network; mean: to the mean of x_(t-1)"""
-    scale: Annotated[float | None, command.default("300; 2 with --route mean")] = None
-    """step size s of the rule"""
-    clip: bool = False
-    """hold x0_hat to [-1, 1]"""
-    steps: int = 250
-    """sampling steps of the ancestral chain"""
-    seed: int = 0
-    """completion k of image i depends on (seed, i, k) alone"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
-    """folder that holds MNIST/raw"""
-    device: command.Device = "auto"
-    """where the network runs"""
-    out: Path = Path("runs/inpaint")
-    """folder of everything written"""
-
-
 def main(config: Config) -> None:
     check(config)
     command.check_out(config.out)
@@ -66,7 +73,7 @@ def main(config: Config) -> None:
     y, mask = images.to(device), halves(images).to(device)
     model = sd.pretrained("mnist_vp").to(device)
     start = time.perf_counter()
-    with command.network_calls(model.network, "inpaint", config.steps):
+    with command.unwarned(), command.network_calls(model.network, "inpaint", config.steps):
         made = inpainting.complete_image(
             model,
             y.repeat_interleave(config.completions, dim=0),
@@ -82,6 +89,7 @@ def main(config: Config) -> None:
             ],
         )
     seconds = time.perf_counter() - start
+    command.finite(made, "inpaint")
     out = command.folder(config.out)
     each = made.reshape(len(y), config.completions, *y.shape[1:])
     storage.replace(out / "inpaint.png", plots.png(picture(y, mask, each)))
@@ -93,7 +101,7 @@ def main(config: Config) -> None:
 def check(config: Config) -> None:
     """Refuse values out of range."""
     for name in ("num_images", "completions", "steps"):
-        validate.integer(command.flag(name), getattr(config, name), at_most=MOST)
+        validate.integer(flags.flag(name), getattr(config, name), at_most=MOST)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     if config.scale is not None:
         validate.number("--scale", config.scale)

@@ -6,22 +6,11 @@ Every digit starts from the same noise and follows the same flow in each block. 
 mnist_calls.png and mnist_calls.json: RMS and median distance, per pixel, to the flow at 200 calls.
 """
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import command
-from torch import Tensor
-
-import sde_diffusion as sd
-from sde_diffusion import plots, validate
-from sde_diffusion.files import storage
-from sde_diffusion.grids import frames
-
-REFERENCE = 200
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -34,10 +23,28 @@ class Config:
     """number of digits"""
     seed: int = 0
     """digit k depends on (seed, k) alone"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
     out: Path = Path("runs/mnist_calls")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import json
+import math
+
+import torch
+from common import command
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import plots, validate
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
+
+REFERENCE = 200
 
 
 def samplers(calls: int) -> dict[str, sd.samplers.Sampler]:
@@ -86,12 +93,13 @@ def main(config: Config) -> None:
     print(f"{config.num_samples} digits on {device} -> {config.out}", flush=True)
     seeds = [config.seed * 2**32 + k for k in range(config.num_samples)]
     x = sd.prior(denoiser, (config.num_samples, 1, 28, 28), seeds=seeds, device=device)
-    reference = sd.sample(denoiser, sd.Adams.auto(REFERENCE), x, steps=REFERENCE, progress=True)
+    flow = sd.Adams.auto(REFERENCE)
+    reference = command.sampled("the flow", denoiser, flow, x, steps=REFERENCE, progress=True)
     drawn: dict[str, dict[int, Tensor]] = {}
     figures: dict[str, dict[int, dict[str, float]]] = {}
     for calls in config.calls:
         for name, sampler in samplers(calls).items():
-            made = sd.sample(denoiser, sampler, x, steps=calls)
+            made = command.sampled(name, denoiser, sampler, x, steps=calls)
             drawn.setdefault(name, {})[calls] = made
             found = figures.setdefault(name, {})[calls] = distances(made, reference)
             print(f"{name:24s}{calls:4d} calls: RMS {found['rms']:.3f}, "

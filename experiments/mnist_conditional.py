@@ -9,22 +9,11 @@ Draws digits of each class at each scale w into grid.png, with the packaged weig
 conditional model, 0 the unconditional one.
 """
 
-import time
-from collections import deque
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import safetensors.torch
-import torch
-from common import command, run, samplers
-from torch import Tensor
-from torch.nn import functional as F
-
-import sde_diffusion as sd
-from sde_diffusion import data, plots, training, validate
-from sde_diffusion.files import storage
-from sde_diffusion.models import guidance
+from common import flags
 
 CLASSES = 10
 
@@ -43,14 +32,14 @@ class Sampling:
     """guidance acts where sigma / alpha is above this ..."""
     high: float = float("inf")
     """... and below this"""
-    sampler: samplers.Word = "adams"
-    steps: Annotated[int | None, command.default(samplers.USUAL)] = None
+    sampler: flags.SamplerName = "adams"
+    steps: Annotated[int | None, flags.default(flags.USUAL_STEPS)] = None
     """sampling steps of a fixed-step sampler"""
     seed: int = 0
     """sample k of each class depends on (seed, k) alone, at any scale"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
-    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    checkpoint: Annotated[flags.ExistingPath | None, flags.default("the packaged weights")] = None
     """a .safetensors file to sample from; (train) to start from, unconditional ones too"""
     out: Path = Path("runs/mnist_conditional")
     """folder of everything written"""
@@ -62,23 +51,41 @@ class Training:
 
     train: bool = False
     """train first, then draw"""
-    train_steps: Annotated[int | None, command.default("20,000")] = None
+    train_steps: Annotated[int | None, flags.default("20,000")] = None
     """(train) optimizer steps"""
-    batch_size: Annotated[int | None, command.default("128")] = None
+    batch_size: Annotated[int | None, flags.default("128")] = None
     """(train) images per step"""
-    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    learning_rate: Annotated[float | None, flags.default("2e-3")] = None
     """(train) its largest value"""
-    cond_dropout: Annotated[float | None, command.default("0.2")] = None
+    cond_dropout: Annotated[float | None, flags.default("0.2")] = None
     """(train) probability that a step drops a digit's class"""
-    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    dtype: Annotated[Literal["float32", "bf16"] | None, flags.default("float32")] = None
     """(train) the network's arithmetic"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """(train) folder that holds MNIST/raw"""
 
 
 @dataclass(frozen=True)
-class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+class Config(flags.Flags, Training, Sampling):  # fields: those of the last base come first
     """Draw digits by class, or train and then draw. Flags marked (train) need --train."""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import time
+from collections import deque
+
+import safetensors.torch
+import torch
+from common import command, run, samplers
+from torch import Tensor
+from torch.nn import functional as F
+
+import sde_diffusion as sd
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
+from sde_diffusion.models import guidance
 
 
 def main(config: Config) -> None:
@@ -102,11 +109,8 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("num_samples", "steps", "train_steps", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
+            validate.integer(flags.flag(name), getattr(config, name), at_most=10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
-    for name in ("scale", "classes"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} needs at least one value")
     for w in config.scale:
         validate.number("--scale", w)
     for digit in config.classes:
@@ -117,21 +121,19 @@ def check(config: Config) -> None:
         )
     for name, top in (("learning_rate", 1.0), ("cond_dropout", 1.0)):
         if getattr(config, name) is not None:
-            flag = command.flag(name)
+            flag = flags.flag(name)
             validate.number(flag, getattr(config, name), 0, top, strict=name == "learning_rate")
     samplers.check(config.sampler, steps=config.steps)
-    needs_train = [field.name for field in (*fields(Training), *fields(run.Flags))]
-    for name in needs_train if not config.train else ():
-        given = getattr(config, name)
-        if given is not None and given is not False:
-            raise ValueError(f"{command.flag(name)} has no effect without --train")
+    if not config.train:
+        names = (field.name for field in (*fields(Training), *fields(flags.Flags)))
+        flags.unused(config, names, "without --train")
 
 
 def load(path: Path | None) -> sd.Denoiser:
     """Return the packaged conditional denoiser, or that of a file, which must take 28x28 digits."""
     if path is None:
         return sd.pretrained("mnist_conditional")
-    denoiser = sd.Denoiser.load(path)
+    denoiser = command.load(path)
     x = torch.zeros(1, 1, 28, 28)
     try:
         denoiser(x, denoiser.process.level(torch.full((1,), 0.5), x), torch.zeros(1, CLASSES))
@@ -155,9 +157,10 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     start, rows = time.perf_counter(), {}
     for w in config.scale:
         model = guidance.ClassifierFree(denoiser, scale=w, interval=(config.low, config.high))
-        rows[w] = sd.sample(
-            model, chosen, x, steps=steps, cond=cond, seeds=seeds, progress=True
-        ).cpu()
+        rows[w] = command.sampled(
+            f"{config.sampler} at scale {w:g}", model, chosen, x, steps=steps, cond=cond,
+            seeds=seeds, progress=True,
+        ).cpu()  # fmt: skip
     seconds = time.perf_counter() - start
     out = command.folder(config.out)
     made = torch.stack(list(rows.values()))
@@ -200,7 +203,7 @@ def picture(config: Config, rows: dict[float, Tensor]) -> object:
 def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     """Train with context dropout, writing checkpoints, metrics.csv, loss.png and the average."""
     torch.manual_seed(config.seed)  # the network's first weights
-    denoiser = sd.Denoiser.load(config.checkpoint) if config.checkpoint else fresh()
+    denoiser = command.load(config.checkpoint) if config.checkpoint else fresh()
     denoiser = widened(denoiser)
     digits = replace(data.mnist(config.data_root), classes=CLASSES)
     recipe = training.Recipe(

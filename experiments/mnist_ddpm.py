@@ -8,26 +8,11 @@ Trains on the chain's own times with the eps-loss (Algorithm 1), draws 16 digits
 the same 8 starts by ancestral sampling, DDIM, the reverse SDE and the probability-flow ODE.
 """
 
-import time
-from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
-from common import command, run
-from torch import Tensor, nn
-
-import sde_diffusion as sd
-from sde_diffusion import data, plots, training, validate
-from sde_diffusion.files import storage
-
-SIDE_BY_SIDE: dict[str, tuple[sd.samplers.Sampler, int | None]] = {
-    "ancestral, 1,000": (sd.Ancestral(), 1000),
-    "DDIM, 50": (sd.Ancestral(eta=0.0), 50),
-    "reverse SDE, 250": (sd.EulerMaruyama(), 250),
-    "probability-flow ODE": (sd.AdaptiveODE(1e-3, 1e-3), None),
-}
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -38,9 +23,9 @@ class Sampling:
     """variance of the reverse steps of the 16 samples"""
     seed: int = 0
     """seed of the weights, the batches and the samples"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
-    checkpoint: Annotated[Path | None, command.default("none: train")] = None
+    checkpoint: Annotated[flags.ExistingPath | None, flags.default("none: train")] = None
     """draw from this .safetensors file; nothing is trained"""
     out: Path = Path("runs/mnist_ddpm")
     """folder of everything written"""
@@ -50,25 +35,47 @@ class Sampling:
 class Training:
     """Flags of training: they have no effect with --checkpoint."""
 
-    network: Annotated[Literal["unet", "plain", "mlp"] | None, command.default("unet")] = None
+    network: Annotated[Literal["unet", "plain", "mlp"] | None, flags.default("unet")] = None
     """(train) unet: residual, with attention; plain: the exercise's; mlp: fully connected"""
-    chain_steps: Annotated[int | None, command.default("1,000")] = None
+    chain_steps: Annotated[int | None, flags.default("1,000")] = None
     """(train) length N of the chain, with linear betas from 1e-4 to 0.02"""
-    epochs: Annotated[int | None, command.default("20")] = None
+    epochs: Annotated[int | None, flags.default("20")] = None
     """(train) passes over the digits"""
-    batch_size: Annotated[int | None, command.default("128")] = None
+    batch_size: Annotated[int | None, flags.default("128")] = None
     """(train) images per step"""
-    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    learning_rate: Annotated[float | None, flags.default("2e-3")] = None
     """(train) its largest value; half a cosine to 0"""
-    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    dtype: Annotated[Literal["float32", "bf16"] | None, flags.default("float32")] = None
     """(train) the network's arithmetic"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """(train) folder that holds MNIST/raw"""
 
 
 @dataclass(frozen=True)
-class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+class Config(flags.Flags, Training, Sampling):  # fields: those of the last base come first
     """Train and draw; with --checkpoint, draw without training, and without flags of (train)."""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import time
+from collections import deque
+
+import torch
+from common import command, run
+from torch import Tensor, nn
+
+import sde_diffusion as sd
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
+
+SIDE_BY_SIDE: dict[str, tuple[sd.samplers.Sampler, int | None]] = {
+    "ancestral": (sd.Ancestral(), 1000),
+    "DDIM": (sd.Ancestral(eta=0.0), 50),
+    "reverse SDE": (sd.EulerMaruyama(), 250),
+    "probability-flow ODE": (sd.AdaptiveODE(1e-3, 1e-3), None),
+}
 
 
 def main(config: Config) -> None:
@@ -91,19 +98,18 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("chain_steps", "epochs", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer(command.flag(name), getattr(config, name), at_most=10**6)
+            validate.integer(flags.flag(name), getattr(config, name), at_most=10**6)
     if config.learning_rate is not None:
         validate.number("--learning-rate", config.learning_rate, 0, 1, strict=True)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
-    training_only = [field.name for field in (*fields(Training), *fields(run.Flags))]
-    for name in training_only if config.checkpoint else ():
-        if getattr(config, name) not in (None, False):
-            raise ValueError(f"{command.flag(name)} has no effect with --checkpoint")
+    if config.checkpoint:
+        names = (field.name for field in (*fields(Training), *fields(flags.Flags)))
+        flags.unused(config, names, "with --checkpoint")
 
 
 def load(path: Path) -> sd.Denoiser:
     """Return the denoiser of a file, which must take 28x28 digits on a chain."""
-    denoiser = sd.Denoiser.load(path)
+    denoiser = command.load(path)
     x = torch.zeros(1, 1, 28, 28)
     try:
         sd.DDPM(denoiser).predict_x0(x, 1)
@@ -155,25 +161,37 @@ def train(config: Config, engine: training.Engine) -> sd.Denoiser:
     return made
 
 
+def side_by_side(chain_steps: int) -> dict[str, tuple[sd.samplers.Sampler, int | None]]:
+    """Return samplers and steps by a title with the steps, which are at most those of the chain."""
+    runs: dict[str, tuple[sd.samplers.Sampler, int | None]] = {}
+    for name, (sampler, most) in SIDE_BY_SIDE.items():
+        steps = None if most is None else min(most, chain_steps)
+        runs[name if steps is None else f"{name}, {steps:,}"] = sampler, steps
+    return runs
+
+
 def draw(config: Config, denoiser: sd.Denoiser) -> None:
     """Write samples.png by DDPM, and side_by_side.png by every formulation."""
-    out, device = command.folder(config.out), next(denoiser.parameters()).device
+    device = next(denoiser.parameters()).device
     ddpm = sd.DDPM(denoiser)
     seeds = [config.seed * 2**32 + k for k in range(16)]
-    print(f"16 digits by Algorithm 2, 8 by each of {', '.join(SIDE_BY_SIDE)} -> {out}", flush=True)
+    runs = side_by_side(ddpm.num_steps)
+    print(f"16 digits by Algorithm 2, 8 by each of {', '.join(runs)} -> {config.out}", flush=True)
     start = time.perf_counter()
     with command.network_calls(denoiser.network, "Algorithm 2", ddpm.num_steps):
         x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
+    command.finite(x, "Algorithm 2")
     print(f"16 digits in {ddpm.num_steps} steps, {time.perf_counter() - start:.1f} s")
-    storage.replace(out / "samples.png", plots.png(plots.tiles(x)))
     rows: dict[str, Tensor] = {}
     noise = ddpm.process.prior((8, 1, 28, 28), seeds=seeds[:8], device=device)
-    for name, (sampler, steps) in SIDE_BY_SIDE.items():
-        start, steps = time.perf_counter(), None if steps is None else min(steps, ddpm.num_steps)
-        rows[name] = sd.sample(
-            denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True
+    for name, (sampler, steps) in runs.items():
+        start = time.perf_counter()
+        rows[name] = command.sampled(
+            name, denoiser, sampler, noise, steps=steps, seeds=seeds[:8], progress=True
         )
         print(f"{name}: {time.perf_counter() - start:.1f} s")
+    out = command.folder(config.out)
+    storage.replace(out / "samples.png", plots.png(plots.tiles(x)))
     storage.replace(out / "side_by_side.png", plots.png(picture(rows)))
     print(f"-> {out / 'samples.png'}, {out / 'side_by_side.png'}")
 

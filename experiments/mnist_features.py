@@ -7,23 +7,11 @@ Writes mnist.safetensors with its JSON: the weights, mean and covariance of the 
 the package and is read by `features.MnistFeatures()`. About five minutes on one core.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-from common import command
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from sde_diffusion import data, metrics, validate
-from sde_diffusion.files import storage
-from sde_diffusion.metrics import features
-from sde_diffusion.noise.sources import Purpose, stream
-
-EXAMPLES = 2000  # test digits whose features are kept, in 16 bits
-SHIFT = 2  # pixels that a digit is moved by at most while it is trained on
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -38,12 +26,30 @@ class Config:
     """largest learning rate"""
     seed: int = 0
     """seed of the first weights and the order of the digits"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the classifier is trained"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """folder that holds MNIST/raw"""
     out: Path = Path("runs/mnist_features")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import math
+
+import torch
+from common import command
+from torch import Tensor, nn
+
+from sde_diffusion import data, metrics, progress, validate
+from sde_diffusion.files import storage
+from sde_diffusion.metrics import features
+from sde_diffusion.noise.sources import Purpose, stream
+
+EXAMPLES = 2000  # test digits whose features are kept, in 16 bits
+SHIFT = 2  # pixels that a digit is moved by at most while it is trained on
 
 
 def shifted(x: Tensor, by: Tensor) -> Tensor:
@@ -69,7 +75,7 @@ def train(config: Config, digits: data.Images, device: torch.device) -> features
     network = features.DigitClassifier().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     steps = config.epochs * -(-len(digits) // config.batch_size)
-    for step in tqdm(range(steps)):
+    for step in progress.bar(range(steps)):
         start = step * config.batch_size
         index = data.shuffled_indices(config.seed, len(digits), start, config.batch_size)
         numbers = stream(config.seed, Purpose.BATCH, step)

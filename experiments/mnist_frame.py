@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common import command
-
-from sde_diffusion import data, validate
-from sde_diffusion.grids import frames
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -24,10 +21,19 @@ class Config:
     """number of eigenvectors kept; the other directions share the mean of their variances"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where eigenvectors are computed, in float64"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """folder that holds MNIST/raw"""
     out: Path = Path("runs/mnist_frame")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+from common import command
+
+from sde_diffusion import data, validate
+from sde_diffusion.grids import frames
 
 
 def main(config: Config) -> None:

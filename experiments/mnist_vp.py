@@ -7,48 +7,37 @@
 Samples 64 digits with the packaged weights, or trains on MNIST and then samples.
 """
 
-import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors.torch
-import torch
-from common import command, run, samplers
-from torch import Tensor
-
-import sde_diffusion as sd
-from sde_diffusion import data, plots, training, validate
-from sde_diffusion.files import storage
+from common import flags
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Flags of sampling."""
 
-    sampler: samplers.Word = "ode"
-    steps: Annotated[int | None, command.default(samplers.USUAL)] = None
+    sampler: flags.SamplerName = "ode"
+    steps: Annotated[int | None, flags.default(flags.USUAL_STEPS)] = None
     """sampling steps of a fixed-step sampler"""
-    frame: Annotated[samplers.FrameWord | None, command.default("straight")] = None
+    frame: Annotated[flags.FrameName | None, flags.default("straight")] = None
     """coordinates of adams and adaptive-ode; gaussian: by mean and covariance of MNIST"""
-    rtol: Annotated[float | None, command.default("1e-3; adaptive-sde 1e-2")] = None
+    rtol: Annotated[float | None, flags.default("1e-3; adaptive-sde 1e-2")] = None
     """relative tolerance of a sampler that chooses its own steps"""
-    atol: Annotated[float | None, command.default("as --rtol")] = None
+    atol: Annotated[float | None, flags.default("as --rtol")] = None
     """absolute tolerance of a sampler that chooses its own steps"""
     num_samples: int = 64
     """number of digits"""
     seed: int = 0
     """sample k depends on (seed, k) alone"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
-    dtype: Annotated[Literal["float32", "bf16"] | None, command.default("float32")] = None
+    dtype: Annotated[Literal["float32", "bf16"] | None, flags.default("float32")] = None
     """the network's arithmetic; states and weights stay float32"""
     batch_size: int = 128
     """samples drawn at once; (train) images per step"""
-    checkpoint: Annotated[Path | None, command.default("the packaged weights")] = None
+    checkpoint: Annotated[flags.ExistingPath | None, flags.default("the packaged weights")] = None
     """a .safetensors file to sample from; (train) to start from"""
     gif: bool = False
     """write trajectory.gif too"""
@@ -62,27 +51,45 @@ class Training:
 
     train: bool = False
     """train first, then sample"""
-    epochs: Annotated[int | None, command.default("see --train-steps")] = None
+    epochs: Annotated[int | None, flags.default("see --train-steps")] = None
     """(train) passes over the 60,000 digits"""
-    train_steps: Annotated[int | None, command.default("20,000")] = None
+    train_steps: Annotated[int | None, flags.default("20,000")] = None
     """(train) optimizer steps"""
-    learning_rate: Annotated[float | None, command.default("2e-3")] = None
+    learning_rate: Annotated[float | None, flags.default("2e-3")] = None
     """(train) its largest value"""
-    log_snr_mean: Annotated[float | None, command.default("0")] = None
+    log_snr_mean: Annotated[float | None, flags.default("0")] = None
     """(train) mean of the log-SNR of the training levels"""
-    log_snr_std: Annotated[float | None, command.default("2.8")] = None
+    log_snr_std: Annotated[float | None, flags.default("2.8")] = None
     """(train) standard deviation of the log-SNR of the training levels"""
-    network: Annotated[Literal["unet", "mlp"] | None, command.default("unet")] = None
+    network: Annotated[Literal["unet", "mlp"] | None, flags.default("unet")] = None
     """(train) network"""
-    data_root: Annotated[Path | None, command.default("$SDE_DIFFUSION_DATA, or data")] = None
+    data_root: Annotated[Path | None, flags.default("$SDE_DIFFUSION_DATA, or data")] = None
     """(train) folder that holds MNIST/raw"""
     download: bool = False
     """(train) download MNIST into the data root if it is not there"""
 
 
 @dataclass(frozen=True)
-class Config(run.Flags, Training, Sampling):  # dataclass fields: those of the last base come first
+class Config(flags.Flags, Training, Sampling):  # fields: those of the last base come first
     """Draw digits, or train and then draw. Flags marked (train) need --train."""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import safetensors.torch
+import torch
+from common import command, run, samplers
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import data, plots, training, validate
+from sde_diffusion.files import storage
 
 
 def main(config: Config) -> None:
@@ -106,11 +113,11 @@ def check(config: Config) -> None:
     run.check(config)
     for name in ("steps", "train_steps", "epochs", "num_samples", "batch_size"):
         if getattr(config, name) is not None:
-            validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
+            validate.integer(flags.flag(name), getattr(config, name), at_most=10**7)
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 1)
     for name in ("rtol", "atol", "learning_rate"):
         if getattr(config, name) is not None:
-            validate.number(command.flag(name), getattr(config, name), 0, 1, strict=True)
+            validate.number(flags.flag(name), getattr(config, name), 0, 1, strict=True)
     validate.number("--log-snr-mean", config.log_snr_mean or 0.0, -20, 20)
     if config.log_snr_std is not None:
         validate.number("--log-snr-std", config.log_snr_std, 0, 20, strict=True)
@@ -118,11 +125,9 @@ def check(config: Config) -> None:
     samplers.check(config.sampler, **given)
     if config.checkpoint and config.network:
         raise ValueError("--network has no effect with --checkpoint, which has its own")
-    needs_train = [field.name for field in (*fields(Training), *fields(run.Flags))]
-    for name in needs_train if not config.train else ():
-        value = getattr(config, name)
-        if value is not None and value is not False:  # 0.0 is a value given
-            raise ValueError(f"{command.flag(name)} has no effect without --train")
+    if not config.train:
+        names = (field.name for field in (*fields(Training), *fields(flags.Flags)))
+        flags.unused(config, names, "without --train")
     if config.epochs and config.train_steps:
         raise ValueError("give --epochs or --train-steps, not both")
 
@@ -131,7 +136,7 @@ def load(config: Config, device: torch.device) -> sd.Denoiser:
     """Return the packaged denoiser, or the one of --checkpoint, which must take 28x28 digits."""
     if not config.checkpoint:
         return sd.pretrained("mnist_vp").to(device)
-    denoiser = sd.Denoiser.load(config.checkpoint)
+    denoiser = command.load(config.checkpoint)
     x = torch.zeros(1, 1, 28, 28)
     try:
         denoiser(x, denoiser.process.level(torch.full((1,), 0.5), x))
@@ -161,14 +166,15 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
         for chunk in chunks:
             states = list(path(config, denoiser, chosen, chunk, steps, device, bar))
             drawn.append(states[-1].cpu())
-            film = film or [plots.tiles(x[:64]) for x in states if config.gif]
+            film = film or states
         calls = bar.n
     seconds = time.perf_counter() - start
-    x, out = torch.cat(drawn), command.folder(config.out)
+    x = command.finite(torch.cat(drawn), config.sampler)
+    out = command.folder(config.out)
     storage.replace(out / "samples.safetensors", safetensors.torch.save({"samples": x}))
     storage.replace(out / "samples.png", plots.png(plots.tiles(x[:256])))
     if config.gif:
-        storage.replace(out / "trajectory.gif", plots.gif(film))
+        storage.replace(out / "trajectory.gif", plots.gif([plots.tiles(x[:64]) for x in film]))
     facts = {"sampler": repr(chosen), "network_calls": calls, "seconds": round(seconds, 3)}
     command.write_config(out, config, device=str(device), **facts)
     batches = "" if len(chunks) == 1 else f" in {len(chunks)} batches"

@@ -7,22 +7,11 @@ and the probability-flow ODE from the same starts, and some of the ODE's paths.
     python experiments/toy2d.py --process edm --weight min-snr
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from common import command, words
-from torch import Tensor
-from tqdm import tqdm
-
-import sde_diffusion as sd
-from sde_diffusion import data, plots, training, validate
-from sde_diffusion.data import toy
-from sde_diffusion.files import storage
-from sde_diffusion.grids import frames
-from sde_diffusion.sampling import start_time
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -31,12 +20,12 @@ class Config:
 
     data: Literal["both", "two-gaussians", "chequerboard"] = "both"
     """the points"""
-    process: command.ProcessWord = "vp"
+    process: flags.ProcessName = "vp"
     num_samples: int = 4000
     """points drawn by each sampler"""
     seed: int = 0
     """seed of the data, the weights and the samples"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
     out: Path = Path("runs/toy2d")
     """folder of everything written"""
@@ -49,6 +38,22 @@ class Config:
     batch_size: int = 512
     """points per step"""
 
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import time
+
+import torch
+from common import command, words
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import data, plots, progress, training, validate
+from sde_diffusion.data import toy
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
+from sde_diffusion.sampling import start_time
 
 CHAIN = sd.Discrete.linear()
 TOYS: dict[str, toy.Toy] = {
@@ -79,8 +84,8 @@ STEPS = {"ancestral": 250, "reverse SDE": 250, "probability flow ODE": None}
 def main(config: Config) -> None:
     validate.integer("--seed", config.seed, at_least=0, at_most=2**63 - 2)
     for name in ("train_steps", "batch_size", "num_samples"):
-        validate.integer(command.flag(name), getattr(config, name), at_most=10**7)
-    words.check("--process", config.process, command.PROCESSES)
+        validate.integer(flags.flag(name), getattr(config, name), at_most=10**7)
+    words.match("--process", config.process, command.PROCESSES)
     if config.weight == "vlb" and command.PROCESSES[config.process] != CHAIN:
         raise ValueError("--weight vlb belongs to a chain: give --process ddpm")
     command.check_out(config.out)
@@ -131,7 +136,7 @@ def train(
     else:
         weight = WEIGHTS[config.weight]
     state = training.TrainState(denoiser, recipe, times, weight, penalty)
-    steps = tqdm(training.train(state, points), total=recipe.steps, desc=name)
+    steps = progress.bar(training.train(state, points), total=recipe.steps, desc=name)
     losses = [metrics.loss for metrics in steps][-max(1, recipe.steps // 10) :]
     return state.averaged, sum(losses) / len(losses)
 
@@ -149,8 +154,8 @@ def draw(
     columns = {"data": distribution.sample(n, config.seed + 1)}
     for name, sampler in SAMPLERS.items():
         start = time.perf_counter()
-        columns[name] = sd.sample(
-            denoiser, sampler, x, steps=STEPS[name], seeds=seeds, progress=True
+        columns[name] = command.sampled(
+            name, denoiser, sampler, x, steps=STEPS[name], seeds=seeds, progress=True
         )
         print(f"{name}: {n} points, {time.perf_counter() - start:.1f} s")
     few = x[:200]
@@ -172,8 +177,10 @@ def picture(rows: dict[str, dict[str, Tensor]]) -> object:
     grid = figure.subplots(len(rows), 5, squeeze=False)
     for axes, (name, columns) in zip(grid, rows.items(), strict=True):
         for axis, (title, x) in zip(axes, columns.items(), strict=True):
-            plot = plots.paths if x.ndim == 3 else plots.scatter
-            plot(axis, x, title)
+            if x.ndim == 3:
+                plots.paths(axis, x[0], x[1:], title)
+            else:
+                plots.scatter(axis, x, title)
         axes[0].set_ylabel(name)
     return figure
 

@@ -1,16 +1,23 @@
 """Plots. Functions of matplotlib axes return the axes; `png` and `gif` return bytes."""
 
 import io
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["gif", "loss_curve", "paths", "png", "scatter", "tiles"]
+from sde_diffusion import validate
+from sde_diffusion.models.model import finite
+
+__all__ = ["gif", "log_scale", "loss_curve", "paths", "png", "scatter", "tiles"]
+
+FEW = 50  # points of a curve that are marked: a line of one point is not seen
 
 
-def tiles(x: Tensor, columns: int = 8, zoom: int = 3) -> Any:
+@validate.arguments
+def tiles(x: Annotated[Tensor, finite], columns: int = 8, zoom: int = 3) -> Any:
     """Arrange images (N, C, H, W) in [-1, 1], clipped, side by side in a PIL image."""
     from PIL import Image
     from torchvision.utils import make_grid
@@ -39,38 +46,73 @@ def gif(images: Sequence[Any], seconds: float = 3.0) -> bytes:
     return buffer.getvalue()
 
 
+def log_scale(axes: Any, sides: str = "xy", linthresh: float | None = None) -> Any:
+    """Make axes logarithmic, with plain numbers at their ticks: 0.05, 0.1434, 20, 1e-05.
+
+    matplotlib's own ticks within a decade read 1.434 x 10^-1.
+
+    Args:
+        sides: x, y or both.
+        linthresh: for axes with both signs: linear below it (matplotlib's symlog).
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:.8g}" if super().__call__(x, pos) else ""
+
+    linear = {} if linthresh is None else {"linthresh": linthresh}
+    for side in sides:
+        getattr(axes, f"set_{side}scale")("symlog" if linear else "log", **linear)
+        axis = getattr(axes, f"{side}axis")
+        axis.set_major_formatter(Plain(linthresh=linthresh))
+        axis.set_minor_formatter(Plain(linthresh=linthresh))
+    return axes
+
+
 def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
-    """Plot losses against steps, with a running mean over a fiftieth of the run.
+    """Plot finite losses against steps, with a running mean over a fiftieth of the run.
 
     The window is at least 20 steps, or a fifth of the run if that is less. The axis is logarithmic
     if the losses are positive and span a factor of 10: it would have no round labels otherwise.
     """
-    window = max(len(losses) // 50, min(20, len(losses) // 5))
-    axes.plot(steps, losses, color="0.8", linewidth=0.5, marker="." if len(losses) < 20 else "",
-              label="batch")  # fmt: skip
+    curve = [(k, loss) for k, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    shown, values = [k for k, _ in curve], [loss for _, loss in curve]
+    window = max(len(values) // 50, min(20, len(values) // 5))
+    mark = "." if len(values) < FEW else ""
+    axes.plot(shown, values, color="0.8", linewidth=0.5, marker=mark, label="batch")
     if window > 1:
-        total = torch.tensor([0.0, *losses], dtype=torch.float64).cumsum(0)
+        total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
         mean = (total[window:] - total[:-window]) / window
-        axes.plot(steps[window - 1 :], mean, color="C0", label=f"mean of {window}")
+        axes.plot(shown[window - 1 :], mean, color="C0", label=f"mean of {window}")
         axes.legend(frameon=False)
-    wide = min(losses) > 0 and max(losses) >= 10 * min(losses)
-    axes.set(xlabel="optimizer step", ylabel="loss", yscale="log" if wide else "linear")
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    if values and min(values) > 0 and max(values) >= 10 * min(values):
+        log_scale(axes, "y")
     return axes
 
 
-def scatter(axes: Any, x: Tensor, title: str = "", limit: float = 2.5) -> Any:
+@validate.arguments
+def scatter(axes: Any, x: Annotated[Tensor, finite], title: str = "", limit: float = 2.5) -> Any:
     """Plot points (N, 2)."""
     x = x.detach().cpu()
     axes.scatter(x[:, 0], x[:, 1], s=1.0, alpha=0.5, linewidths=0)
     return square(axes, title, limit)
 
 
-def paths(axes: Any, states: Tensor, title: str = "", limit: float = 2.5) -> Any:
-    """Plot trajectories (steps, N, 2) from noise (light) to data (dark)."""
-    states = states.detach().cpu()
+@validate.arguments
+def paths(
+    axes: Any,
+    start: Annotated[Tensor, finite],
+    states: Annotated[Tensor, finite],
+    title: str = "",
+    limit: float = 2.5,
+) -> Any:
+    """Plot paths from their start (N, 2) through the states (steps, N, 2) of a `trajectory`."""
+    states = torch.cat([start[None], states]).detach().cpu()
     axes.plot(states[:, :, 0], states[:, :, 1], color="0.6", linewidth=0.4, alpha=0.6)
-    axes.scatter(*states[0].T, s=2.0, color="C1", linewidths=0, label="t = 1")
-    axes.scatter(*states[-1].T, s=2.0, color="C0", linewidths=0, label="t = 0")
+    axes.scatter(*states[0].T, s=2.0, color="C1", linewidths=0, label="start")
+    axes.scatter(*states[-1].T, s=2.0, color="C0", linewidths=0, label="end")
     axes.legend(loc="upper right", frameon=False, markerscale=3)
     return square(axes, title, limit)
 

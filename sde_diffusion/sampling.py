@@ -44,6 +44,7 @@ from sde_diffusion.noise.sources import (
     start,
 )
 from sde_diffusion.processes.level import Level, coordinates, double
+from sde_diffusion.progress import bar
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Choice, Cond, FloatBatch, Kind, shown
 
@@ -220,7 +221,8 @@ def sample(
     """Return the last batch of a `trajectory`, shaped like x: data if the last time is 0.
 
     Args:
-        progress: show a progress bar; the other arguments are those of `trajectory`.
+        progress: show a progress bar, in a log file one line a minute; the other arguments are
+            those of `trajectory`.
     """
     path = trajectory(
         model, sampler, x, steps=steps, grid=grid, times=times, cond=cond, generator=generator,
@@ -272,9 +274,7 @@ def last(path: Iterator[Sample]) -> Tensor:
 
 def watched(path: Iterator[Sample], total: int, sampler: Sampler) -> Iterator[Sample]:
     """Show the progress along a path."""
-    from tqdm import tqdm
-
-    return iter(tqdm(path, total=total, desc=type(sampler).__name__))
+    return iter(bar(path, total=total, desc=type(sampler).__name__))
 
 
 def warn_of_divergence(x: Tensor, name: str) -> None:

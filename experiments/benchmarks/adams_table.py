@@ -9,28 +9,15 @@ median error is taken. Writes adams_table.md and adams_table.json, and prints th
 samplers/adams.py has them.
 """
 
-import json
-import math
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
-import torch
-from benchmarks.problems import Problem, problems, standardized
-from common import command
-
-import sde_diffusion as sd
-from sde_diffusion.files import storage
-from sde_diffusion.grids import frames
-from sde_diffusion.grids.frames import Frame
+from common import flags
 
 CALLS = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
-POWERS = (1.0, 1.2, 1.3, 1.4, 1.6, 1.8)
-STARTS = (2.0, 4.0, 6.0, 12.0)  # sigma / alpha, for few calls
-FEW = 15
 
 
 @dataclass(frozen=True)
@@ -45,6 +32,28 @@ class Config:
     """samples of each problem"""
     out: Path = Path("runs/adams_table")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import json
+import math
+from collections.abc import Iterator
+
+import torch
+from benchmarks.problems import Problem, problems, standardized
+from common import command
+
+import sde_diffusion as sd
+from sde_diffusion import validate
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
+from sde_diffusion.grids.frames import Frame
+
+POWERS = (1.0, 1.2, 1.3, 1.4, 1.6, 1.8)
+STARTS = (2.0, 4.0, 6.0, 12.0)  # sigma / alpha, for few calls
+FEW = 15
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,8 @@ def tried(
     k, p, start = setting
     rms, medians = [], []
     for problem, frame in over:
-        made = sd.sample(problem.data, sd.Adams(k, p, frame, start), problem.start, steps=calls)
+        sampler = sd.Adams(k, p, frame, start)
+        made = command.sampled(sampler, problem.data, sampler, problem.start, steps=calls)
         errors = problem.errors(made)
         rms.append(float(errors.square().mean().sqrt()))
         medians.append(float(errors.median()))
@@ -130,6 +140,11 @@ def markdown(settings: list[Setting]) -> str:
 
 
 def main(config: Config) -> None:
+    for calls in config.calls:
+        validate.integer("--calls", calls, at_most=1000)
+    for seed in config.seeds:
+        validate.integer("--seeds", seed, at_least=0)
+    validate.integer("--num-samples", config.num_samples, at_least=2)
     command.check_out(config.out)
     print(f"settings for {config.calls} calls -> {config.out}", flush=True)
     found: list[Setting] = []

@@ -6,22 +6,36 @@ Each fault is a sampler of this package with one line of it wrong, beside the ri
 the matrix is a fault, a column a check of `sde_diffusion.verify`.
 """
 
-import math
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
+from common import flags
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print the matrix of faults and checks, and write it as faults.md."""
+
+    out: Path = Path("runs/faults")
+    """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from common import command
 from torch import Tensor
-from tqdm import tqdm
 
 import sde_diffusion as sd
-from sde_diffusion import verify
+from sde_diffusion import progress, verify
 from sde_diffusion.files import storage
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.processes.level import Level, RatedLevel
@@ -31,14 +45,6 @@ from sde_diffusion.verify import convergence, gaussians
 STEPS = 64
 SIZES = (32, 64, 128, 256)
 CHECKS = ("refused", "step named", "law", "order", "local order", "limit", "identities")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Print the matrix of faults and checks, and write it as faults.md."""
-
-    out: Path = Path("runs/faults")
-    """folder of everything written"""
 
 
 # ---- the faults ----------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ def matrix(
     wrap: Callable[[Any, Any], Any] | None = None, faults: Sequence[Fault] = FAULTS
 ) -> dict[str, dict[str, bool | None]]:
     """Return fault -> check -> True if it catches the fault."""
-    return {fault.name: caught(fault, wrap) for fault in tqdm(faults, "faults")}
+    return {fault.name: caught(fault, wrap) for fault in progress.bar(faults, desc="faults")}
 
 
 def markdown(found: dict[str, dict[str, bool | None]] | None = None) -> str:

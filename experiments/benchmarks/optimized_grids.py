@@ -9,44 +9,14 @@ factor by which the W2 predicted from a mixture's covariance is too small, on th
 grid, and the factor by which the steps of `verify.steps_for` are too few for the measured RMS.
 """
 
-import json
-import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
-import torch
-from benchmarks.problems import Problem, problems
-from common import best_grids, command
-from torch import Tensor
-from tqdm import tqdm
-
-import sde_diffusion as sd
-from sde_diffusion import plots, validate, verify
-from sde_diffusion.files import storage
-from sde_diffusion.grids import frames
-from sde_diffusion.verify import spectra
-
-VP = sd.VP()
-SAMPLERS: dict[str, Callable[[int], sd.samplers.Sampler]] = {
-    "Ancestral(eta=0)": lambda steps: sd.Ancestral(eta=0.0),
-    "Heun": lambda steps: sd.Heun(),
-    "Adams.auto": sd.Adams.auto,
-    "Ancestral": lambda steps: sd.Ancestral(),
-}
-STOCHASTIC = ("Ancestral",)  # no RMS: its end belongs to its noise
-GRIDS: dict[str, Callable[[sd.samplers.Sampler, int], Tensor]] = {
-    "own": lambda sampler, steps: sampler.grid(VP, steps),
-    "uniform": lambda sampler, steps: sd.grids.Uniform()(VP, steps),
-    "log-SNR": lambda sampler, steps: even_log_snr(sd.grids.Karras()(VP, steps)),
-    "Karras": lambda sampler, steps: sd.grids.Karras()(VP, steps),
-    "u^(1/1.25)": lambda sampler, steps: sd.grids.Power(1.25)(VP, steps),
-}
-NAMES = (*GRIDS, "optimized")
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -67,6 +37,42 @@ class Config:
     """leave out the first two tables"""
     out: Path = Path("runs/optimized_grids")
     """folder of everything written"""
+
+
+if __name__ == "__main__":
+    flags.check(Config)
+
+import json
+import math
+from collections.abc import Callable
+
+import torch
+from benchmarks.problems import Problem, problems
+from common import best_grids, command
+from torch import Tensor
+
+import sde_diffusion as sd
+from sde_diffusion import plots, progress, validate, verify
+from sde_diffusion.files import storage
+from sde_diffusion.grids import frames
+from sde_diffusion.verify import spectra
+
+VP = sd.VP()
+SAMPLERS: dict[str, Callable[[int], sd.samplers.Sampler]] = {
+    "Ancestral(eta=0)": lambda steps: sd.Ancestral(eta=0.0),
+    "Heun": lambda steps: sd.Heun(),
+    "Adams.auto": sd.Adams.auto,
+    "Ancestral": lambda steps: sd.Ancestral(),
+}
+STOCHASTIC = ("Ancestral",)  # no RMS: its end belongs to its noise
+GRIDS: dict[str, Callable[[sd.samplers.Sampler, int], Tensor]] = {
+    "own": lambda sampler, steps: sampler.grid(VP, steps),
+    "uniform": lambda sampler, steps: sd.grids.Uniform()(VP, steps),
+    "log-SNR": lambda sampler, steps: even_log_snr(sd.grids.Karras()(VP, steps)),
+    "Karras": lambda sampler, steps: sd.grids.Karras()(VP, steps),
+    "u^(1/1.25)": lambda sampler, steps: sd.grids.Power(1.25)(VP, steps),
+}
+NAMES = (*GRIDS, "optimized")
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def at(
 
 
 def rms(problem: Problem, sampler: sd.samplers.Sampler, times: Tensor) -> float:
-    made = sd.sample(problem.data, sampler, problem.start, times=times)
+    made = command.sampled(sampler, problem.data, sampler, problem.start, times=times)
     return float(problem.errors(made).square().mean().sqrt())
 
 
@@ -226,13 +232,14 @@ def picture(rows: list[Row]) -> Any:
     for axis, name in zip(figure.subplots(1, len(SAMPLERS), sharey=True), SAMPLERS, strict=True):
         own = [row for row in rows if row.sampler == name]
         for marker, grid in zip("os^Dvx", NAMES, strict=True):
-            axis.loglog(
+            axis.plot(
                 [row.steps for row in own], [row.figures[grid] for row in own],
                 marker=marker, label=grid,
             )  # fmt: skip
         axis.set(title=name, xlabel="steps")
+        plots.log_scale(axis)
         axis.set_xticks([row.steps for row in own], [str(row.steps) for row in own])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
     figure.axes[0].set_ylabel("W2 per coordinate")
     figure.axes[0].legend(fontsize=7)
     return figure
@@ -241,6 +248,13 @@ def picture(rows: list[Row]) -> Any:
 def main(config: Config) -> None:
     for count in config.steps:
         validate.integer("--steps", count, 2)
+    for seed in config.seeds:
+        validate.integer("--seeds", seed, 0)
+    for dimension in config.dimensions:
+        validate.integer("--dimensions", dimension)
+    validate.integer("--num-samples", config.num_samples, 2)
+    if config.cases_only:
+        flags.unused(config, ("spectrum",), "with --cases-only")
     command.check_out(config.out)
     print(f"grids of {config.steps} steps -> {config.out}", flush=True)
     over = [p for seed in config.seeds for p in problems(
@@ -251,11 +265,13 @@ def main(config: Config) -> None:
     if not config.cases_only:
         eigenvalues = spectrum(config.spectrum)
         each_one = [(name, n) for name in SAMPLERS for n in config.steps]
-        exact = [gaussian(n, name, eigenvalues) for name, n in tqdm(each_one, "Gaussian")]
+        bar = progress.bar(each_one, desc="Gaussian")
+        exact = [gaussian(n, name, eigenvalues) for name, n in bar]
         each_flow = [(name, n) for name in flows for n in config.steps]
-        on_mixtures = [mixtures(n, name, over) for name, n in tqdm(each_flow, "mixtures")]
+        bar = progress.bar(each_flow, desc="mixtures")
+        on_mixtures = [mixtures(n, name, over) for name, n in bar]
     cases = [(n, name, each) for name in flows for n in config.steps for each in over]
-    found = [case(*each) for each in tqdm(cases, "cases")]
+    found = [case(*each) for each in progress.bar(cases, desc="cases")]
     parts = [case_table(found)]
     if exact:
         title = f"Exact W2 per coordinate, Gaussian data, spectrum {config.spectrum}"

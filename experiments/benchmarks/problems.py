@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from common.words import match
 from torch import Tensor
 
 import sde_diffusion as sd
@@ -116,10 +117,8 @@ def problems(
 def named(names: tuple[str, ...], seed: int = 0, samples: int = 512) -> list[Problem]:
     """Return the problems of these names; all if none is given."""
     known = {problem.name: problem for problem in problems(seed, samples=samples)}
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--problems {name}: there are: {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)] or list(known.values())
+    chosen = dict.fromkeys(match("--problems", name, known) for name in names)
+    return [known[name] for name in chosen or known]
 
 
 def standardized(weights: Tensor, means: Tensor, covariances: Tensor) -> sd.exact.GaussianMixture:

@@ -9,28 +9,15 @@ law; `overhead`, the cost of a step beside its network call. The problems are Ga
 at random from the seed. Writes benchmark.md, benchmark.json and benchmark.png.
 """
 
-import contextlib
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
-import torch
 import tyro
-from benchmarks import ends, laws, overhead, peers, problems
-from benchmarks.ends import End, Refusal
-from benchmarks.laws import Distance
-from benchmarks.overhead import Overhead
-from benchmarks.written import markdown, picture
-from common import command
-
-from sde_diffusion import plots, validate
-from sde_diffusion.files import storage
+from common import flags
 
 PARTS = ("ends", "adaptive", "laws", "overhead")
 
@@ -63,6 +50,26 @@ class Config:
     """folder of everything written"""
 
 
+if __name__ == "__main__":
+    flags.check(Config)
+
+import contextlib
+import json
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from benchmarks import ends, laws, overhead, peers, problems
+from benchmarks.ends import End, Refusal
+from benchmarks.laws import Distance
+from benchmarks.overhead import Overhead
+from benchmarks.written import markdown, picture
+from common import command
+
+from sde_diffusion import plots, validate
+from sde_diffusion.files import storage
+
+
 @dataclass
 class Found:
     """All measurements.
@@ -88,7 +95,8 @@ class Found:
 
 def chosen(known: dict[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:
     """Return the entries whose names begin with one of these; all if there are none."""
-    return {name: made for name, made in known.items() if name.startswith(beginnings or "")}
+    small = tuple(beginning.lower() for beginning in beginnings) or ""
+    return {name: made for name, made in known.items() if name.lower().startswith(small)}
 
 
 def families(config: Config) -> dict[str, dict[str, Any]]:
@@ -103,7 +111,7 @@ def families(config: Config) -> dict[str, dict[str, Any]]:
         stochastic |= peers.stochastic()
     found = {"ends": fixed, "adaptive": adaptive, "laws": stochastic, "paths": paths}
     for beginning in config.solvers:
-        if not any(name.startswith(beginning) for part in found.values() for name in part):
+        if not any(chosen(part, (beginning,)) for part in found.values()):
             known = ", ".join(name for part in found.values() for name in part)
             raise ValueError(f"--solvers {beginning}: no name begins so; there are: {known:.600}")
     return {part: chosen(known, config.solvers) for part, known in found.items()}
@@ -158,6 +166,11 @@ def main(config: Config) -> None:
     validate.integer("--num-samples", config.num_samples, 2)
     validate.integer("--law-samples", config.law_samples, 2)
     validate.integer("--rounds", config.rounds)
+    needs = {"num_samples": {"ends", "adaptive"}, "law_samples": {"laws"}, "rounds": {"overhead"},
+             "problems": {"ends", "adaptive", "laws"}}  # fmt: skip
+    for name, parts in needs.items():
+        if parts.isdisjoint(config.parts):
+            flags.unused(config, (name,), f"without --parts {' or '.join(sorted(parts))}")
     command.check_out(config.out)
     found = measure(config, lambda line: print(line, flush=True))
     out = command.folder(config.out)

@@ -8,38 +8,14 @@ each, in a new order every round; reported is the median over the rounds of each
 that of the loop by hand in the same round. Needs the extra `peers` for the other libraries.
 """
 
-import copy
-import importlib
-import json
-import platform
-import random
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file: its modules are there
 
-import torch
-from common import command
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-
-import sde_diffusion as sd
-from sde_diffusion import data, training, validate
-from sde_diffusion.files import storage
-
-BY_HAND = "loop by hand"
-PEERS = {"azula": "azula", "smalldiffusion": "smalldiffusion",
-         "denoising-diffusion-pytorch": "denoising_diffusion_pytorch"}  # fmt: skip
+from common import flags
 
 
 @dataclass(frozen=True)
@@ -56,21 +32,51 @@ class Config:
     """number of rounds"""
     train_steps: int = 4
     """optimizer steps of each loop in a round"""
-    threads: Annotated[int | None, command.default("torch's")] = None
+    threads: Annotated[int | None, flags.default("torch's")] = None
     """number of torch's threads"""
     dtype: Literal["float32", "bf16"] = "float32"
     """the network's arithmetic"""
     compile: bool = False
     """add this package with a compiled network, after warming it up"""
-    device: command.Device = "auto"
+    device: flags.Device = "auto"
     """where the network runs"""
     out: Path = Path("runs/training")
     """folder of everything written"""
 
 
+if __name__ == "__main__":
+    flags.check(Config)
+
+import copy
+import importlib
+import json
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from statistics import median
+
+import torch
+from common import command
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sde_diffusion as sd
+from sde_diffusion import data, progress, training, validate
+from sde_diffusion.files import storage
+
+BY_HAND = "loop by hand"
+PEERS = {"azula": "azula", "smalldiffusion": "smalldiffusion",
+         "denoising-diffusion-pytorch": "denoising_diffusion_pytorch"}  # fmt: skip
+
+
 def main(config: Config) -> None:
     for name in ("batch_size", "size", "rounds", "train_steps"):
-        validate.integer(command.flag(name), getattr(config, name), at_most=10**5)
+        validate.integer(flags.flag(name), getattr(config, name), at_most=10**5)
     if config.threads is not None:
         torch.set_num_threads(validate.integer("--threads", config.threads, at_most=1024))
     command.check_out(config.out)
@@ -124,7 +130,7 @@ def timed(
     """Return the seconds of each round, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     shuffled = random.Random(0)
-    for round_ in tqdm(range(config.rounds + 1), "rounds"):
+    for round_ in progress.bar(range(config.rounds + 1), desc="rounds"):
         names = list(loops)
         shuffled.shuffle(names)
         for name in names:

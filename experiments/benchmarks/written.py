@@ -6,6 +6,8 @@ from typing import Any
 from benchmarks import ends, laws
 from benchmarks.overhead import Overhead
 
+from sde_diffusion import plots
+
 LIBRARIES = ("diffusers", "k-diffusion", "azula", "dpm-solver")
 TOP = 5  # peers listed per column
 GOAL = 1e-4  # the error at which adaptive solvers are compared
@@ -209,7 +211,8 @@ def draw_ends(axis: Any, found: list[ends.End], problems: int) -> None:
     best = [min(m.rms for m in peer if m.setting == c) for c in columns]
     if best:
         axis.plot(columns, best, "k--", linewidth=1.4, label="best peer of the column", zorder=4)
-    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="RMS error of the end",
+    plots.log_scale(axis)
+    axis.set(xlabel="network calls", ylabel="RMS error of the end",
              ylim=(None, 2))  # fmt: skip
     axis.legend(frameon=False, fontsize=8)
 
@@ -221,7 +224,8 @@ def draw_fronts(axis: Any, found: list[ends.End], problems: int) -> None:
         dashed = "--" if theirs(name) else "-"
         axis.plot([p.calls for p in points], [p.rms for p in points], f"o{dashed}", label=name,
                   markersize=3)  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="network calls per sample, mean",
+    plots.log_scale(axis)
+    axis.set(xlabel="network calls per sample, mean",
              ylabel="RMS error of the end")  # fmt: skip
     axis.legend(frameon=False, fontsize=8)
 
@@ -240,7 +244,8 @@ def draw_laws(axis: Any, found: list[laws.Distance], problems: int) -> None:
         style: dict[str, Any] = {"color": "0.8"} if theirs(name) else {"marker": "o", "label": name}
         axis.plot(*zip(*points, strict=True), markersize=3, zorder=2 + (not theirs(name)), **style)
     axis.axhline(1.0, color="k", linestyle=":", linewidth=1)
-    axis.set(xscale="log", yscale="log", xlabel="network calls",
+    plots.log_scale(axis)
+    axis.set(xlabel="network calls",
              ylabel="distance to the data's law / its floor")  # fmt: skip
     axis.legend(frameon=False, fontsize=8)
 
@@ -254,5 +259,6 @@ def draw_overheads(axis: Any, found: list[Overhead], problems: int) -> None:
         axis.barh(heights, [made.ratio for made in own], height=0.33, label=str(shape))
     axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="time per call / bare loop")
+    plots.log_scale(axis, "x")
+    axis.set(xlabel="time per call / bare loop")
     axis.legend(frameon=False, fontsize=8)

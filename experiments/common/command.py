@@ -5,38 +5,32 @@ import io
 import json
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
-import tyro
+from common import flags
 from common.words import by_word
-from tqdm import tqdm
+from torch import Tensor
 
 import sde_diffusion as sd
+from sde_diffusion import progress
 from sde_diffusion.files import storage
 
 Config = TypeVar("Config")
 
-# The package's catalogue, and short names.
+# The package's catalogue, and short names: flags.PROCESS_NAMES.
 PROCESSES: dict[str, sd.processes.Process] = by_word(sd.processes.CATALOGUE) | {
     "rectified": sd.RectifiedFlow(),
     "ddpm": sd.Discrete.linear(),
 }
-PROCESS_HELP = f"process from data to noise: {', '.join(PROCESSES)}"
-ProcessWord = Annotated[str, tyro.conf.arg(metavar="NAME", help=PROCESS_HELP)]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-
-# Colours and frames of the parser's messages: box characters, or hyphens where stdout has none.
-FRAMES = re.compile(r"\x1b\[[0-9;]*m|[─-╿]|^[ \t]*-+[ \t]*$", re.MULTILINE)
 
 LONGEST = ".checkpoint-12345678.part/made/training.safetensors.part"  # file that a run writes
 
@@ -51,18 +45,18 @@ def run(
     Ctrl-C and SIGTERM exit with 130 and 143; a training run saves first, see training.Stop.
 
     Args:
-        use_underscores: show flags with underscores in --help; both forms are accepted always.
+        use_underscores: as in `flags.parse`.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that this console cannot show is no error
         sys.stdout.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        main(parse(config, use_underscores=use_underscores))
+        main(flags.parse(config, use_underscores=use_underscores))
     except REFUSALS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, ConnectionError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             leave(2)
-        sys.exit(2)
+        flags.refuse(error)
     except RuntimeError as error:
         if not is_loss_of_a_process(error):
             raise
@@ -72,6 +66,51 @@ def run(
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def finite(samples: Tensor, maker: object) -> Tensor:
+    """Return samples (N, ...) if all are finite: for every script that samples, before it writes.
+
+    Args:
+        maker: named in the error.
+    """
+    failed = (~samples.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if failed:
+        raise FloatingPointError(
+            f"{len(failed)} of {len(samples)} samples of {maker} are not finite, the first is "
+            f"number {failed[0]}: nothing is written"
+        )
+    return samples
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Leave out the warning of samples that are not finite, where a script itself refuses them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not finite", RuntimeWarning)
+        yield
+
+
+def sampled(
+    maker: object, model: sd.models.Model, sampler: sd.samplers.Sampler, x: Tensor, **settings: Any
+) -> Tensor:
+    """Return `sd.sample(model, sampler, x, **settings)` if all samples are finite."""
+    with unwarned():
+        return finite(sd.sample(model, sampler, x, **settings), maker)
+
+
+def load(path: Path, flag: str = "--checkpoint") -> sd.Denoiser:
+    """Return the denoiser of the file that a flag names."""
+    flags.existing(flag, path)
+    if path.suffix in (".pt", ".pth", ".ckpt"):
+        raise ValueError(
+            f"{flag} {path}: a file of torch.save, which may hold code; import it first: "
+            f"python experiments/import_weights.py"
+        )
+    if path.is_dir() or path.suffix != ".safetensors":
+        kind = "the folder " if path.is_dir() else ""
+        raise ValueError(f"{flag} must be a .safetensors file; got {kind}{path}")
+    return sd.Denoiser.load(path)
 
 
 def is_loss_of_a_process(error: RuntimeError) -> bool:
@@ -94,45 +133,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def default(text: str) -> Any:
-    """Return what --help shows in place of a default of None."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {text})")
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def parse(config: type[Config], *, use_underscores: bool = False) -> Config:
-    """Return the flags; raise the parser's complaint as one ValueError. --help ends in examples."""
-    complaint = io.StringIO()
-    for argument in sys.argv[1:]:
-        if not argument or (argument.startswith("--") and argument.endswith("=")):
-            raise ValueError(f"an argument is empty: {argument or repr(argument)}")
-    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, use_underscores=use_underscores, config=markers)
-    except SystemExit as end:
-        if not end.code:  # --help
-            print("\n".join(["examples:", *examples(sys.modules[config.__module__])]))
-            raise
-        lines = re.sub(FRAMES, " ", complaint.getvalue()).splitlines()
-        message = " ".join(" ".join(lines[1:]).split())  # the first line is the frame's title
-        message = re.split(r"Argument helptext|Got errors|For full helptext", message)[0]
-        near = re.search(r"Perhaps you meant: (--\S+)", message)
-        if near:
-            message = f"{message[: near.start()]}{near[0]}"
-        raise ValueError(message.replace(", 'None'", "").replace("'None', ", "")) from None
-
-
-def examples(script: ModuleType) -> list[str]:
-    """Return the command lines in a script's docstring."""
-    lines = (script.__doc__ or "").replace("\\\n", " ").splitlines()
-    return [f"  {' '.join(line.split())}" for line in lines if line.startswith("    python ")]
-
-
 @contextlib.contextmanager
 def network_calls(network: torch.nn.Module, name: str, total: int | None = None) -> Iterator[Any]:
     """Show a bar on stderr that counts the calls of a network, in `n`.
@@ -141,7 +141,7 @@ def network_calls(network: torch.nn.Module, name: str, total: int | None = None)
         name: shown before the bar.
         total: number of calls, if it is known.
     """
-    with tqdm(desc=name, total=total, unit=" calls", leave=False) as bar:
+    with progress.bar(desc=name, total=total, unit=" calls", leave=False) as bar:
 
         def count(*_: object) -> None:
             bar.update()
@@ -179,13 +179,25 @@ def check_name(path: Path, flag: str = "--out") -> None:
 
 
 def check_out(path: Path, flag: str = "--out") -> None:
-    """Refuse an --out that cannot become a folder, before any work is done."""
+    """Refuse an --out that cannot become a folder, before any work is done.
+
+    It is made and removed: a file system without room is seen in no other way.
+    """
     check_name(path / LONGEST, flag)
-    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    places = (path, *path.absolute().parents)
+    there = next(place for place in places if os.path.lexists(place))
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{flag} {path}: {there} cannot be written to")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be made: {error.strerror}") from None
+    finally:
+        for place in places[: places.index(there)]:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def folder(path: Path) -> Path:

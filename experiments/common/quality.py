@@ -1,29 +1,31 @@
 """Quality of samples during training: a row for each measurement, a curve, a floor.
 
 Samples are compared with one half of the real images. The floor is the same figure for as many
-images of the other half: the figure of perfect samples. It is FID on Inception's features only.
+images of the other half: the figure of perfect samples, with its standard deviation over splits of
+the real images. It is FID on Inception's features only.
 """
 
 import csv
 import io
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from common.flags import FeaturesName as Word
 from torch import Tensor
 
 from sde_diffusion import data, metrics, plots
 from sde_diffusion.files import storage
 from sde_diffusion.metrics import features
 
-Word = Literal["efficientnet", "inception"]
-
 COMPONENTS = 64  # of EfficientNet's 1,280 features, which would need as many samples
 BATCH = 16  # images at once: with 128, a CPU needs three times as long for each
 MOST = 2000  # real images used with EfficientNet
+SPLITS = 5  # of the real images, for the error of the floor
 
 
 @dataclass(frozen=True)
@@ -82,28 +84,43 @@ class Judge:
     def row(self, step: int, samples: Tensor) -> dict[str, float]:
         """Measure samples (N, 3, H, W), and the floor of each figure."""
         made = metrics.extract(samples, self.network, BATCH)
-        frechet, kid = self.frechet(made), metrics.kid(self.real, made)
-        names, perfect = self.names, self.held_out[: len(made)]
+        names, kid = self.names, metrics.kid(self.real, made)
         return {
             "step": step,
-            names.frechet: float(frechet),
+            names.frechet: self.frechet(self.real, made),
             names.kid: float(kid),
             "kid_standard_error": kid.standard_error or 0.0,
-            f"{names.frechet}_floor": float(self.frechet(perfect)),
-            f"{names.kid}_floor": float(metrics.kid(self.real, perfect)),
+            **self.floors(len(made)),
             "num_samples": len(made),
             "num_real": len(self.real),
         }
 
-    def frechet(self, made: Tensor) -> metrics.Figure:
-        real, made = self.project(self.real), self.project(made)
-        return metrics.frechet_distance(metrics.Statistics.of(real), metrics.Statistics.of(made))
+    def frechet(self, real: Tensor, made: Tensor) -> float:
+        sides = (metrics.Statistics.of(self.project(x)) for x in (real, made))
+        return float(metrics.frechet_distance(*sides))
+
+    def floors(self, count: int) -> dict[str, float]:
+        """Return the figures of `count` held-out images, and their deviations over SPLITS splits.
+
+        The deviation is that of figures of samples from the data's own law, by permutation.
+        """
+        every = torch.cat([self.real, self.held_out])
+        others = [metrics.halves(every, seed) for seed in range(1, SPLITS)]
+        pairs = [(a, b[:count]) for a, b in ((self.real, self.held_out), *others)]
+        frechet = [self.frechet(*pair) for pair in pairs]
+        kid = [float(metrics.kid(*pair)) for pair in pairs]
+        row: dict[str, float] = {}
+        for name, values in ((self.names.frechet, frechet), (self.names.kid, kid)):
+            row[f"{name}_floor"] = values[0]
+            row[f"{name}_floor_deviation"] = statistics.stdev(values)
+        return row
 
     def line(self, row: dict[str, float]) -> str:
         """Return a row as one line."""
         names = self.names
         parts = [
-            f"{title} {row[name]:.4g} (floor {row[f'{name}_floor']:.2g})"
+            f"{title} {row[name]:.4g} "
+            f"(floor {row[f'{name}_floor']:.2g} ± {row[f'{name}_floor_deviation']:.1g})"
             for title, name in ((names.frechet_title, names.frechet), (names.kid_title, names.kid))
         ]
         sizes = f"N = {row['num_samples']:.0f} against {row['num_real']:.0f}"
@@ -185,8 +202,10 @@ def picture(names: Names, rows: list[dict[str, float]]) -> Any:
         values = [row[name] for row in rows]
         errors = [row["kid_standard_error"] if name == names.kid else 0.0 for row in rows]
         axes.errorbar(steps, values, errors, marker="o", markersize=3, label="samples")
-        floor = last[f"{name}_floor"]
-        axes.axhline(floor, color="0.5", linewidth=1, label=f"real images: {floor:.2g}")
+        floor, spread = last[f"{name}_floor"], last[f"{name}_floor_deviation"]
+        label = f"real images: {floor:.2g} ± {spread:.1g}"
+        axes.axhline(floor, color="0.5", linewidth=1, label=label)
+        axes.axhspan(floor - 2 * spread, floor + 2 * spread, color="0.5", alpha=0.2, linewidth=0)
         axes.set(xlabel="optimizer step", ylim=(min(0.0, floor), None))
         axes.set_title(title.replace(" of ", "\nof ").replace(" on ", "\non "), fontsize="medium")
         axes.set_ylabel(title.split(" on ")[0])

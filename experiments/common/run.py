@@ -10,55 +10,28 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from common import command
-from tqdm import tqdm
+from common.flags import Flags, flag
 
-from sde_diffusion import data, plots, training, validate
+from sde_diffusion import data, plots, progress, training, validate
 from sde_diffusion.files import storage
-
-
-@dataclass(frozen=True)
-class Flags:
-    """How training runs; up to rounding the result does not depend on these."""
-
-    resume: bool = False
-    """(train) continue from the newest checkpoint in the folder, which must hold one"""
-    extend_to: Annotated[int | None, command.default("the run's own length")] = None
-    """(train) with --resume and the run's other flags: go on to this number of steps in all"""
-    changed: Annotated[tuple[str, ...] | None, command.default("none")] = None
-    """(train) with --resume: settings that may differ from those of the run, like learning_rate"""
-    overwrite: bool = False
-    """(train) delete the run in the folder first"""
-    checkpoint_every: Annotated[int | None, command.default("500, or a tenth of the run")] = None
-    """(train) steps between checkpoints"""
-    accumulate: Annotated[int | None, command.default("1")] = None
-    """(train) parts of each process's share of a batch, to save memory"""
-    compile: bool = False
-    """(train) compile the network with torch.compile"""
-    on_bad: Annotated[Literal["raise", "skip"] | None, command.default("raise")] = None
-    """(train) at a loss that is not finite: stop, or skip the step and count it"""
-    tracker: Annotated[
-        Literal["tensorboard", "wandb", "none"] | None,
-        command.default("tensorboard if installed, else none"),
-    ] = None
-    """(train) tracker beside metrics.csv"""
 
 
 def check(flags: Flags) -> None:
     """Refuse values out of range."""
     for name in ("checkpoint_every", "accumulate", "extend_to"):
         if getattr(flags, name) is not None:
-            validate.integer(command.flag(name), getattr(flags, name), at_most=10**7)
+            validate.integer(flag(name), getattr(flags, name), at_most=10**7)
     if flags.resume and flags.overwrite:
         raise ValueError("give --resume or --overwrite, not both")
     for name in ("extend_to", "changed"):
         if getattr(flags, name) is not None and not flags.resume:
-            raise ValueError(f"{command.flag(name)} has no effect without --resume")
+            raise ValueError(f"{flag(name)} has no effect without --resume")
     if flags.tracker in ("tensorboard", "wandb") and not find_spec(flags.tracker):
         raise ValueError(f"--tracker {flags.tracker}: not installed; pip install {flags.tracker}")
 
@@ -189,7 +162,7 @@ def steps(
     every = flags.checkpoint_every or min(500, max(1, total // 10))
     log = engine.log if getattr(engine, "log_with", None) else None
     made = training.train(state, given, flags.accumulate or training.accumulation())
-    bar = tqdm(made, total=total, initial=state.step, disable=not main)
+    bar = progress.bar(made, total=total, initial=state.step, disable=not main)
     journal = training.Journal(out, state.step, log) if main else None
     with training.Stop() as stop, journal or nullcontext():
         try:

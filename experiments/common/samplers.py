@@ -4,16 +4,13 @@ A sampler that is added to `sd.samplers.CATALOGUE` has a name here at once.
 """
 
 from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-from common.words import by_word
-from common.words import check as check_word
+from common.flags import UNSEEDED, FrameName
+from common.words import by_word, match
 
 import sde_diffusion as sd
 from sde_diffusion.grids import frames
-
-FrameWord = Literal["straight", "gaussian"]
 
 # Settings that serve digits. "adams" stands for Adams.auto of the steps that are given.
 SHORT: dict[str, sd.samplers.Sampler] = {
@@ -30,7 +27,6 @@ SHORT: dict[str, sd.samplers.Sampler] = {
     "churn": sd.samplers.Churn(sd.Heun()),
     "langevin": sd.samplers.Langevin(sd.Ancestral()),
 }
-UNSEEDED = {"torch-sde-srk"}  # torchsde draws its path: not by (seed, k)
 SAMPLERS: dict[str, sd.samplers.Sampler] = SHORT | {
     name: sampler
     for name, sampler in by_word(sd.samplers.CATALOGUE).items()
@@ -38,13 +34,6 @@ SAMPLERS: dict[str, sd.samplers.Sampler] = SHORT | {
 }
 # Steps other than those of the order: two calls a step, or noise in a method of order 2.
 STEPS: dict[type, int] = {sd.Heun: 18, sd.samplers.Langevin: 125}
-USUAL = "heun 18, stochastic of order 2 50, others of order 2 and more 20, order 1 250"
-HELP = (
-    "ode: dopri5 on the probability flow; adams: the setting of Adams.auto for --steps; dpm2, "
-    "dpm3: DPM-Solver++; sde: Euler-Maruyama of the reverse SDE; multistep: stochastic, by "
-    "velocities; langevin: ancestral with corrections. All names: " + ", ".join(SAMPLERS)
-)
-Word = Annotated[str, tyro.conf.arg(metavar="NAME", help=HELP)]
 
 
 def settings(word: str) -> set[str]:
@@ -56,7 +45,7 @@ def settings(word: str) -> set[str]:
 
 def check(word: str, flag: str = "--sampler", **given: Any) -> None:
     """Refuse an unknown name, and settings that are given and have no effect on the sampler."""
-    check_word(flag, word, SAMPLERS)
+    match(flag, word, SAMPLERS)
     for name, value in given.items():
         if value is not None and name not in settings(word):
             raise ValueError(f"--{name} has no effect with {flag} {word}")
@@ -75,7 +64,7 @@ def usual_steps(word: str) -> int | None:
 def sampler(
     word: str,
     steps: int | None = None,
-    frame: FrameWord | None = None,
+    frame: FrameName | None = None,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> sd.samplers.Sampler:

@@ -6,7 +6,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["by_word", "check", "word"]
+__all__ = ["by_word", "match", "word"]
+
+MOST = 8  # names in a message
 
 
 def word(value: Any) -> str:
@@ -35,12 +37,16 @@ def by_word(values: tuple[Any, ...]) -> dict[str, Any]:
     return {word(value): value for value in values}
 
 
-def check(flag: str, given: str, known: Iterable[str]) -> None:
-    """Refuse a word that is not known, and name those that are near it."""
-    known = list(known)
-    if given not in known:
-        near = [name for name in known if name.startswith(given)] if given else []
-        near = near or get_close_matches(given, known, n=3, cutoff=0.5)
-        listed = ", ".join((near or known)[:8])
-        hint = "near it" if near else "known"
-        raise ValueError(f"{flag} must be a known name; got {given}; {hint}: {listed}")
+def match(flag: str, given: str, known: Iterable[str]) -> str:
+    """Return the known name that equals `given` in any case; refuse others, with names near it."""
+    names = {name.lower(): name for name in known}
+    small = given.lower()
+    if small in names:
+        return names[small]
+    near = [name for name in names if name.startswith(small)] if small else []
+    near = near or get_close_matches(small, names, n=3, cutoff=0.5)
+    near = near if len(names) > MOST else []
+    listed = [names[name] for name in near or names]
+    shown = ", ".join(listed[:MOST] + ["..."] * (len(listed) > MOST))
+    hint = "near it" if near else "known"
+    raise ValueError(f"{flag} must be a known name; got {given}; {hint}: {shown}")

@@ -126,7 +126,8 @@ def idx_files(name: str, root: Path) -> list[Path]:
             return found
     raise DataNotFound(
         f"{name} not found: need {', '.join(files)} (or .gz) in {usual}; "
-        f"set --data-root or {VARIABLE} to the folder above {name}, or give --download"
+        f"set --data-root or {VARIABLE} to the folder above {name}, or download it "
+        f"(download=True; mnist_vp.py --train --download)"
     )
 
 

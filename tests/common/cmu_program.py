@@ -11,7 +11,7 @@ import ddpm_images as program
 import numpy as np
 import pytest
 import torch
-from common import command
+from common import command, flags
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -69,7 +69,7 @@ def run(*arguments):
 def parsed(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["experiments/ddpm_images.py", *arguments])
-        return command.parse(program.Config)
+        return flags.parse(program.Config)
 
 
 @pytest.fixture(scope="module", name="place")

@@ -66,8 +66,8 @@ def test_a_seed_is_a_problem_and_another_seed_another():
 
 def test_the_names_are_kinds_and_dimensions_and_an_unknown_one_is_refused():
     assert [problem.name for problem in problems.named((), samples=2)] == NAMES
-    assert [p.name for p in problems.named(("narrow-8",) * 2, samples=2)] == ["narrow-8"]
-    with pytest.raises(ValueError, match="--problems wide-2: there are: narrow-2, "):
+    assert [p.name for p in problems.named(("narrow-8", "Narrow-8"), samples=2)] == ["narrow-8"]
+    with pytest.raises(ValueError, match="--problems must be a known name; got wide-2; known: na"):
         problems.named(("wide-2",))
 
 
@@ -250,7 +250,7 @@ def test_the_script_writes_its_tables_and_its_picture(tmp_path, run):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"problems": ("wide-2",)}, "--problems wide-2: there are: narrow-2"),
+        ({"problems": ("wide-2",)}, "--problems must be a known name; got wide-2"),
         ({"solvers": ("adamas",)}, "--solvers adamas: no name begins so; there are: adams auto"),
         ({"seed": -1}, "--seed must be at least 0; got -1"),
         ({"num_samples": 1}, "--num-samples must be at least 2; got 1"),

@@ -40,10 +40,12 @@ def test_the_sheets_command_lines_mean_what_the_sheet_says():
         "data_path": Path("data/train"), "fid": False, "load_path": None, "visualize": False,
     }  # fmt: skip
     assert asdict(parsed(*words(TRAIN))).items() >= sheet.items()
-    drawn = {**sheet, "load_path": Path("path_to_saved_model"), "visualize": True}
-    assert asdict(parsed(*words(VISUALIZE))).items() >= drawn.items()
-    hyphens = [w.replace("_", "-") if w.startswith("--") else w for w in words(VISUALIZE)]
-    assert parsed(*hyphens) == parsed(*words(VISUALIZE))
+    model = Path(__file__)
+    drawn = {**sheet, "load_path": model, "visualize": True}
+    line = words(VISUALIZE, path_to_saved_model=str(model))
+    assert asdict(parsed(*line)).items() >= drawn.items()
+    hyphens = [w.replace("_", "-") if w.startswith("--") else w for w in line]
+    assert parsed(*hyphens) == parsed(*line)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,10 @@ REFUSALS = {
     "--data_class lion": "there are: cat, dog, wild",
     "--data_path nowhere": "nowhere: no such folder",
     "--load_path model.pt": "experiments/import_weights.py",
-    "--load_path nowhere.safetensors": "nowhere.safetensors",
+    "--load_path nowhere": "--load_path must be a path that exists; got nowhere",
+    "--load_path nowhere.safetensors": "must be a path that exists; got nowhere.safetensors",
+    "--load_path model.safetensors --visualize --dtype bf16": "--dtype has no effect",
+    "--sampler CLAMPED --steps 3": "--steps has no effect with --sampler clamped",
     "--load_path data": "--load_path data: neither a checkpoint nor",
     "--load_path model.safetensors --visualize --fid": "--fid has no effect",
     "--resume --overwrite": "not both",
@@ -101,6 +106,8 @@ def test_a_bad_flag_is_one_line_and_exit_2_and_nothing_is_written(
     place, tmp_path, monkeypatch, flags
 ):
     monkeypatch.chdir(place)
+    for name in ("model.pt", "model.safetensors"):
+        (place / name).touch()
     done = run(*flags.split(), "--tracker", "none", "--save_folder", tmp_path / "out")
     assert done.code == 2
     assert done.err.startswith("error: ")

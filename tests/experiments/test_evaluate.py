@@ -5,6 +5,7 @@ import io
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,7 +74,8 @@ def test_every_row_is_in_the_table_the_json_and_the_picture(alone):
     lines = printed.splitlines()
     assert "Frechet distance on 64 features of a digit classifier, against 150" in lines[0]
     assert "real digits" in lines[2]
-    for (word, steps, tolerance), line in zip(rows, lines[3:], strict=False):
+    assert lines[3].split()[:4] == ["±", "5", "splits", f"{COUNT}"]
+    for (word, steps, tolerance), line in zip(rows, lines[4:], strict=False):
         assert line.startswith(word)
         assert (f"{steps} steps" if steps else f"tol {tolerance:g}") in line
         assert f"{COUNT} " in line
@@ -118,6 +120,12 @@ def test_the_figures_are_the_librarys(alone, root):
         metrics.Statistics.of(reference), metrics.Statistics.of(held_out[:COUNT])
     )
     assert record["floor"]["frechet"] == pytest.approx(float(floor), rel=1e-3)
+    splits = [metrics.halves(metrics.extract(real, network), seed) for seed in range(5)]
+    laws = [tuple(map(metrics.Statistics.of, (a, b[:COUNT]))) for a, b in splits]
+    spread = statistics.stdev(float(metrics.frechet_distance(*pair)) for pair in laws)
+    errors = record["floor_standard_deviations"]
+    assert errors["frechet"] == pytest.approx(spread, rel=1e-2)
+    assert errors["splits"] == 5
 
 
 def start_two(*flags, root):
@@ -137,14 +145,14 @@ def test_when_one_process_is_killed_the_other_says_so_and_exits(tmp_path, root):
     pair = start_two("--samplers", "ddim", "--steps", 1, 60, "--num-samples", 64,
                      "--batch-size", 32, "--num-real", 300, "--out", out, root=root)  # fmt: skip
     try:
-        seen = [pair[0].stdout.readline() for _ in range(4)]  # up to the first sampler's row
+        seen = [pair[0].stdout.readline() for _ in range(5)]  # up to the first sampler's row
         pair[1].kill()
         _, complaint = pair[0].communicate(timeout=120)
     finally:
         for process in pair:
             process.kill()
             process.communicate()
-    assert seen[3].startswith("ddim"), (seen, complaint)
+    assert seen[4].startswith("ddim"), (seen, complaint)
     assert pair[0].returncode == 2, complaint
     assert complaint.endswith("error: another process of this run is gone\n")  # gloo may log first
     assert "Traceback" not in complaint
@@ -167,20 +175,22 @@ def test_two_processes_write_what_one_writes(alone, tmp_path, root):
 REFUSALS = {
     "--samplers euler": "euler",
     "--samplers": "samplers",
-    "--samplers ddim ddim": "all different",
+    "--samplers ddim DDIM": "--samplers must have different values; got ddim ddim",
     "--steps 0": "--steps",
-    "--steps 5 5": "all different",
+    "--steps 5 5": "--steps must have different values; got 5 5",
+    "--samplers ode --steps 5": "--steps has no effect on samplers that choose their own steps",
     "--steps 2.5": "2.5",
     "--num-samples 1": "--num-samples",
     "--num-samples 63": "63 samples are fewer than the 64 features",
     "--num-real 100": "50 samples are fewer than the 64 features",
+    "--num-real 300 --num-samples 151": "--num-samples must be at most 150, half of the real",
     "--tolerances 0.1": "no effect without a sampler that chooses its own steps",
     "--samplers ode --tolerances 0": "--tolerances",
     "--samplers ddim --frame gaussian": "--frame has no effect",
     "--features inception": "--inception-weights PATH or --download",
-    "--features inception --download --inception-weights x": "PATH or --download",
-    "--inception-weights x": "--inception-weights PATH",
-    "--features inception --inception-weights /nowhere/x": "/nowhere/x: No such file",
+    "--features inception --download --inception-weights .": "PATH or --download",
+    "--inception-weights .": "--inception-weights PATH",
+    "--features inception --inception-weights /nowhere/x": "a path that exists; got /nowhere/x",
     "--features resnet": "resnet",
     "--seed -1": "--seed",
     "--checkpoint /nowhere/x.safetensors": "/nowhere/x",

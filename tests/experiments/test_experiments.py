@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import command, samplers, words
+from common import command, flags, samplers, words
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import run, run_apart
@@ -270,13 +270,10 @@ def test_help_shows_the_default_once_and_ends_with_a_command_line(script):
 
 
 def test_every_sampler_and_process_of_the_package_has_a_name_on_the_command_lines():
-    named = list(samplers.SAMPLERS.values())
-    for sampler in sd.samplers.CATALOGUE:
-        known = (
-            words.word(sampler) in samplers.SAMPLERS
-        )  # or only a short name, with other settings
-        assert known or sampler in named or words.word(sampler) in samplers.UNSEEDED
-    assert all(p in command.PROCESSES.values() for p in sd.processes.CATALOGUE)
+    assert tuple(words.by_word(sd.samplers.CATALOGUE)) == flags.SAMPLERS
+    assert tuple(words.by_word(sd.processes.CATALOGUE)) == flags.PROCESSES
+    assert tuple(samplers.SAMPLERS) == flags.SAMPLER_NAMES
+    assert tuple(command.PROCESSES) == flags.PROCESS_NAMES
     usual = {name: samplers.usual_steps(name) for name in SAMPLERS}
     assert usual == {
         "ancestral": 250, "ddim": 250, "sde": 250, "torchsde": 250, "langevin": 125, "heun": 18,
@@ -302,10 +299,11 @@ REFUSALS = {
     "--sampelr ode": "--sampelr",
     "--steps 0 --sampler adams": "--steps",
     "--steps -3": "--steps must be at least 1",
-    "--steps x --sampler adams": "--steps",
+    "--steps x --sampler adams": "--steps must be an integer; got x",
     "--steps 5 --sampler ode": "--steps has no effect with --sampler ode",
     "--rtol 0": "--rtol",
     "--rtol nan": "--rtol",
+    "--rtol much": "--rtol must be a number; got much",
     "--atol 1e-3 --sampler heun": "--atol has no effect with --sampler heun",
     "--num-samples 0": "--num-samples",
     "--batch-size -1": "--batch-size",
@@ -318,11 +316,12 @@ REFUSALS = {
     "--train --checkpoint-every 0": "--checkpoint-every",
     "--overwrite": "--overwrite has no effect without --train",
     "--download": "--download has no effect without --train",
-    "--device tpu": "invalid choice 'tpu'",
-    "--dtype float16": "invalid choice 'float16'",
+    "--device tpu": "--device must be a known name; got tpu; known: auto, cpu, cuda, mps",
+    "--dtype float16": "--dtype must be a known name; got float16; known: float32, bf16",
     "--gif False": "False",
-    "--checkpoint nowhere.safetensors": "nowhere.safetensors",
-    "--checkpoint README.md": "README",
+    "--checkpoint nowhere": "--checkpoint must be a path that exists; got nowhere",
+    "--checkpoint experiments": "must be a .safetensors file; got the folder experiments",
+    "--checkpoint README.md": "must be a .safetensors file; got README.md",
     "--epochs 3": "--epochs has no effect without --train",
     "--train-steps 3": "--train-steps has no effect without --train",
     "--resume": "--resume has no effect without --train",
@@ -330,7 +329,7 @@ REFUSALS = {
     "--network mlp": "--network has no effect without --train",
     "--train --epochs 1 --train-steps 2": "not both",
     "--train --resume --overwrite": "not both",
-    "--train --checkpoint x.safetensors --network mlp": "--network has no effect with",
+    "--train --checkpoint README.md --network mlp": "--network has no effect with",
     "--log-snr-std 2": "--log-snr-std has no effect without --train",
     "--log-snr-mean 0": "--log-snr-mean has no effect without --train",
     "--train --log-snr-std 0": "--log-snr-std",
@@ -344,21 +343,22 @@ if not torch.cuda.is_available():
 
 
 TOY_REFUSALS = {
-    "--data moons": "invalid choice 'moons'",
+    "--data moons": "--data must be a known name; got moons",
     "--train-steps 0 --data both": "--train-steps",
     "--num-samples -1": "--num-samples",
     "--seed -1 --data both": "--seed",
     "--process brownian": "--process must be a known name; got brownian; known: vp, sub-vp",
     "--weight vlb": "--weight vlb belongs to a chain",
-    "--penalty l3": "invalid choice 'l3'",
+    "--penalty l3": "--penalty must be a known name; got l3; known: l2, l1, huber",
 }
 AGREEMENT_REFUSALS = {
     "--sizes 10": "--sizes needs two or more",
-    "--sizes 10 10": "different lengths",
+    "--sizes 10 10": "--sizes must have different values; got 10 10",
+    "--sizes": "--sizes must have one or more values; got none",
     "--sizes 0 10": "--sizes",
     "--sizes 10 x": "--sizes",
     "--sizes 10 20000": "--sizes",
-    "--rule midpoint": "invalid choice 'midpoint'",
+    "--rule midpoint": "--rule must be a known name; got midpoint",
     "--rule table": "--rule table: vp has none",
     "--process edm": "process must be variance-preserving",
     "--process cosine": "rule must be 'exact'",
@@ -375,9 +375,9 @@ def refused(scratch):
     """One of each script as a process, the others in this one."""
     done = {}
     for script, refusals in SCRIPTS.items():
-        for k, flags in enumerate(refusals):
+        for k, line in enumerate(refusals):
             start = run if k else run_apart
-            done[flags] = start(script, *flags.split(), "--out", scratch / flags)
+            done[line] = start(script, *line.split(), "--out", scratch / line)
     return done
 
 
@@ -427,6 +427,13 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(tmp_path, damage):
         path.with_suffix(".json").write_text("[]")
     out = tmp_path / "out"
     assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "net.", out)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
+    out = tmp_path / "a" / ("b" * 300) / "c"
+    assert_refused(run("mnist_vp", "--out", out), "cannot be made: File name too long", out)
+    command.check_out(tmp_path / "a" / "b")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):

@@ -102,7 +102,7 @@ def test_the_other_networks_train_too(script, root, tmp_path, network):
         (("--chain-steps", "many"), "--chain-steps"),
         (("--learning-rate", "nan"), "--learning-rate must lie in"),
         (("--checkpoint", "absent.safetensors"), "absent"),
-        (("--checkpoint", "absent.safetensors", "--epochs", 2), "--epochs has no effect"),
+        (("--checkpoint", __file__, "--epochs", 2), "--epochs has no effect"),
         (("--data-root", "nowhere"), "MNIST not found"),
         (("--resume", "--overwrite"), "give --resume or --overwrite"),
         (("--tracker", "paper"), "--tracker"),
@@ -167,3 +167,12 @@ def test_an_empty_argument_is_refused(script, capsys, empty):
         script(*empty)
     assert stopped.value.code == 2
     assert "an argument is empty" in capsys.readouterr().err
+
+
+def test_the_titles_of_a_short_chain_are_its_steps():
+    assert list(mnist_ddpm.side_by_side(20)) == [
+        "ancestral, 20", "DDIM, 20", "reverse SDE, 20", "probability-flow ODE"
+    ]  # fmt: skip
+    assert list(mnist_ddpm.side_by_side(1000)) == [
+        "ancestral, 1,000", "DDIM, 50", "reverse SDE, 250", "probability-flow ODE"
+    ]  # fmt: skip

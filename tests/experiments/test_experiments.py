@@ -157,14 +157,14 @@ def test_a_run_is_trained_resumed_and_sampled_from(idx_root, scratch):
     assert 0 < gap <= 2e-3 + 1e-7  # Adam's first step, without a warm-up, and rounding
 
     changed = ("--learning-rate", 1e-3, "--resume")
-    for flags, named in (
+    for given, named in (
         (("--resume", "--extend-to", 3), "--extend-to must be at least 4"),
         (("--extend-to", 6), "--extend-to has no effect without --resume"),
         (("--overwrite", "--changed", "seed"), "--changed has no effect without --resume"),
         (changed, "changed={'learning_rate'}"),
         ((*changed, "--changed", "rate"), "each entry of changed must be one of"),
     ):
-        assert_refused(train(*flags), named, out, kept=True)
+        assert_refused(train(*given), named, out, kept=True)
     more = train(*changed, "--changed", "learning_rate", "--extend-to", 6)
     assert more.returncode == 0, more.stderr
     assert "resuming at step 4" in more.stdout
@@ -466,14 +466,14 @@ class Drawing:
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
 def test_messages_have_no_frames_and_any_path_can_be_printed(encoding, monkeypatch, capsys):
     """The parser draws frames of hyphens where stdout has no box characters, as on Windows."""
-    for flags, code, printed in (
-        (["--steps", "x"], 2, "error: Error parsing --steps: invalid literal for int() with base"),
+    for given, code, printed in (
+        (["--steps", "x"], 2, "error: --steps must be an integer; got x"),
         (["--stepz", "3"], 2, "error: Unrecognized options: --stepz, 3 Perhaps you meant: --steps"),
         ([], 0, "-> \u03c3" if encoding == "utf-8" else r"-> \u03c3"),
     ):
         shown = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding, newline=""))
-        monkeypatch.setattr(sys, "argv", ["draw.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["draw.py", *given])
         ended = 0
         try:
             command.run(lambda config: print("-> \u03c3"), Drawing)

@@ -13,8 +13,6 @@ from sde_diffusion.models.model import finite
 
 __all__ = ["gif", "log_scale", "loss_curve", "paths", "png", "scatter", "tiles"]
 
-FEW = 50  # points of a curve that are marked: a line of one point is not seen
-
 
 @validate.arguments
 def tiles(x: Annotated[Tensor, finite], columns: int = 8, zoom: int = 3) -> Any:
@@ -73,20 +71,22 @@ def log_scale(axes: Any, sides: str = "xy", linthresh: float | None = None) -> A
 def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
     """Plot finite losses against steps, with a running mean over a fiftieth of the run.
 
-    The axis is logarithmic if all losses are positive.
+    The window is at least 20 steps, or a fifth of the run if that is less. The axis is logarithmic
+    if the losses are positive and span a factor of 10.
     """
     curve = [(k, loss) for k, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
     shown, values = [k for k, _ in curve], [loss for _, loss in curve]
-    window = max(1, len(values) // 50)
-    total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
-    mean = (total[window:] - total[:-window]) / window
-    axes.plot(shown, values, color="0.8", linewidth=0.5, label="batch")
-    mark = "." if len(values) < FEW else None
-    axes.plot(shown[window - 1 :], mean, marker=mark, color="C0", label=f"mean of {window}")
+    window = max(len(values) // 50, min(20, len(values) // 5))
+    axes.plot(shown, values, color="0.8", linewidth=0.5, marker="." if len(values) < 20 else "",
+              label="batch")  # fmt: skip
+    if window > 1:
+        total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
+        mean = (total[window:] - total[:-window]) / window
+        axes.plot(shown[window - 1 :], mean, color="C0", label=f"mean of {window}")
+        axes.legend(frameon=False)
     axes.set(xlabel="optimizer step", ylabel="loss")
-    if values and min(values) > 0:
+    if values and min(values) > 0 and max(values) >= 10 * min(values):
         log_scale(axes, "y")
-    axes.legend(frameon=False)
     return axes
 
 

@@ -62,23 +62,11 @@ def test_what_is_not_finite_is_refused_and_not_drawn(bad):
 
 
 def test_skipped_steps_leave_the_mean_of_the_losses_as_it_is():
-    """A running mean over n / 50 = 2 of 100 losses of 1, one of them not finite."""
     axis = plots.loss_curve(axes(), range(1, 102), [1.0] * 40 + [math.nan] + [1.0] * 60)
     batch, mean = axis.lines
     assert len(batch.get_xdata()) == 100
     assert set(mean.get_ydata().tolist()) == {1.0}
     assert mean.get_xdata()[-1] == 101
-
-
-def test_losses_of_both_signs_are_all_drawn():
-    axis = plots.loss_curve(axes(), [1, 2, 3], [-1.0, 2.0, 0.0])
-    assert axis.get_yscale() == "linear"
-    assert plots.loss_curve(axes(), [1, 2], [0.5, 0.2]).get_yscale() == "log"
-
-
-def test_a_run_of_one_step_is_seen():
-    axis = plots.loss_curve(axes(), [1], [0.5])
-    assert axis.lines[1].get_marker() == "."
 
 
 def test_paths_begin_at_their_start_which_a_trajectory_leaves_out():

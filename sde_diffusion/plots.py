@@ -13,8 +13,6 @@ from sde_diffusion.models.model import finite
 
 __all__ = ["gif", "log_scale", "loss_curve", "paths", "png", "scatter", "tiles"]
 
-FEW = 50  # points of a curve that are marked: a line of one point is not seen
-
 
 @validate.arguments
 def tiles(x: Annotated[Tensor, finite], columns: int = 8, zoom: int = 3) -> Any:
@@ -74,13 +72,13 @@ def loss_curve(axes: Any, steps: Sequence[int], losses: Sequence[float]) -> Any:
     """Plot finite losses against steps, with a running mean over a fiftieth of the run.
 
     The window is at least 20 steps, or a fifth of the run if that is less. The axis is logarithmic
-    if the losses are positive and span a factor of 10: it would have no round labels otherwise.
+    if the losses are positive and span a factor of 10.
     """
     curve = [(k, loss) for k, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
     shown, values = [k for k, _ in curve], [loss for _, loss in curve]
     window = max(len(values) // 50, min(20, len(values) // 5))
-    mark = "." if len(values) < FEW else ""
-    axes.plot(shown, values, color="0.8", linewidth=0.5, marker=mark, label="batch")
+    axes.plot(shown, values, color="0.8", linewidth=0.5, marker="." if len(values) < 20 else "",
+              label="batch")  # fmt: skip
     if window > 1:
         total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)
         mean = (total[window:] - total[:-window]) / window

@@ -89,7 +89,7 @@ def test_the_running_mean_fits_the_run(count, window):
     losses = [1 + (k % 2) for k in range(count)]
     axis = plots.loss_curve(axes(), range(1, count + 1), losses)
     batch, *mean = axis.lines
-    assert (batch.get_marker() == ".") == (count < 50)
+    assert (batch.get_marker() == ".") == (count < 20)
     assert len(mean) == (window > 0)
     if mean:
         assert mean[0].get_label() == f"mean of {window}"

@@ -179,25 +179,13 @@ def check_name(path: Path, flag: str = "--out") -> None:
 
 
 def check_out(path: Path, flag: str = "--out") -> None:
-    """Refuse an --out that cannot become a folder, before any work is done.
-
-    It is made and removed: a file system without room is seen in no other way.
-    """
+    """Refuse an --out that cannot become a folder, before any work is done."""
     check_name(path / LONGEST, flag)
-    places = (path, *path.absolute().parents)
-    there = next(place for place in places if os.path.lexists(place))
+    there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise ValueError(f"{flag} {path}: {'' if there == path else f'{there} is '}not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{flag} {path}: {there} cannot be written to")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be made: {error.strerror}") from None
-    finally:
-        for place in places[: places.index(there)]:
-            with contextlib.suppress(OSError):
-                place.rmdir()
 
 
 def folder(path: Path) -> Path:

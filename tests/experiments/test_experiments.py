@@ -429,13 +429,6 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(tmp_path, damage):
     assert_refused(run("mnist_vp", "--checkpoint", path, "--out", out), "net.", out)
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_work(tmp_path):
-    out = tmp_path / "a" / ("b" * 300) / "c"
-    assert_refused(run("mnist_vp", "--out", out), "cannot be made: File name too long", out)
-    command.check_out(tmp_path / "a" / "b")
-    assert not any(tmp_path.iterdir())
-
-
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     done = run("mnist_vp", "--out", tmp_path / "file")

@@ -107,7 +107,8 @@ SAMPLING = {
     ),
     "times that increase": (
         lambda: run(times=[0, 0.5, 1]),
-        "times must decrease from noise to data; got times[0]=0, times[1]=0.5; reverse them, or use encode",
+        "times must decrease from noise to data; got times[0]=0, times[1]=0.5; reverse them, or "
+        "use encode",
     ),
     "a word for times": (
         lambda: run(times="karras"),

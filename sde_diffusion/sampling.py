@@ -262,9 +262,9 @@ def encode(
         times: increasing times in [0, 1], (n + 1,); x0 is the batch at the first.
         steps, grid, cond, grad, progress: as in `sample`.
     """
-    path = path_of(model, sampler, steps, grid, times, up=True)
-    path = states(model, sampler, x0, path, cond, grad), len(path) - 1
-    return last(watched(*path, sampler) if progress else path[0])
+    nodes = path_of(model, sampler, steps, grid, times, up=True)
+    path = states(model, sampler, x0, nodes, cond, grad)
+    return last(watched(path, len(nodes) - 1, sampler) if progress else path)
 
 
 def last(path: Iterator[Sample]) -> Tensor:

@@ -208,3 +208,16 @@ def test_p_chain_starts_anywhere_and_gives_every_state_down_to_x0():
     start = chain.prior((4, 3), seeds=seeds, dtype=torch.float64)
     *_, last = model.p_chain(start, 50, seeds=seeds)
     assert torch.equal(last, model.sample((4, 3), seeds=seeds, dtype=torch.float64))
+
+
+def test_a_chain_that_is_not_finite_warns_and_does_not_start_from_nan():
+    chain = ddpm(sd.Discrete.linear(5))
+    x = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="x must be finite"):
+        chain.p_chain(x * math.nan, 5)
+    network = torch.nn.Linear(1, 1).double()
+    with torch.no_grad():
+        network.bias[0] = math.inf
+    broken = sd.DDPM(sd.adopt(lambda x, step: network(x), sd.Discrete.linear(5)))
+    with pytest.warns(RuntimeWarning, match="2 of 2 samples are not finite at the end.*DDPM"):
+        list(broken.p_chain(x, 5))

@@ -189,7 +189,7 @@ def parts_of(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):
         cells = (cell.cell_contents for cell in value.__closure__ or () if cell != EMPTY)
         used = (value.__globals__.get(name) for name in value.__code__.co_names)
-        return () if value.__module__.startswith("torch.") else (*cells, *used)
+        return () if (value.__module__ or "").startswith("torch.") else (*cells, *used)
     of_torch = type(value).__module__.startswith("torch.")
     return () if of_torch else getattr(value, "__dict__", {}).values()
 

@@ -77,6 +77,8 @@ class Prediction:
         if not is_zero(of_eps):
             c, d = self.meaning.eps(self.level)
             a, b = a + of_eps * c, b + of_eps * d
+        if isinstance(a, float) and isinstance(b, float):
+            check_size(max(abs(a), abs(b)), self.first.dtype, self.level)
         if is_zero(a):
             return self.second * b
         if is_zero(b):
@@ -155,10 +157,18 @@ def is_zero(scalar: Scalar) -> bool:
     return isinstance(scalar, float) and scalar == 0.0
 
 
+def check_size(coefficient: float, dtype: torch.dtype, level: Level) -> None:
+    """Refuse a coefficient that overflows the dtype of the batch, such as 1 / alpha."""
+    if not coefficient <= torch.finfo(dtype).max:
+        at = f"alpha = {level.alpha:.2g}, sigma = {level.sigma:.2g}"
+        raise ValueError(f"the prediction overflows {dtype} at {at}; use V, X0 or Velocity")
+
+
 def nonzero(scalar: Scalar, what: str, name: str) -> Scalar:
     """Return the scalar `name` if it is not 0, as `what` needs; a tensor on a GPU is not read."""
     if isinstance(scalar, Tensor):
-        zero = scalar.device.type == "cpu" and bool((scalar == 0).any())
+        least = 1 / torch.finfo(scalar.dtype).max  # below it 1 / scalar overflows
+        zero = scalar.device.type == "cpu" and bool((scalar.abs() <= least).any())
     else:
         zero = scalar == 0
     if zero:

@@ -106,7 +106,7 @@ class SampleReport(NamedTuple):
 def check_down(sampler: Any, t: Level[float], s: Level[float]) -> None:
     """Refuse a step up to a higher noise level, for samplers that only step down."""
     if s.t > t.t:
-        got, name = f"t={t.t:.4g}, then {s.t:.4g}", type(sampler).__name__
+        got, name = f"t={t.t + 0:.4g}, then {s.t:.4g}", type(sampler).__name__  # 0, not -0
         raise ValueError(f"times must decrease for {name}; got {got}; Heun steps both ways")
 
 

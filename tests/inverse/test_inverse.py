@@ -8,10 +8,16 @@ from cases import FIXED_STEP, PROCESSES
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.inverse.corrections import BackpropCorrection, PosteriorMeanCorrection
+from sde_diffusion.inverse import least_squares
+from sde_diffusion.inverse.corrections import (
+    BackpropCorrection,
+    Differentiable,
+    PosteriorMeanCorrection,
+)
 from sde_diffusion.inverse.measurements import LogLikelihood, Measurement
 from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
 from sde_diffusion.inverse.operators import Mask, Matrix
+from sde_diffusion.models import derivatives
 from sde_diffusion.models.model import select
 
 
@@ -284,3 +290,105 @@ def test_a_model_without_derivatives_is_refused():
 
     with pytest.raises(ValueError, match="no derivative"):
         PiGDM(Stone(data(sd.VP())), MEASURED)(drawn(4, 3), level_of(sd.VP(), 0.5))
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+def network_of_three():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return sd.networks.MLP((3,), width=16, depth=2).double()
+
+
+def log_prob(x, level, y):
+    """A smooth classifier, bounded so that its guidance does not diverge."""
+    off = (x @ MATRIX.T - y).square().sum(1)
+    return -0.3 * off.log1p() * (1 + x.tanh().square().sum(1))
+
+
+NET = sd.Denoiser(network_of_three(), sd.VP(), sd.V())
+GUIDED = {
+    "classifier": sd.models.ClassifierGuided(NET, log_prob, Y),
+    "pigdm": PiGDM(NET, MEASURED),
+    "pigdm without noise": PiGDM(NET, Measurement(Matrix(MATRIX), 0.0, Y)),
+    "pigdm of a likelihood": PiGDM(NET, LogLikelihood(lambda x0, y: log_prob(x0, None, y), Y)),
+    "diffpir": DiffPIR(NET, MEASURED),
+    "diffpir of a classifier": DiffPIR(sd.models.ClassifierGuided(NET, log_prob, Y), MEASURED),
+    "classifier of pigdm": sd.models.ClassifierGuided(PiGDM(NET, MEASURED), log_prob, Y),
+    "on another process": sd.match(sd.models.ClassifierGuided(NET, log_prob, Y), sd.EDM()),
+}
+CORRECTED = {
+    "dps": DPS(sd.Heun(), MEASURED, 0.3),
+    "posterior mean": PosteriorMeanCorrection(sd.Heun(), MEASURED.cost, 0.3),
+}
+
+
+@pytest.mark.parametrize("small", [4096, 0])
+@pytest.mark.parametrize("name", GUIDED | CORRECTED)
+def test_derivatives_go_through_guidance(name, small, monkeypatch):
+    """By x and by the weights, against central differences; `small` selects the linear solver."""
+    monkeypatch.setattr(least_squares, "SMALL", small)
+    model, sampler = GUIDED.get(name, NET), CORRECTED.get(name, sd.Heun())
+    x, w = drawn(4, 3, seed=5), next(NET.network.parameters())
+    ways, pull, h = (drawn(4, 3, seed=6), drawn(*w.shape, seed=7)), drawn(4, 3, seed=8), 1e-5
+
+    def value(e):
+        before = w.detach().clone()
+        with torch.no_grad():
+            w.add_(ways[1], alpha=e)
+            made = sd.sample(model, sampler, x + e * ways[0], steps=3)
+            w.copy_(before)
+        return float((made * pull).sum())
+
+    expected = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+    slopes = []
+    for grad in (True, "checkpoint"):
+        x.requires_grad_()
+        made = sd.sample(model, sampler, x, steps=3, grad=grad)
+        parts = torch.autograd.grad((made * pull).sum(), (x, w))
+        slopes.append(sum(float((a * b).sum()) for a, b in zip(parts, ways, strict=True)))
+        x.requires_grad_(False)
+    assert slopes[0] == pytest.approx(expected, rel=1e-6)
+    assert slopes[1] == slopes[0]
+
+
+def test_the_solution_of_a_nonlinear_operator_is_not_differentiated():
+    model = PiGDM(NET, Measurement(lambda x0: x0.square(), 0.3, drawn(1, 3)))
+    made = sd.sample(model, sd.Heun(), drawn(4, 3), steps=2, grad=True)
+    with pytest.raises(ValueError, match="operator must be linear"):
+        made.sum().backward()
+
+
+def test_a_correction_sees_the_derivative_of_a_guided_model():
+    """DPS through a classifier: its gradient holds the second derivative of log p(y | x)."""
+    base, level = data(sd.VP()), level_of(sd.VP(), 0.5)
+    guided, x = sd.models.ClassifierGuided(base, log_prob, Y), drawn(4, 3).requires_grad_()
+    (expected,) = torch.autograd.grad(MEASURED.cost(guided(x, level).x0).sum(), x)
+    with torch.no_grad():
+        at = Differentiable.of(guided, x, level)
+        _, pull = derivatives.gradient("cost", MEASURED.cost, at.x0)
+        assert_close(at.back(pull), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["classifier", "pigdm", "diffpir", "on another process"])
+def test_pigdm_refuses_a_model_with_other_evidence(name):
+    """Two measurements of correlated coordinates: no single variance is right."""
+    with pytest.raises(ValueError, match="model must not be conditioned on other evidence"):
+        PiGDM(GUIDED[name], MEASURED)
+
+
+def test_two_measurements_in_one_operator_have_the_exact_posterior():
+    """x_1 = 2 and x_1 + x_2 = .5, noise .1, of N((1, -1), .25 I): by Bayes' rule in closed form."""
+    matrix = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    y, mean = torch.tensor([[2.0, 0.5]], dtype=torch.float64), torch.tensor([1.0, -1.0]).double()
+    both = Measurement(Matrix(matrix), 0.1, y)
+    model = PiGDM(sd.exact.Gaussian(sd.VP(), mean, 0.25), both, variance=0.25)
+    precision = 4 * torch.eye(2).double() + 100 * matrix.T @ matrix
+    exact = torch.linalg.solve(precision, 4 * mean + 100 * matrix.T @ y[0])
+    x = sd.prior(model, (4000, 2), seeds=range(4000), dtype=torch.float64)
+    made = sd.sample(model, sd.Adams(), x, steps=40)
+    std = precision.inverse().diagonal().sqrt()
+    bias = float(sd.VP().alpha(1.0)) * exact.abs() * std  # the prior has mean 0, not alpha m
+    assert ((made.mean(0) - exact).abs() < 4.5 * std / 4000**0.5 + bias + 1e-4).all()
+    assert ((made.std(0) / std - 1).abs() < 4.5 / 8000**0.5 + 1e-3).all()

@@ -7,7 +7,7 @@ from oracles import normal
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.models.prediction import truth
+from sde_diffusion.models.prediction import Prediction, truth
 
 QUANTITIES = ("x0", "eps", "score", "v", "velocity")
 
@@ -197,3 +197,20 @@ def test_a_network_that_answers_with_another_shape_is_refused_by_name(shape):
 def test_data_without_spread_are_refused(make):
     with pytest.raises(ValueError, match="sigma_data must lie in"):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_alpha_whose_inverse_overflows_is_named_as_alpha_0_is(dtype):
+    """1 / 8e-40 is above the largest float32 and float16; in float64 it is a number."""
+    process = sd.VP(beta_max=360.0)
+    x = torch.ones(2, 3, dtype=dtype)
+    (level,) = process.levels(torch.tensor([1.0]))
+    for meaning in (sd.Eps(), sd.Score()):
+        with pytest.raises(ValueError, match=rf"overflows {dtype} at alpha = 8e-40.*use V, X0"):
+            _ = Prediction(x, x, level, meaning).x0
+        with pytest.raises(ValueError, match="not defined at alpha = 0"):
+            _ = Prediction(x, x, process.level(1.0, x), meaning).x0
+        wide = Prediction(x.double(), x.double(), level, meaning).x0
+        assert bool(wide.isfinite().all())
+    for meaning in (sd.V(), sd.X0(), sd.Velocity()):
+        assert bool(Prediction(x, x, level, meaning).x0.isfinite().all())

@@ -24,10 +24,11 @@ from training_runs import (
     unet_dropout,
 )
 
+import sde_diffusion as sd
 from sde_diffusion.data.datasets import Images, Points, dequantize, shuffled_indices
 from sde_diffusion.losses.times import DiscreteTimes
 from sde_diffusion.networks import Dropout
-from sde_diffusion.training import Recipe, draw, restore, save, train
+from sde_diffusion.training import Recipe, TrainState, draw, restore, save, train
 from sde_diffusion.training.batches import mask
 
 
@@ -389,3 +390,18 @@ def test_dequantization_is_part_of_the_draw():
     low, high = dequantize(pixels, torch.zeros(())), dequantize(pixels, torch.ones(()))
     assert ((low <= batch.x0) & (batch.x0 <= high)).all()
     assert len(batch.x0.unique()) > 16 * 36 * 0.99
+
+
+def test_a_denoiser_is_sampled_after_its_training_as_in_eval_mode():
+    """The masks of the last step are those of its batch: they must not be used again."""
+    network = sd.networks.MLP((2,), width=16, depth=1, dropout=0.5)
+    recipe = Recipe(steps=2, batch_size=8, warmup=1)
+    state = TrainState(sd.Denoiser(network, sd.VP(), sd.V()), recipe)
+    points = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    for _ in train(state, Points(points)):
+        x = sd.prior(state.denoiser, (16, 2), seeds=range(16))  # another size than the batch's
+        made = sd.sample(state.denoiser, sd.Heun(), x, steps=3)
+        assert network.training
+        network.eval()
+        assert torch.equal(made, sd.sample(state.denoiser, sd.Heun(), x, steps=3))
+        network.train()

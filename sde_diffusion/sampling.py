@@ -21,7 +21,7 @@ from sde_diffusion.models import conditions
 from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, sequence_of_seeds, start
-from sde_diffusion.processes.level import Level, coordinates, double
+from sde_diffusion.processes.level import Level, coordinates, double, wide
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Cond, FloatBatch, Kind, shown
 
@@ -122,12 +122,15 @@ def trajectory(
 def walk(
     model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise
 ) -> Iterator[Sample]:
-    """Run the loop of `trajectory`, whose arguments are checked before the first step."""
-    memory = None
+    """Run the loop of `trajectory`, whose arguments are checked before the first step.
+
+    In half precision small steps would change nothing, so the state is kept in float32.
+    """
+    memory, dtype, x = None, x.dtype, wide(x)
     for t, s in pairwise(levels):
         with torch.no_grad():
             x, memory = sampler.step(model, x, t, s, source, memory)
-        yield Sample(x, s.t, memory)
+        yield Sample(x.to(dtype), s.t, memory)
 
 
 def sample(

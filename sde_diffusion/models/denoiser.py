@@ -1,5 +1,6 @@
 """The denoiser: a network, the meaning of its inputs and output, and its file."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,16 @@ from sde_diffusion.models.model import LogSNRRange, level_of
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
-from sde_diffusion.processes.level import Level, Scalar, per_sample
+from sde_diffusion.processes.level import Level, Scalar, onto, per_sample
 from sde_diffusion.processes.process import IS_PROCESS, Process
 from sde_diffusion.validate import Cond, Kind, arguments
 
 __all__ = ["Denoiser", "pretrained"]
+
+ROUNDED = (
+    "the noise input is rounded to {}, the dtype of the network: near levels coincide; a network "
+    "that accepts it in float32 sets float32_noise_input = True"
+)
 
 IS_NETWORK = Kind("a torch module (adopt takes a plain function)", "parameters", "forward")
 IS_MEANING = Kind("a parameterization such as Eps()", "x0", "eps", "target")
@@ -67,17 +73,28 @@ class Denoiser(nn.Module):
 
         The network runs in its own dtype. Floating-point conditions are cast to it; integers and
         bools are not. The prediction has the dtype of x.
+
+        A noise input in half precision merges levels (998 and 1000 in bfloat16). A network with the
+        attribute `float32_noise_input = True` receives it in float32, and casts its features.
+
+        Warns:
+            UserWarning: if the noise input is rounded to half precision.
         """
         validate.batch("x", x)
         level = level_of(self.process, level, x)
         weights = self.network.parameters()
         dtype = next((p.dtype for p in weights if p.is_floating_point()), x.dtype)
         c = self.noise_input(level)
+        precise = torch.promote_types(dtype, torch.float32)
+        if precise != dtype and not getattr(self.network, "float32_noise_input", False):
+            precise = dtype
+            if not (isinstance(c, Tensor) and not c.is_floating_point()):
+                warnings.warn(ROUNDED.format(dtype), stacklevel=2)
         if isinstance(c, Tensor):
-            c = c.reshape(-1).expand(len(x)).to(x.device)
-            c = c.to(dtype) if c.is_floating_point() else c
+            c = c.reshape(-1).expand(len(x))
+            c = onto(c, x, precise if c.is_floating_point() else c.dtype)
         else:
-            c = torch.full((len(x),), c, dtype=dtype, device=x.device)
+            c = torch.full((len(x),), c, dtype=precise, device=x.device)
         scale = self.parameterization.input_scale(level)
         unscaled = isinstance(scale, float) and scale == 1.0
         scaled = (x if unscaled else x * scale).to(dtype)

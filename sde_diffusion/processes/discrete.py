@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sde_diffusion.processes.continuous import Cosine
+from sde_diffusion.processes.level import onto
 from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
 from sde_diffusion.validate import Count, Kind, Number, Positive, arguments
 
@@ -68,7 +69,7 @@ class Interpolated(VariancePreserving):
         return 0.0 - torch.expm1(2 * self.table)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        table, last = self.table.to(t), self.num_steps - 1
+        table, last = onto(self.table, t), self.num_steps - 1
         position = t * self.num_steps
         # Node i belongs to the interval that ends there: a step down from i needs its rate. In
         # float32 i/N may lie above the node, by a relative 2^-24.

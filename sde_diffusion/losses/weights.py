@@ -129,9 +129,7 @@ class VLB(Checked):
                 rule = "one of its own chain's levels at t = i/N alone"
                 found = f"t={t[strange][0]:g}, sigma={sigma[strange][0]:g}"
                 raise ValueError(f"level of VLB must be {rule}; got {found}")
-        table = (
-            self._weights if isinstance(level.sigma, float) else onto(self._weights, level.sigma)
-        )
+        table = onto(self._weights, level.sigma if isinstance(level.sigma, Tensor) else sigma)
         return like(table[i - 1], level.sigma) / level.sigma**2
 
     @cached_property

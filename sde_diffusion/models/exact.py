@@ -83,7 +83,8 @@ class GaussianMixture:
         signal = per_sample(level.alpha, z) * onto(self.variances, x) * pull
         eps = (weight * self._from_axes(noise)).sum(1)
         x0 = (weight * (onto(self.means, x) + self._from_axes(signal))).sum(1)
-        return truth(*(v.reshape(x.shape).to(given.dtype) for v in (x0, eps)), level)
+        x0, eps = (value.reshape(x.shape).to(given.dtype) for value in (x0, eps))
+        return truth(x0, eps, level)
 
     def on(self, process: Process) -> Self:
         """Return the model of this data on another process."""

@@ -352,8 +352,8 @@ def slope_of(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, T
     """
     y = function(t)
     if y.requires_grad or transformed(y):
-        y, pullback = torch.func.vjp(function, t)
-        return y, pullback(torch.ones_like(y))[0]
+        made = torch.func.vjp(function, t)
+        return made[0], made[1](torch.ones_like(y))[0]
     with torch.enable_grad():
         t = t.detach().requires_grad_()
         again = function(t)

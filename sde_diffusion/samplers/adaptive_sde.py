@@ -56,11 +56,11 @@ class AdaptiveSDE(Checked):
 
     A step is accepted if the root mean square over coordinates of its error, over
     (atol + rtol |y|) max(sigma / sqrt(alpha^2 + sigma^2), 0.05), is at most 1/2: tolerances are
-    shares of the noise that is left. Steps are dyadic in u = sigma / (alpha + sigma): the intervals of the tree
-    of the path. A sample does not depend on the rest of its batch.
+    shares of the noise that is left. Steps are dyadic in u = sigma / (alpha + sigma): the intervals
+    of the tree of the path. A sample does not depend on the rest of its batch.
 
-    The default costs about 80 calls on a mixture of modes of standard deviation 0.02 and 0.3, 120 on
-    one mode of 0.02, and their standard deviations are right within 1 %. Modes below 0.02 need
+    The default costs about 80 calls on a mixture of modes of standard deviation 0.02 and 0.3, and
+    120 on one mode of 0.02; their standard deviations are right within 1 %. Modes below 0.02 need
     smaller tolerances; calls grow like tolerance^(-2/3).
 
     Noise comes from `seeds=`, with the same paths as for the other samplers, or from `generator=`,

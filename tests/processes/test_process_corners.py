@@ -114,6 +114,49 @@ def test_the_time_named_is_where_log_snr_rises_and_not_where_it_stands_still():
         Halting().drift(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
 
 
+@dataclass(frozen=True)
+class Shifted(Process):
+    """VP whose noise begins with `first`, and which stops at both `ends` of the path."""
+
+    first: float = 0.0
+    ends: tuple[float, float] = (0.0, 1.0)
+    shift: float = 0.0
+
+    def clock(self, t: Tensor) -> Tensor:
+        return t.clamp(*self.ends) - self.ends[0]
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return sd.VP().log_alpha(self.clock(t)) + self.shift
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.first + sd.VP().variance(self.clock(t))
+
+
+PARTS = {
+    "denoiser": lambda process: sd.Denoiser(sd.networks.MLP(), process),
+    "exact": sd.exact.Gaussian,
+    "mixture": lambda process: sd.exact.GaussianMixture(process, [1.0], [0.0], [1.0]),
+    "match": lambda process: sd.match(sd.exact.Gaussian(sd.VP()), process),
+    "times": sd.losses.LikelihoodTimes,
+    "weight": sd.losses.Likelihood,
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+def test_a_process_that_is_no_path_from_the_data_is_refused_where_it_is_used(part):
+    start = "process must begin with the data, without noise; got"
+    for process, message in [
+        (Shifted(first=1e-4), rf"{start} log_alpha\(0\) = 0, variance\(0\) = 0.0001"),
+        (Shifted(shift=-0.1), rf"{start} log_alpha\(0\) = -0.1"),
+        (Shifted(ends=(0.05, 1.0)), r"process must have a log_snr that decreases in t; got inf at"),
+        (Shifted(ends=(0.0, 0.99)), r"decreases in t; got -9.85\d* at t=0.999, -9.85\d* at t=1.0"),
+        (Receding(1.0), r"decreases in t"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            part(process)
+    part(Shifted())
+
+
 def test_a_level_carries_no_gradient_to_the_times_it_was_made_from():
     t = torch.tensor([0.2, 0.7], requires_grad=True)
     assert not any(field.requires_grad for field in sd.VP().level(t, torch.zeros(2, 3))[:4])

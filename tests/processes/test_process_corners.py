@@ -58,6 +58,22 @@ def test_two_formulas_alone_give_the_kernel_that_is_known_in_closed_form(name):
     assert_close(b**2, b_known**2, rtol=0, atol=32 * EPS * float(process.variance(t).max()))
 
 
+CHAINS = sd.Discrete.linear(), sd.Discrete.linear().zero_terminal_snr()
+
+
+@pytest.mark.parametrize("process", CHAINS, ids=["linear", "zero-snr"])
+def test_the_kernel_of_a_chain_keeps_its_digits_over_short_times(process):
+    """With t - s = 1e-9 t in an interval: log a = f (t - s), or log((1 - t) / (1 - s)) in the last
+    one of a chain that ends without signal; b^2 = 1 - a^2. Only t - s itself is rounded away."""
+    t = torch.tensor([0.1003, 0.35, 0.9002, 0.9995], dtype=torch.float64)
+    s = t * (1 - 1e-9)
+    log_a = process.drift(t) * (t - s) if process.t_max == 1 else torch.log1p(-(t - s) / (1 - s))
+    if process.t_max < 1:
+        log_a[:3] = process.drift(t[:3]) * (t - s)[:3]
+    _, b = process.transition(s, t)
+    assert_close(b**2, -torch.expm1(2 * log_a), rtol=1e-10, atol=0)
+
+
 def test_a_process_may_stop_adding_noise():
     """g^2 = (sigma^2)' - 2 f sigma^2 is then a difference of equals, of either sign by rounding:
     a few roundings of 2 f sigma^2, at most 6 e^(-3) here."""

@@ -43,7 +43,7 @@ from sde_diffusion.noise.sources import (
     sequence_of_seeds,
     start,
 )
-from sde_diffusion.processes.level import Level, coordinates, double
+from sde_diffusion.processes.level import Level, coordinates, double, wide
 from sde_diffusion.progress import bar
 from sde_diffusion.samplers.sampler import IS_SAMPLER, Memory, Sampler
 from sde_diffusion.validate import Choice, Cond, FloatBatch, Kind, shown
@@ -173,8 +173,11 @@ def walk(
     model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise,
     grad: bool | str,
 ) -> Iterator[Sample]:  # fmt: skip
-    """Run the loop of `trajectory`, whose arguments are checked before the first step."""
-    modules, memory = modules_of(model, sampler), None
+    """Run the loop of `trajectory`, whose arguments are checked before the first step.
+
+    In half precision small steps would change nothing, so the state is kept in float32.
+    """
+    modules, memory, dtype, x = modules_of(model, sampler), None, x.dtype, wide(x)
     if grad and not x.requires_grad:  # so that gradients of guidances have those by weights
         x = leaf(x)
 
@@ -191,8 +194,8 @@ def walk(
         else:
             x, memory = step(x, t, s, source, memory)
         if s is levels[-1]:
-            warn_of_divergence(x, type(sampler).__name__)
-        yield Sample(x, s.t, memory)
+            warn_of_divergence(x.to(dtype), type(sampler).__name__)
+        yield Sample(x.to(dtype), s.t, memory)
 
 
 def repeated(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import io
 import itertools
 import math
 import os
@@ -235,11 +236,14 @@ def test_the_grad_mode_of_the_caller_is_left_alone():
         assert not state.x.requires_grad
 
 
-def test_sample_is_the_end_of_the_trajectory_with_or_without_a_bar(capsys):
+def test_sample_is_the_end_of_the_trajectory_with_or_without_a_bar(monkeypatch):
+    """On a terminal; a log file has no bar of a short run, see test_progress.py."""
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
     model, x = network(), torch.ones(2, 3)
     *_, last = sd.trajectory(model, sd.Heun(), x, steps=4)
     assert torch.equal(last.x, sd.sample(model, sd.Heun(), x, steps=4, progress=True))
-    assert "4/4" in capsys.readouterr().err
+    assert "4/4" in shown.getvalue()
 
 
 def test_an_injected_source_gets_every_interval():

@@ -231,8 +231,9 @@ def on(
     frame: GaussianFrame, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean (d,), axes and variances of a frame in a dtype on a device; cached."""
-    mean = frame.mean.flatten().to(device, dtype)
-    return mean, frame.axes.to(device, dtype), frame.variances.to(device, dtype)
+    parts = frame.mean.flatten(), frame.axes, frame.variances
+    mean, axes, variances = (part.to(dtype).to(device) for part in parts)
+    return mean, axes, variances
 
 
 def check_orthonormal(axes: Tensor) -> None:

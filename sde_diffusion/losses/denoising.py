@@ -21,7 +21,7 @@ from torch import Tensor
 from sde_diffusion.losses.weights import Weight
 from sde_diffusion.models.denoiser import IS_MEANING, Denoiser
 from sde_diffusion.models.prediction import Parameterization, truth
-from sde_diffusion.processes.level import Level, Scalar, coordinates
+from sde_diffusion.processes.level import Level, Scalar, coordinates, wide
 from sde_diffusion.validate import Checked, Cond, FloatBatch, Kind, Positive, arguments, kind, shown
 
 __all__ = ["L1", "L2", "Huber", "Penalty", "denoising_loss"]
@@ -94,7 +94,7 @@ def denoising_loss(
         penalty: L2(), the default, L1(), Huber(delta) or any function of the error.
         weight: an object of `losses.weights`, or any function of the level; 1 by default.
     Returns:
-        (B,) losses; take the mean to train.
+        (B,) losses, at least float32; take the mean to train.
     Raises:
         ValueError: if `space` is not that of the weight, or shapes do not fit.
     """
@@ -116,6 +116,7 @@ def denoising_loss(
                              f"got {shown(mask)}")  # fmt: skip
         x0 = x0.masked_fill(~mask, 0)
     space = space or own or denoiser.parameterization
+    x0, eps = wide(x0), wide(eps)
     level = denoiser.process.level(t, x0)
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.models.model import IS_MODEL, Model
-from sde_diffusion.processes.level import Scalar, coordinates
+from sde_diffusion.processes.level import Scalar, coordinates, wide
 from sde_diffusion.validate import FloatBatch, arguments, batch
 
 __all__ = ["implicit_loss", "sliced_loss"]
@@ -32,7 +32,7 @@ def implicit_loss(model: Annotated[Model, IS_MODEL], x: FloatBatch, t: Scalar) -
         x: noisy batch (B, ...), drawn from p_t.
         t: its times, a float, () or (B,), with sigma(t) > 0.
     Returns:
-        (B,) losses, differentiable in the model's parameters.
+        (B,) losses, at least float32, differentiable in the model's parameters.
     """
     basis = torch.eye(x.shape[1:].numel(), dtype=x.dtype, device=x.device)
     directions = [row.reshape(1, *x.shape[1:]) for row in basis]
@@ -56,7 +56,7 @@ def sliced_loss(
         model, x, t: as in `implicit_loss`.
         probes: at least one v, shaped like x or, shared by the batch, (1, ...).
     Returns:
-        (B,) losses, differentiable in the model's parameters.
+        (B,) losses, at least float32, differentiable in the model's parameters.
     """
     shapes = [tuple(batch("each of probes", v).shape) for v in probes]
     allowed = (tuple(x.shape), (1, *x.shape[1:]))
@@ -73,11 +73,11 @@ def score_and_slopes(
 ) -> tuple[Tensor, list[Tensor]]:
     """The score s and, for each direction v, v' (ds/dx) v of every sample, (B,)."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
+        x = wide(x.detach().clone()).requires_grad_()
         score = model(x, model.process.level(t, x)).score
         slopes: list[Tensor] = []
         for v in directions:
-            v = v.expand_as(x)
+            v = wide(v).expand_as(x)
             along = torch.autograd.grad((score * v).sum(), x, create_graph=True)[0]
             slopes.append(coordinates(along * v).sum(1))
     return score, slopes

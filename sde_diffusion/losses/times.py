@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.models.model import LogSNRRange
+from sde_diffusion.processes.level import readable
 from sde_diffusion.processes.process import IS_PROCESS, Process
 from sde_diffusion.validate import Checked, Count, Number, Positive, Share, arguments, kind, number
 
@@ -111,7 +112,7 @@ class LikelihoodTimes(Checked):
     def total(self) -> float:
         """The integral of g^2 / sigma^2 over [t_min, t_max]."""
         ends = torch.tensor(self.support, dtype=torch.float64)
-        return -float(self.process.log_snr(ends).diff())
+        return -self.process.log_snr(ends).diff().item()
 
     def __call__(self, quantile: Tensor) -> Tensor:
         first = self.process.log_snr(self.t_min)
@@ -168,6 +169,6 @@ def checked_quantile(quantile: Tensor) -> Tensor:
     """Return a tensor of shares in [0, 1]; not checked on a GPU, which would synchronize."""
     kind("quantile", quantile, "a tensor", "is_floating_point", "device")
     allowed = (quantile >= 0) & (quantile <= 1)
-    if quantile.device.type == "cpu" and not bool(allowed.all()):
+    if readable(quantile) and not bool(allowed.all()):
         raise ValueError(f"quantile must lie in [0, 1]; got {quantile[~allowed][0].item()}")
     return quantile

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sde_diffusion.models.parameterizations import X0, Eps, Score
 from sde_diffusion.models.prediction import Parameterization, nonzero
-from sde_diffusion.processes import Discrete, Level, Process, Scalar, double
+from sde_diffusion.processes import Discrete, Level, Process, Scalar
+from sde_diffusion.processes.level import double, onto, readable
 from sde_diffusion.processes.process import IS_PROCESS
 from sde_diffusion.validate import Checked, Kind, Positive
 
@@ -49,7 +50,7 @@ class Likelihood(Checked):
         t = double(level.t)
         g2 = self.process.rates(t)[1]
         unknown = g2.isnan()
-        if t.device.type == "cpu" and bool(unknown.any()):
+        if readable(t) and bool(unknown.any()):
             got = f"{t[unknown][0]:g}; use LikelihoodTimes or UniformTimes(t_max=...)"
             raise ValueError(f"t must be at most t_max, where g^2 is defined; got {got}")
         return like(g2, level.sigma)
@@ -118,9 +119,9 @@ class VLB(Checked):
 
     def __call__(self, level: Level) -> Scalar:
         n = self.process.num_steps
-        t, sigma = double(level.t), double(level.sigma)
+        t, sigma = (v if isinstance(v, Tensor) else double(v) for v in (level.t, level.sigma))
         i = (t * n).round().clamp(1, n).long()
-        if t.device.type == "cpu":  # a GPU would stall
+        if readable(t):
             slack = min(0.25, 1e-6 + n * 2.0**-22)  # float32 times
             theirs = self.process.noise_table[i].sqrt()  # bfloat16 has two digits of it
             strange = ((t * n - i).abs() > slack) | ((sigma / theirs - 1).abs() > 0.02)
@@ -128,8 +129,8 @@ class VLB(Checked):
                 rule = "one of its own chain's levels at t = i/N alone"
                 found = f"t={t[strange][0]:g}, sigma={sigma[strange][0]:g}"
                 raise ValueError(f"level of VLB must be {rule}; got {found}")
-        weight = self._weights.to(i.device)[i - 1]
-        return like(weight, level.sigma) / level.sigma**2
+        table = onto(self._weights, level.sigma if isinstance(level.sigma, Tensor) else sigma)
+        return like(table[i - 1], level.sigma) / level.sigma**2
 
     @cached_property
     def _weights(self) -> Tensor:
@@ -139,4 +140,4 @@ class VLB(Checked):
 
 def like(value: Tensor, sigma: Scalar) -> Scalar:
     """Convert a float64 result to the kind of `sigma`: its dtype and device, or a float."""
-    return value.to(sigma) if isinstance(sigma, Tensor) else value.item()
+    return onto(value, sigma) if isinstance(sigma, Tensor) else value.item()

@@ -98,7 +98,7 @@ class Matched(Checked):
     def trained(self) -> LogSNRRange:
         """The model's own range, limited to the log-SNRs of its own process."""
         own = trained_range(self.model)
-        end, ours = (float(p.log_snr(1.0)) for p in (self.model.process, self.process))
+        end, ours = (p.log_snr(1.0).item() for p in (self.model.process, self.process))
         return own & LogSNRRange(low=end) if ours < end - 1e-9 * (1 + abs(end)) else own
 
     @property

@@ -153,7 +153,7 @@ def check_levels(
 ) -> None:
     """Refuse settings that are valid one by one but together give levels that are not finite."""
     try:
-        end = float(process.variance(torch.ones((), dtype=torch.float64)))
+        end = process.variance(torch.ones((), dtype=torch.float64)).item()
         level = process.levels(torch.tensor([0.1], dtype=torch.float64))[0]
         values = [end, process.prior_std, parameterization.input_scale(level), noise_input(level)]
         values += [*parameterization.x0(level), *parameterization.eps(level)]

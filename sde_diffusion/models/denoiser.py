@@ -1,5 +1,6 @@
 """The denoiser: a network, the meaning of its inputs and output, and its file."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,16 @@ from sde_diffusion.models.model import LogSNRRange, level_of
 from sde_diffusion.models.noise_inputs import ContinuousTime, NoiseInput
 from sde_diffusion.models.parameterizations import Eps
 from sde_diffusion.models.prediction import Parameterization, Prediction
-from sde_diffusion.processes.level import Level, Scalar, per_sample
+from sde_diffusion.processes.level import Level, Scalar, onto, per_sample, readable
 from sde_diffusion.processes.process import IS_PROCESS, Process
 from sde_diffusion.validate import Cond, Kind, arguments
 
 __all__ = ["Denoiser", "pretrained"]
+
+ROUNDED = (
+    "noise inputs coincide in {}, the dtype of the network; a network that accepts them in float32 "
+    "sets float32_noise_input = True"
+)
 
 IS_NETWORK = Kind("a torch module (adopt takes a plain function)", "parameters", "forward")
 IS_MEANING = Kind("a parameterization such as Eps()", "x0", "eps", "target")
@@ -61,23 +67,38 @@ class Denoiser(nn.Module):
         self.noise_input = noise_input or ContinuousTime()
         self.null = None if null is None else NullCond(null)
         self.trained = trained
+        self._last_input = 0.0  # of a network that rounds it
 
     def forward(self, x: Tensor, level: Level | Scalar, cond: Cond | None = None) -> Prediction:
         """Predict x0 and eps for x (B, ...) at `level`, or at a time in [0, 1].
 
         The network runs in its own dtype. Floating-point conditions are cast to it; integers and
         bools are not. The prediction has the dtype of x.
+
+        A noise input in half precision merges levels (998 and 1000 in bfloat16). A network with the
+        attribute `float32_noise_input = True` receives it in float32, and casts its features.
+
+        Warns:
+            UserWarning: if noise inputs of a batch or of two calls coincide in half precision.
         """
         validate.batch("x", x)
         level = level_of(self.process, level, x)
         weights = self.network.parameters()
         dtype = next((p.dtype for p in weights if p.is_floating_point()), x.dtype)
         c = self.noise_input(level)
+        precise = torch.promote_types(dtype, torch.float32)
+        if precise != dtype and not getattr(self.network, "float32_noise_input", False):
+            precise = dtype
+            if isinstance(c, Tensor):
+                check_distinct(c, dtype)
+            else:
+                check_distinct(torch.tensor([self._last_input, c]), dtype)
+                self._last_input = float(c)
         if isinstance(c, Tensor):
-            c = c.reshape(-1).expand(len(x)).to(x.device)
-            c = c.to(dtype) if c.is_floating_point() else c
+            c = c.reshape(-1).expand(len(x))
+            c = onto(c, x, precise if c.is_floating_point() else c.dtype)
         else:
-            c = torch.full((len(x),), c, dtype=dtype, device=x.device)
+            c = torch.full((len(x),), c, dtype=precise, device=x.device)
         scale = self.parameterization.input_scale(level)
         unscaled = isinstance(scale, float) and scale == 1.0
         scaled = (x if unscaled else x * scale).to(dtype)
@@ -143,6 +164,12 @@ class Denoiser(nn.Module):
         """
         given = process, parameterization, noise_input
         return checkpoint.load_denoiser(Denoiser, Path(path), network, given).eval()
+
+
+def check_distinct(c: Tensor, dtype: torch.dtype) -> None:
+    """Warn of different noise inputs that a cast makes equal; not on a GPU, which would stall."""
+    if readable(c) and c.is_floating_point() and len(c.to(dtype).unique()) < len(c.unique()):
+        warnings.warn(ROUNDED.format(dtype), stacklevel=4)
 
 
 class NullCond(nn.Module):

@@ -18,7 +18,8 @@ from sde_diffusion.models.model import LogSNRRange, finite, level_of
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.noise.sources import Generated
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import per_sample
+from sde_diffusion.processes.level import onto, per_sample, wide
+from sde_diffusion.processes.process import IS_PROCESS
 
 __all__ = ["Gaussian", "GaussianMixture"]
 
@@ -42,6 +43,7 @@ class GaussianMixture:
         means: Tensor | Sequence[float],
         covariances: Tensor | Sequence[float],
     ) -> None:
+        IS_PROCESS("process", process)
         weights = finite("weights", torch.as_tensor(weights, dtype=torch.float64))
         means = finite("means", torch.as_tensor(means, dtype=torch.float64))
         covariances = finite("covariances", torch.as_tensor(covariances, dtype=torch.float64))
@@ -71,15 +73,18 @@ class GaussianMixture:
 
     def __call__(self, x: Tensor, level: Level | float) -> Prediction:
         """E[x0 | x] and E[eps | x] at a level, or at a time in [0, 1]; x (B, *shape)."""
+        validate.batch("x", x)
+        given, x = x, wide(x)
         level = level_of(self.process, level, x)
         z, variances = self._standardize(x, level)
         weight = self._log_joint(z, variances).softmax(1)[:, :, None]
         pull = z / variances  # minus the score of each component, in its own axes
         noise = per_sample(level.sigma, z) * pull
-        signal = per_sample(level.alpha, z) * self.variances.to(x) * pull
+        signal = per_sample(level.alpha, z) * onto(self.variances, x) * pull
         eps = (weight * self._from_axes(noise)).sum(1)
-        x0 = (weight * (self.means.to(x) + self._from_axes(signal))).sum(1)
-        return truth(x0.reshape(x.shape), eps.reshape(x.shape), level)
+        x0 = (weight * (onto(self.means, x) + self._from_axes(signal))).sum(1)
+        x0, eps = (value.reshape(x.shape).to(given.dtype) for value in (x0, eps))
+        return truth(x0, eps, level)
 
     def on(self, process: Process) -> Self:
         """Return the model of this data on another process."""
@@ -149,7 +154,9 @@ class GaussianMixture:
         return GaussianMixture(self.process, weights[kept], means, symmetric)
 
     def log_prob(self, x: Tensor, t: float = 0.0) -> Tensor:
-        """log p_t(x) in nats, (B,); x (B, *shape)."""
+        """log p_t(x) in nats, (B,), at least float32; x (B, *shape)."""
+        validate.batch("x", x)
+        x = wide(x)
         level = level_of(self.process, t, x)
         return self._log_joint(*self._standardize(x, level)).logsumexp(1)
 
@@ -167,20 +174,19 @@ class GaussianMixture:
 
     def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
-        validate.batch("x", x)
         wanted, got = tuple(self.shape), tuple(x.shape[1:])
         if wanted and got != wanted:
             raise ValueError(f"x must have samples of shape {wanted}; got {got}")
         z = x.reshape(len(x), 1, x.shape[1:].numel())
         alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
-        z = z - alpha * self.means.to(x)
+        z = z - alpha * onto(self.means, x)
         if self.axes is not None:
-            z = torch.einsum("bki,kij->bkj", z, self.axes.to(x))
-        return z, (alpha**2 * self.variances.to(x) + sigma**2).expand_as(z)
+            z = torch.einsum("bki,kij->bkj", z, onto(self.axes, x))
+        return z, (alpha**2 * onto(self.variances, x) + sigma**2).expand_as(z)
 
     def _from_axes(self, z: Tensor) -> Tensor:
         """z (B, K, d), from the axes of each component back to the coordinates of x."""
-        return z if self.axes is None else torch.einsum("bkj,kij->bki", z, self.axes.to(z))
+        return z if self.axes is None else torch.einsum("bkj,kij->bki", z, onto(self.axes, z))
 
     def _all_axes(self) -> Tensor:
         """The axes of each component, (K, d, d)."""
@@ -190,7 +196,7 @@ class GaussianMixture:
     def _log_joint(self, z: Tensor, variances: Tensor) -> Tensor:
         """log(w_k N(x; component k)), (B, K)."""
         log_density = -(z**2 / variances + variances.log() + math.log(2 * math.pi)).sum(2) / 2
-        return self.log_weights.to(z) + log_density
+        return onto(self.log_weights, z) + log_density
 
 
 class Gaussian(GaussianMixture):
@@ -251,8 +257,10 @@ class Gaussian(GaussianMixture):
         Args:
             x: (B, *shape).
         """
+        validate.batch("x", x)
+        given, x = x, wide(x)
         start, end = self.process.levels(torch.tensor([t, s], dtype=torch.float64))
         z, before = self._standardize(x, start)
-        after = end.alpha**2 * self.variances.to(x) + end.sigma**2
+        after = end.alpha**2 * onto(self.variances, x) + end.sigma**2
         z = self._from_axes((after / before).sqrt() * z)
-        return (end.alpha * self.means.to(x) + z[:, 0]).reshape(x.shape)
+        return (end.alpha * onto(self.means, x) + z[:, 0]).reshape(x.shape).to(given.dtype)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sde_diffusion.processes import Level, Scalar
+from sde_diffusion.processes.level import Level, Scalar, readable, wide
 
 __all__ = ["Parameterization", "Prediction", "from_network", "truth"]
 
@@ -77,15 +77,18 @@ class Prediction:
         if not is_zero(of_eps):
             c, d = self.meaning.eps(self.level)
             a, b = a + of_eps * c, b + of_eps * d
+        first, second = wide(self.first), wide(self.second)
         if isinstance(a, float) and isinstance(b, float):
-            check_size(max(abs(a), abs(b)), self.first.dtype, self.level)
+            check_size(max(abs(a), abs(b)), first.dtype, self.level)
         if is_zero(a):
-            return self.second * b
-        if is_zero(b):
-            return self.first * a
-        if isinstance(b, float):
-            return torch.add(self.first * a, self.second, alpha=b)
-        return self.first * a + self.second * b
+            made = second * b
+        elif is_zero(b):
+            made = first * a
+        elif isinstance(b, float):
+            made = torch.add(first * a, second, alpha=b)
+        else:
+            made = first * a + second * b
+        return made.to(self.first.dtype)
 
     @property
     def x0(self) -> Tensor:
@@ -168,7 +171,7 @@ def nonzero(scalar: Scalar, what: str, name: str) -> Scalar:
     """Return the scalar `name` if it is not 0, as `what` needs; a tensor on a GPU is not read."""
     if isinstance(scalar, Tensor):
         least = 1 / torch.finfo(scalar.dtype).max  # below it 1 / scalar overflows
-        zero = scalar.device.type == "cpu" and bool((scalar.abs() <= least).any())
+        zero = readable(scalar) and bool((scalar.abs() <= least).any())
     else:
         zero = scalar == 0
     if zero:

@@ -1,7 +1,7 @@
 """Parts that the networks share: rules of arguments, features of the noise condition, dropout."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Annotated, Any
 
@@ -74,8 +74,15 @@ class Fourier(nn.Module):
         constant = torch.from_numpy(frequencies.astype(np.float32))
         self.register_buffer("frequencies", constant, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fourier":
+        """Move the frequencies with the module, and keep them in float32: phases would be wrong."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, c: Tensor) -> Tensor:
-        """c: (B,).  Returns (B, width)."""
+        """c: (B,), at least float32.  Returns (B, width) in the dtype of c."""
         angles = c[:, None] * self.frequencies.to(c)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 

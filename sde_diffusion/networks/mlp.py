@@ -42,6 +42,7 @@ class MLP(nn.Module):
         size = integer("prod(shape)", prod(shape), at_most=2**24)
         self.config = layers.arguments_of(MLP, locals())
         self.shape, self.cond = tuple(shape), cond
+        self.float32_noise_input = bool(fourier)
         self.embed = layers.Fourier(fourier, max_frequency=50.0) if fourier else None
         hidden: list[nn.Module] = []
         wide = size + (fourier or 1) + cond
@@ -62,6 +63,7 @@ class MLP(nn.Module):
             raise ValueError(f"samples must have shape {self.shape}; got {tuple(x.shape[1:])}")
         layers.check_cond(cond, self.cond)
         noise = c[:, None] if self.embed is None else self.embed(c)
-        extra = [] if cond is None else [cond.to(x.dtype)]
-        h = torch.cat([x.reshape(len(x), prod(self.shape)), noise, *extra], dim=1)
+        extra = [noise] if cond is None else [noise, cond]
+        flat = x.reshape(len(x), prod(self.shape))
+        h = torch.cat([flat, *(value.to(x.dtype) for value in extra)], dim=1)
         return self.layers(h).reshape(x.shape)

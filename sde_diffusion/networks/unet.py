@@ -39,6 +39,8 @@ class UNet(nn.Module):
     the border, and the output is cropped to match.
     """
 
+    float32_noise_input = True
+
     @arguments
     def __init__(
         self,
@@ -107,7 +109,10 @@ class UNet(nn.Module):
         layers.check_cond(cond, self.config["cond"])
         if not len(x):  # torch folds no pixels of an empty batch
             return x
-        e = self.noise(c)
+        embed, *rest = self.noise
+        e = embed(c).to(x.dtype)
+        for layer in rest:
+            e = layer(e)
         if self.context is not None and cond is not None:
             e = e + self.context(cond.to(e.dtype))
         e = F.silu(e)

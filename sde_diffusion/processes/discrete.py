@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sde_diffusion.processes.continuous import Cosine
+from sde_diffusion.processes.level import onto
 from sde_diffusion.processes.process import IS_PROCESS, Process, VariancePreserving
 from sde_diffusion.validate import Count, Kind, Number, Positive, arguments
 
@@ -68,16 +69,31 @@ class Interpolated(VariancePreserving):
         return 0.0 - torch.expm1(2 * self.table)
 
     def log_alpha(self, t: Tensor) -> Tensor:
-        table, last = self.table.to(t), self.num_steps - 1
-        position = t * self.num_steps
-        # Node i belongs to the interval that ends there: a step down from i needs its rate. In
-        # float32 i/N may lie above the node, by a relative 2^-24.
-        left = (position.detach() - self.num_steps * 2.0**-22).ceil().sub(1).clamp(0, last).long()
-        fraction = position - left
+        table, last = onto(self.table, t), self.num_steps - 1
+        left = self._interval(t)
+        fraction = t * self.num_steps - left
         if self.betas[-1] < 1:
             return table[left] + fraction * (table[left + 1] - table[left])
         rise = torch.cat([table[1:-1], table[-2:-1]]) - table[:-1]  # 0 over the last interval
         return table[left] + fraction * rise[left] + torch.log1p(-fraction * (left == last))
+
+    def _interval(self, t: Tensor) -> Tensor:
+        """The interval of t, 0 .. N - 1.
+
+        Node i belongs to the interval that ends there: a step down from i needs its rate. In
+        float32 i/N may lie above the node, by a relative 2^-24.
+        """
+        position, n = t.detach() * self.num_steps, self.num_steps
+        return (position - n * 2.0**-22).ceil().sub(1).clamp(0, n - 1).long()
+
+    def _log_ratio(self, s: Tensor, t: Tensor) -> Tensor:
+        """Within an interval the rate times t - s: no nearly equal numbers are subtracted."""
+        left, table, steps = self._interval(t), onto(self.table, t), (t - s) * self.num_steps
+        within = steps * (table[left + 1] - table[left])
+        if self.betas[-1] == 1:
+            fall = torch.log1p(-steps / (1 - (s * self.num_steps - left)))
+            within = torch.where(left == self.num_steps - 1, fall, within)
+        return torch.where(self._interval(s) == left, within, super()._log_ratio(s, t))
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         """Inverse interpolation in the table; alpha^2 = sigmoid(log_snr)."""

@@ -10,8 +10,21 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-__all__ = ["Level", "RatedLevel", "Scalar", "double", "forward_kernel", "posterior_kernel"]
+__all__ = [
+    "Level",
+    "RatedLevel",
+    "Scalar",
+    "double",
+    "forward_kernel",
+    "onto",
+    "posterior_kernel",
+    "readable",
+    "wide",
+]
+
+WITHOUT_FLOAT64 = ("mps",)  # types of devices; a float64 tensor there is an error
 
 Scalar = float | Tensor
 S = TypeVar("S", float, Tensor)
@@ -98,6 +111,11 @@ def posterior_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
     return s.alpha * share, share * s.sigma**2
 
 
+def home(device: torch.device) -> torch.device:
+    """The device of float64 numbers that belong to a batch on `device`: the CPU if it has none."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
 def double(t: Scalar | Sequence[float], name: str = "t") -> Tensor:
     """t in float64, on the CPU if its device has no float64."""
     if not isinstance(t, Tensor):
@@ -105,7 +123,27 @@ def double(t: Scalar | Sequence[float], name: str = "t") -> Tensor:
             return torch.tensor(t, dtype=torch.float64)
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a number or a tensor; got {t!r}") from None
-    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+    return t.to(home(t.device)).to(torch.float64)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x, in float32 if it is in half precision, whose squares overflow or lose their digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def onto(value: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Cast to `dtype`, that of `like` by default, then move: its device may have no float64."""
+    return value.to(like.dtype if dtype is None else dtype).to(like.device)
+
+
+def transformed(value: Tensor) -> bool:
+    """True for a tensor inside a transform of torch.func, such as vmap: it has no value to read."""
+    return is_functorch_wrapped_tensor(value)
+
+
+def readable(value: Tensor) -> bool:
+    """True if values may be read: not on a GPU, which would stall, nor inside a transform."""
+    return value.device.type == "cpu" and not transformed(value)
 
 
 def coordinates(x: Tensor) -> Tensor:

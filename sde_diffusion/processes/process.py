@@ -13,21 +13,59 @@ The variance is 0 at t = 0 for every process: the end of a path is data, not nea
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sde_diffusion.noise.sources import start
-from sde_diffusion.processes.level import Level, RatedLevel, Scalar, double, log_snr_at, u_at
+from sde_diffusion.processes.level import (
+    Level,
+    RatedLevel,
+    Scalar,
+    double,
+    log_snr_at,
+    onto,
+    readable,
+    transformed,
+    u_at,
+    wide,
+)
 from sde_diffusion.validate import Checked, Kind, batch
 
 __all__ = ["IS_PROCESS", "Process", "VariancePreserving"]
 
 SLACK = 1e-6  # t_max in float32 may be above t_max
-IS_PROCESS = Kind("a Process such as VP()", "log_alpha", "variance")
+
+ENDS = 0.0, 1e-3, 0.1, 0.5, 0.9, 0.999, 1.0  # times at which a new model checks its process
+
+
+class IsProcess(Kind):
+    """A process whose formulas describe a path from data to noise; the rule for annotations."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        super().__call__(name, value)
+        t = torch.tensor(ENDS, dtype=torch.float64)
+        log_alpha, variance = value.log_alpha(t), value.variance(t)
+        if (log_alpha + variance).requires_grad and not isinstance(value, nn.Module):
+            got = f"{type(value).__name__}, whose parameters would not be trained"
+            raise TypeError(f"{name} must be a torch module to have parameters; got {got}")
+        (shift, *_), (start, *_) = log_alpha.tolist(), variance.tolist()
+        if shift != 0 or start != 0:
+            got = f"log_alpha(0) = {shift:.3g}, variance(0) = {start:.3g}"
+            raise ValueError(f"{name} must begin with the data, without noise; got {got}")
+        log_snr = 2 * log_alpha - variance.log()
+        flat = (~(log_snr[:-1] > log_snr[1:])).nonzero().flatten().tolist()
+        if flat:
+            got = f"{log_snr[flat[0]]:.4g} at t={ENDS[flat[0]]}, {log_snr[flat[0] + 1]:.4g} at "
+            got += f"t={ENDS[flat[0] + 1]}"
+            raise ValueError(f"{name} must have a log_snr that decreases in t; got {got}")
+        return value
+
+
+IS_PROCESS = IsProcess("a Process such as VP()", "log_alpha", "variance")
 
 
 @dataclass(frozen=True)
@@ -40,6 +78,11 @@ class Process(Checked, ABC):
     """
 
     even_times: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Compare processes that are torch modules by identity: parameters are not fields."""
+        if issubclass(cls, nn.Module):
+            cls.__eq__, cls.__hash__ = object.__eq__, object.__hash__
 
     @property
     def t_max(self) -> float:
@@ -107,7 +150,7 @@ class Process(Checked, ABC):
         A log-SNR outside the range of the process gives the nearer end.
         """
         wanted = double(log_snr, "log_snr")
-        if wanted.device.type == "cpu" and bool(wanted.isnan().any()):
+        if readable(wanted) and bool(wanted.isnan().any()):
             raise ValueError("log_snr must be a number; got nan")
         return to_type(self.inverse(wanted).clamp(0, 1), log_snr)
 
@@ -143,21 +186,16 @@ class Process(Checked, ABC):
 
         Args:
             t: () or (B,), in [0, 1].
-            like: the batch (B, ...), which sets rank, dtype and device of the fields; t and
-                log_snr, the inputs of networks, are at least float32.
+            like: the batch (B, ...), which sets rank, dtype and device of the fields; they are at
+                least float32. Parameters of the process get gradients through them.
         """
         batch("like", like)
         t = double(t)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(like)):
             raise ValueError(f"t must have shape () or ({len(like)},); got {tuple(t.shape)}")
         shape = t.shape + (1,) * (like.ndim - t.ndim)
-        device, dtype = like.device, like.dtype
-        exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot separate 998 from 1000
-        t, alpha, sigma, log_snr = self._fields(t.reshape(shape))
-        return Level(
-            t.to(device, exact), alpha.to(device, dtype), sigma.to(device, dtype),
-            log_snr.to(device, exact),
-        )  # fmt: skip
+        dtype = torch.promote_types(like.dtype, torch.float32)  # bfloat16 merges 998 and 1000
+        return Level(*(onto(value, like, dtype) for value in self._fields(t.reshape(shape))))
 
     def levels(self, times: Tensor) -> list[Level[float]]:
         """The levels of a whole grid (n,), as Python floats, in one vectorized float64 call."""
@@ -176,8 +214,8 @@ class Process(Checked, ABC):
         return self.levels(self.time(log_snr_at(u64)))[0]
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
-        """x = alpha x0 + sigma eps."""
-        return level.alpha * x0 + level.sigma * eps
+        """x = alpha x0 + sigma eps, in the dtype of x0."""
+        return (level.alpha * wide(x0) + level.sigma * wide(eps)).to(x0.dtype)
 
     def prior(
         self,
@@ -264,15 +302,12 @@ class Process(Checked, ABC):
 
     def _rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """f and g^2 by differentiating the two formulas; float64."""
-        with torch.inference_mode(False), torch.enable_grad():
-            t = t.detach().clone().requires_grad_()
-            log_alpha, variance = self.log_alpha(t), self.variance(t)
-            f = slope_of(log_alpha, t)
-            slope = slope_of(variance, t)
-        variance = variance.detach()
-        g2 = slope - 2 * f * variance
+        with torch.inference_mode(False):
+            t = t.detach().clone()
+            f, (variance, slope) = slope_of(self.log_alpha, t)[1], slope_of(self.variance, t)
+            g2 = slope - 2 * f * variance
         rounding = 1e-9 * (slope.abs() + (2 * f * variance).abs())
-        if t.device.type == "cpu" and bool((g2 < -rounding).any()):
+        if readable(g2) and bool((g2 < -rounding).any()):
             name, where = type(self).__name__, t[g2 < -rounding].flatten()[0].item()
             raise ValueError(f"log_snr of {name} must decrease in t; it rises at t={where}")
         return f, g2.clamp(min=0)
@@ -298,7 +333,7 @@ class VariancePreserving(Process):
 def within(t: Scalar, last: float, rule: str) -> Tensor:
     """t in float64, checked to lie in [0, last]; on a GPU its values are not read: no stall."""
     t = double(t)
-    if t.device.type == "cpu" and t.numel():
+    if readable(t) and t.numel():
         low, high = (end.item() for end in t.detach().aminmax())  # nan, if there is one
         if not 0 <= low <= high <= last:
             raise ValueError(f"{rule}; got {low if not low >= 0 else high}")
@@ -307,14 +342,20 @@ def within(t: Scalar, last: float, rule: str) -> Tensor:
 
 def to_type(value: Tensor, t: Scalar) -> Tensor:
     """A float64 value with the dtype and device of t, if t is a tensor of floats."""
-    return value.to(t) if isinstance(t, Tensor) and t.is_floating_point() else value
+    return onto(value, t) if isinstance(t, Tensor) and t.is_floating_point() else value
 
 
-def slope_of(y: Tensor, t: Tensor) -> Tensor:
-    """dy/dt of an elementwise function y(t); 0 where y is constant.
+def slope_of(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """y(t) and dy/dt of an elementwise function, differentiable in the parameters that it has.
 
     Reverse mode: for elementwise functions it equals forward mode, at a tenth of the cost.
     """
-    if not y.requires_grad:
-        return torch.zeros_like(t)
-    return torch.autograd.grad(y.sum(), t, retain_graph=True)[0]
+    y = function(t)
+    if y.requires_grad or transformed(y):
+        made = torch.func.vjp(function, t)
+        return made[0], made[1](torch.ones_like(y))[0]
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        again = function(t)
+        slope = torch.autograd.grad(again.sum(), t)[0] if again.requires_grad else t * 0
+    return y, slope.detach()

@@ -28,7 +28,7 @@ from sde_diffusion.grids import Ends, frames
 from sde_diffusion.grids.frames import IS_FRAME
 from sde_diffusion.models.model import Model, select
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes.level import Level, Scalar, coordinates, double
+from sde_diffusion.processes.level import Level, Scalar, coordinates, double, onto
 from sde_diffusion.samplers.sampler import (
     Claims,
     Memory,
@@ -350,7 +350,7 @@ def product(nodes: Tensor, used: Tensor, places: Tensor) -> Tensor:
 
 def plus(z: Tensor, weights: Tensor, slopes: Sequence[Tensor]) -> Tensor:
     """z + sum_j weights_j slopes_j, weights (n, K): elementwise, so rows are independent."""
-    for weight, slope in zip(weights.to(z).unbind(1), slopes, strict=True):
+    for weight, slope in zip(onto(weights, z).unbind(1), slopes, strict=True):
         z = torch.addcmul(z, over(weight, z), slope)
     return z
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sde_diffusion.grids import Ends
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes.level import Level, coordinates, enter, leave
+from sde_diffusion.processes.level import Level, coordinates, double, enter, home, leave
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama, rates_at, reverse_drift
 from sde_diffusion.samplers.sampler import Claims, Memory, Model, SolverError, check_down
 from sde_diffusion.validate import Checked, Choice, Count, Positive
@@ -95,7 +95,7 @@ class TorchODE(AdaptiveSolver):
     def _integrate(self, slope: "Slope", y: Tensor, start: float, end: float) -> Tensor:
         from torchdiffeq import odeint
 
-        real = torch.float32 if y.device.type == "mps" else torch.float64
+        real = torch.float64 if home(y.device) == y.device else torch.float32
         span = torch.tensor([start, end], dtype=real, device=y.device)
         options = None
         if self.method in self.ADAPTIVE:  # otherwise they overstep the end and interpolate
@@ -139,16 +139,17 @@ class ScipyODE(AdaptiveSolver):
         from scipy.integrate import solve_ivp
 
         def flat(u: float, state: np.ndarray) -> np.ndarray:
-            here = torch.from_numpy(state).reshape(y.shape).to(y.device)
+            here = torch.from_numpy(state).reshape(y.shape).to(real).to(y.device)
             return slope(u, here).flatten().cpu().numpy()
 
-        begin = y.double().flatten().cpu().numpy()
+        begin = double(y).flatten().cpu().numpy()
+        real = torch.float64 if home(y.device) == y.device else torch.float32
         rtol, atol = max(self.SAFETY * self.rtol, 3e-14), self.SAFETY * self.atol  # 3e-14: scipy's
         span, step = (start, end), self.LARGEST_STEP
         path = solve_ivp(flat, span, begin, self.method, rtol=rtol, atol=atol, max_step=step)
         if not path.success:
             raise SolverError(f"{self} failed at {slope.where}: {path.message}")
-        return torch.from_numpy(path.y[:, -1]).reshape(y.shape).to(y.device)
+        return torch.from_numpy(path.y[:, -1]).reshape(y.shape).to(real).to(y.device)
 
 
 class Slope:

@@ -14,6 +14,7 @@ from sde_diffusion.grids import Grid
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
 from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import home, onto
 from sde_diffusion.validate import Kind
 
 __all__ = ["IS_SAMPLER", "Claims", "Memory", "SampleReport", "Sampler", "SolverError"]
@@ -99,7 +100,7 @@ class SampleReport(NamedTuple):
     @staticmethod
     def unmoved(x: Tensor) -> "SampleReport":
         """The record of a batch that does not move."""
-        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        none = torch.zeros(len(x), dtype=torch.int64, device=home(x.device))
         return SampleReport(none, none.clone(), none.double(), none == 0)
 
 
@@ -117,5 +118,5 @@ def finest(dtype: torch.dtype) -> float:
 
 def over(field: Tensor, like: Tensor) -> Tensor:
     """A field (n, ...), broadcast against the batch of n samples; floats get its dtype."""
-    field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim)).to(like.device)
-    return field.to(like.dtype) if field.is_floating_point() else field
+    field = field.reshape(field.shape + (1,) * (like.ndim - field.ndim))
+    return onto(field, like, like.dtype if field.is_floating_point() else field.dtype)

@@ -20,6 +20,7 @@ from sde_diffusion.losses.times import support_of
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.networks import Dropout
 from sde_diffusion.noise.sources import Purpose
+from sde_diffusion.processes.level import double
 from sde_diffusion.training.batches import Batch, draw, mask, stretches, to_device, words
 from sde_diffusion.training.engine import Alone, Engine, full
 from sde_diffusion.training.optimizers import MakeOptimizer, adamw, hyperparameters, rehearsed
@@ -225,7 +226,7 @@ class TrainState:
             each.append(losses.detach())
         self._share_gradients()
         norm = engine.clip_grad_norm_(self.denoiser.parameters(), recipe.clip)
-        loss = engine.reduce(sum(losses.double().sum() for losses in each) / total, "sum")
+        loss = engine.reduce(sum(double(losses).sum() for losses in each) / total, "sum")
         value, size = float(loss), float(full(norm))
         if not (math.isfinite(value) and math.isfinite(size)):
             for buffer, before in buffers:

@@ -79,6 +79,36 @@ def test_sampling_starts_at_the_largest_common_noise():
     assert path == pytest.approx(even[1:].tolist(), rel=1e-12, abs=1e-15)
 
 
+@pytest.mark.parametrize("home", [sd.VP(), sd.OU(), sd.Discrete.linear(), sd.RectifiedFlow()],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+@pytest.mark.parametrize("process", [sd.VP(), sd.OU(), sd.Cosine(), sd.RectifiedFlow(), sd.EDM()],
+                         ids=lambda p: type(p).__name__)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_of_levels_at_the_noisiest_time_is_matched_to_the_noisiest_of_its_own(
+    home, process, dtype
+):
+    """Its log-SNR may lie beyond the last one of the model by rounding, or far beyond."""
+    model = RecordingLevels(gaussian(home))
+    x, t = normal(3, 1).to(dtype), torch.ones(3, dtype=dtype)
+    found = sd.match(model, process)(x, process.level(t, x))
+    least = torch.tensor(max(float(p.log_snr(1.0)) for p in (home, process)), dtype=dtype)
+    assert found.x0.isfinite().all()
+    assert_close(model.levels[0].log_snr.flatten(), least.expand(3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("process", "ratio", "std"),
+    [(sd.VE(), 0.7, math.sqrt(1.49)), (sd.RectifiedFlow(), 1.0, math.sqrt(0.5)), (sd.VP(), 2.0, 1)],
+    ids=["ve", "rectified-flow", "vp"],
+)
+def test_a_shortened_path_starts_with_the_spread_of_unit_data(process, ratio, std):
+    """sqrt(alpha^2 + sigma^2) where sigma / alpha = ratio: 1.22, .71 and 1."""
+    short = gaussian(process).ranged(sd.models.LogSNRRange(low=-2 * math.log(ratio)))
+    drawn, unit = (draw((5, 1), seeds=range(5)) for draw in (
+        lambda *a, **k: sd.prior(short, *a, **k), sd.VP().prior))  # fmt: skip
+    assert_close(drawn, std * unit, rtol=1e-6, atol=0)
+
+
 class RecordingLevels:
     """A model that keeps the levels at which it was evaluated."""
 

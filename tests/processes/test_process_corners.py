@@ -58,6 +58,22 @@ def test_two_formulas_alone_give_the_kernel_that_is_known_in_closed_form(name):
     assert_close(b**2, b_known**2, rtol=0, atol=32 * EPS * float(process.variance(t).max()))
 
 
+CHAINS = sd.Discrete.linear(), sd.Discrete.linear().zero_terminal_snr()
+
+
+@pytest.mark.parametrize("process", CHAINS, ids=["linear", "zero-snr"])
+def test_the_kernel_of_a_chain_keeps_its_digits_over_short_times(process):
+    """With t - s = 1e-9 t in an interval: log a = f (t - s), or log((1 - t) / (1 - s)) in the last
+    one of a chain that ends without signal; b^2 = 1 - a^2. Only t - s itself is rounded away."""
+    t = torch.tensor([0.1003, 0.35, 0.9002, 0.9995], dtype=torch.float64)
+    s = t * (1 - 1e-9)
+    log_a = process.drift(t) * (t - s) if process.t_max == 1 else torch.log1p(-(t - s) / (1 - s))
+    if process.t_max < 1:
+        log_a[:3] = process.drift(t[:3]) * (t - s)[:3]
+    _, b = process.transition(s, t)
+    assert_close(b**2, -torch.expm1(2 * log_a), rtol=1e-10, atol=0)
+
+
 def test_a_process_may_stop_adding_noise():
     """g^2 = (sigma^2)' - 2 f sigma^2 is then a difference of equals, of either sign by rounding:
     a few roundings of 2 f sigma^2, at most 6 e^(-3) here."""
@@ -112,6 +128,49 @@ class Halting(Process):
 def test_the_time_named_is_where_log_snr_rises_and_not_where_it_stands_still():
     with pytest.raises(ValueError, match=r"it rises at t=0\.9"):
         Halting().drift(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Shifted(Process):
+    """VP whose noise begins with `first`, and which stops at both `ends` of the path."""
+
+    first: float = 0.0
+    ends: tuple[float, float] = (0.0, 1.0)
+    shift: float = 0.0
+
+    def clock(self, t: Tensor) -> Tensor:
+        return t.clamp(*self.ends) - self.ends[0]
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return sd.VP().log_alpha(self.clock(t)) + self.shift
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.first + sd.VP().variance(self.clock(t))
+
+
+PARTS = {
+    "denoiser": lambda process: sd.Denoiser(sd.networks.MLP(), process),
+    "exact": sd.exact.Gaussian,
+    "mixture": lambda process: sd.exact.GaussianMixture(process, [1.0], [0.0], [1.0]),
+    "match": lambda process: sd.match(sd.exact.Gaussian(sd.VP()), process),
+    "times": sd.losses.LikelihoodTimes,
+    "weight": sd.losses.Likelihood,
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+def test_a_process_that_is_no_path_from_the_data_is_refused_where_it_is_used(part):
+    start = "process must begin with the data, without noise; got"
+    for process, message in [
+        (Shifted(first=1e-4), rf"{start} log_alpha\(0\) = 0, variance\(0\) = 0.0001"),
+        (Shifted(shift=-0.1), rf"{start} log_alpha\(0\) = -0.1"),
+        (Shifted(ends=(0.05, 1.0)), r"process must have a log_snr that decreases in t; got inf at"),
+        (Shifted(ends=(0.0, 0.99)), r"decreases in t; got -9.85\d* at t=0.999, -9.85\d* at t=1.0"),
+        (Receding(1.0), r"decreases in t"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            part(process)
+    part(Shifted())
 
 
 def test_a_level_carries_no_gradient_to_the_times_it_was_made_from():

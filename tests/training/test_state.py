@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learned import Rate
 from torch import nn
 from torch.testing import assert_close
 from training_runs import POINTS, RECIPE, TIMES, Learned, assert_same_bits, content, fresh, mlp
@@ -16,7 +17,7 @@ from sde_diffusion.files import storage
 from sde_diffusion.losses import NormalLogSNR, denoising_loss
 from sde_diffusion.models.denoiser import Denoiser
 from sde_diffusion.models.parameterizations import V
-from sde_diffusion.processes import VP, Process
+from sde_diffusion.processes import VP
 from sde_diffusion.training import OtherSettings, Recipe, TrainState, draw, restore, save
 from sde_diffusion.training.optimizers import flat
 
@@ -434,20 +435,6 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, edit):
     storage.write(path, tensors, {**record, "numbers": edit})
     with pytest.raises(storage.BadFile, match="training"):
         restore(fresh(), path.parent)
-
-
-class Rate(nn.Module, Process):
-    """dx = -b/2 x dt + sqrt(b) dW with a learned b."""
-
-    def __init__(self):
-        super().__init__()
-        self.b = nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
-
-    def log_alpha(self, t):
-        return -self.b * t / 2
-
-    def variance(self, t):
-        return -torch.expm1(-self.b * t)
 
 
 def test_the_loss_has_a_gradient_for_a_parameter_of_the_process():

@@ -18,7 +18,15 @@ from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.grids.grid import IS_GRID, cut
 from sde_diffusion.models import conditions
-from sde_diffusion.models.model import IS_MODEL, Bound, HeldBelow, Model, finite, trained_range
+from sde_diffusion.models.model import (
+    IS_MODEL,
+    Bound,
+    HeldBelow,
+    Model,
+    finite,
+    parts,
+    trained_range,
+)
 from sde_diffusion.noise.brownian import Brownian
 from sde_diffusion.noise.sources import Generated, Noise, Seeded, sequence_of_seeds, start
 from sde_diffusion.processes.level import Level, coordinates, double
@@ -110,6 +118,7 @@ def trajectory(
     if cond is not None:
         check_conditions(model, cond, len(x))
     process, path, end = model.process, path_of(model, sampler, steps, grid, times), end_time(model)
+    call_each("before_run", x, model, sampler)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
@@ -128,6 +137,18 @@ def walk(
         with torch.no_grad():
             x, memory = sampler.step(model, x, t, s, source, memory)
         yield Sample(x, s.t, memory)
+    if levels[-1].t == 0:
+        call_each("after_run", x, model, sampler)
+
+
+def call_each(hook: str, x: Tensor, *wholes: Model | Sampler) -> None:
+    """Call the hook, if it exists, of each part of a model and a sampler with the batch.
+
+    `before_run` refuses arguments that need the batch to be checked; `after_run` warns of samples
+    at t = 0 that do not fit a measurement.
+    """
+    for part in {id(part): part for whole in wholes for part in parts(whole)}.values():
+        getattr(part, hook, lambda _: None)(x)
 
 
 def sample(

@@ -2,26 +2,35 @@ r"""Inverse problems: samples of x0 given a measurement y of it.
 
 A measurement defines the likelihood of an x0. Methods change a model, or a sampler, accordingly:
 
-    PiGDM, DiffPIR   Model -> Model       DPS   Sampler -> Sampler
+    PiGDM, CovariancePiGDM, MMPS, DiffPIR   Model -> Model       DPS   Sampler -> Sampler
 
 (completion of images: inpainting.py; particles that converge to the posterior: smc.py). x0_hat is
-the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once per step.
+the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once per step. For
+x0 given x ~ N(x0_hat, C) the score of y given x is  J^T A^T (A C A^T + noise_std^2 I)^-1 r  with
+J = dx0_hat / dx, and the methods differ by C:
+
+    PiGDM             s I                      for data N(m, v I)
+    CovariancePiGDM   C of data N(m, S)        from a covariance of the data
+    MMPS              sigma^2 / alpha J        from the model itself: right for any data
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
+import torch
 from torch import Tensor
 
 from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
+from sde_diffusion.inverse.least_squares import Linearized, conjugate_gradients, least_squares
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
 from sde_diffusion.models import X0, Prediction, conditions
 from sde_diffusion.models.guidance import Guided, with_added_score
-from sde_diffusion.processes import Level, Scalar
+from sde_diffusion.processes import Level
+from sde_diffusion.processes.level import per_sample, posterior_variance
 from sde_diffusion.samplers.sampler import Sampler
-from sde_diffusion.validate import Cond, Kind, Number, Positive, arguments
+from sde_diffusion.validate import Cond, Count, Kind, Number, Positive, arguments
 
-__all__ = ["DPS", "DiffPIR", "PiGDM"]
+__all__ = ["DPS", "MMPS", "CovariancePiGDM", "DiffPIR", "PiGDM"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +62,92 @@ class PiGDM(Guided):
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         at = Differentiable.of(self.model, x, level, cond)
-        spread = posterior_variance(level, self.variance)
+        spread = posterior_variance(self.variance, level.alpha, level.sigma)
         _, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         pull = self.scale * pull
         return with_added_score(at.found, level, at.back(pull), spread * pull)
+
+
+class GaussianData(Protocol):
+    """Interface of data N(m, S): `exact.Gaussian` and `GaussianFrame`."""
+
+    def posterior_root(self, v: Tensor, level: Level, *, inverse: bool = False) -> Tensor:
+        """Return L v, or L^-1 v, with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class CovariancePiGDM(Guided):
+    r"""PiGDM with the covariance of the data: exact for data N(m, S), with any S.
+
+    C = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1 takes the place of s I. With C = L L the
+    equation (A C A^T + noise_std^2 I) z = r is solved for the operator A L. (Peng et al. 2024 give
+    other covariances of networks.) On data that are not Gaussian, S is their covariance.
+
+    Args:
+        model: any differentiable model; one forward and one backward pass per step.
+        measurement: y; its operator is linearized at x0_hat.
+        data: S, from an `exact.Gaussian` or a `GaussianFrame`, such as
+            GaussianFrame.of(mean, covariance) or GaussianFrame.pretrained("mnist").
+    """
+
+    measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
+    data: Annotated[GaussianData, Kind("an exact.Gaussian or GaussianFrame", "posterior_root")]
+
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        at, root = Differentiable.of(self.model, x, level, cond), self.data.posterior_root
+        x0 = at.x0.detach()
+        r, ridge = self.measurement.residual(x0), self.measurement.noise_variance(x0)
+        scaled, _ = least_squares(
+            lambda u: self.measurement(x0 + root(u, level)), torch.zeros_like(x0), r, 1.0, ridge
+        )  # L A^T z
+        pull = root(scaled, level, inverse=True)
+        return with_added_score(at.found, level, at.back(pull), root(scaled, level))
+
+
+@dataclass(frozen=True, eq=False)
+class MMPS(Guided):
+    r"""Moment matching posterior sampling (Rozet et al. 2024; Boys et al. 2023).
+
+    Cov[x0 | x] = sigma^2 / alpha J is exact for an exact model of any data (Tweedie's second-order
+    formula), so the mean and covariance of x0 given x are right, and for data N(m, S) the result is
+    the exact model of the posterior. (A C A^T + noise_std^2 I) z = r is solved by conjugate
+    gradients, with one back-propagation through the network per round. Where alpha = 0, J is 0
+    and C is set to v I.
+
+    Args:
+        model: any differentiable model.
+        measurement: y; its operator is linearized at x0_hat.
+        rounds: of conjugate gradients, at most; m rounds are exact for an exact model and m
+            measured numbers. Fewer rounds leave out the directions in which y tells least.
+        variance: v, where alpha = 0.
+    """
+
+    measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
+    rounds: Count = 10
+    variance: Positive = 1.0
+
+    def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        at = Differentiable.of(self.model, x, level, cond)
+        x0, scale = at.x0.detach(), level.sigma**2
+        operator, ridge = Linearized(self.measurement, x0), self.measurement.noise_variance(x0)
+
+        def covariance(v: Tensor) -> Tensor:
+            if not isinstance(level.alpha, Tensor):
+                return scale / level.alpha * back(v) if level.alpha else self.variance * v
+            alpha = level.alpha.where(level.alpha > 0, 1)
+            return torch.where(level.alpha > 0, scale / alpha * back(v), self.variance * v)
+
+        def back(v: Tensor) -> Tensor:
+            return torch.autograd.grad(at.x0, at.x, v, retain_graph=True)[0]
+
+        def matrix(z: Tensor) -> Tensor:
+            spread = operator.applied(covariance(operator.transposed(z)))
+            return spread + per_sample(ridge, z) * z
+
+        r = self.measurement.residual(x0).detach()
+        pull = operator.transposed(conjugate_gradients(matrix, r, self.rounds))
+        return with_added_score(at.found, level, back(pull), self.variance * pull)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +170,16 @@ class DiffPIR(Guided):
     measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
     lam: Positive = 1.0
 
+    def before_run(self, x: Tensor) -> None:
+        """Refuse an operator that is not linear."""
+        self.measurement.check_linear(x, "DiffPIR")
+
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         found = conditions.evaluate(self.model, x, level, cond)
-        x0, noise = found.x0, self.measurement.noise_std**2 * self.lam
-        if noise:  # both sides times lam alpha^2: finite at both ends
+        x0, noise = found.x0, self.measurement.noise_variance(x) * self.lam
+        if isinstance(noise, Tensor):
+            spread, ridge = torch.where(noise > 0, level.sigma**2, 1.0), noise * level.alpha**2
+        elif noise:  # both sides times lam alpha^2: finite at both ends
             spread, ridge = level.sigma**2, noise * level.alpha**2
         else:
             spread, ridge = 1.0, 0.0
@@ -102,8 +199,3 @@ def DPS(
     2 |r| times the gradient of |r|, so scale = 2 zeta.
     """
     return BackpropCorrection(sampler, measurement.cost, scale)
-
-
-def posterior_variance(level: Level, variance: float) -> Scalar:
-    """Return the variance of x0 given x for data of this variance in every direction."""
-    return level.sigma**2 * variance / (level.alpha**2 * variance + level.sigma**2)

@@ -50,6 +50,15 @@ def broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) ->
         raise ValueError(f"{mask_name} must {rule}; got {tuple(mask.shape)}") from None
 
 
+def where_known(mask: Tensor, y: Tensor) -> Tensor:
+    """Return y, which may be nan where it is not known, with 0 there."""
+    try:
+        return torch.where(ordinary(mask.to(y.device)) == 1, y, 0)
+    except RuntimeError:
+        shapes = f"broadcast against y, {tuple(y.shape)}"
+        raise ValueError(f"mask must {shapes}; got {tuple(mask.shape)}") from None
+
+
 def check_fits(y: Tensor, x: Tensor, name: str) -> Tensor:
     """Return y if it is shaped like the batch x, called `name`, or like one sample of it."""
     shape, got = tuple(x.shape), tuple(y.shape)
@@ -73,7 +82,7 @@ class Mask(Checked):
         return ordinary(self.mask.to(x0)) * x0
 
     def observed_part(self, y: Tensor) -> Tensor:
-        return self(y)
+        return where_known(self.mask, y)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from torch import Tensor
 from sde_diffusion.grids import Grid
 from sde_diffusion.inverse.corrections import Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Observation
-from sde_diffusion.inverse.methods import posterior_variance
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes.level import Level, coordinates, posterior_kernel
+from sde_diffusion.processes.level import Level, coordinates, posterior_kernel, posterior_variance
 from sde_diffusion.samplers import Ancestral, Claims, Memory
 from sde_diffusion.validate import Checked, Integer, NonNegative, Positive, Share
 
@@ -73,7 +72,7 @@ class SMC(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if getattr(self.observation, "noise_std", 1.0) == 0:
+        if getattr(self.observation, "noiseless", False):
             raise ValueError("noise_std must be above 0 for SMC; got 0: all weights but one vanish")
 
     @property
@@ -94,7 +93,7 @@ class SMC(Checked):
             clouds = f"clouds of {self.particles} particles"
             raise ValueError(f"the batch must hold {clouds}; got {len(x)} samples")
         at = Differentiable.of(model, x, t)
-        spread = posterior_variance(t, self.variance)
+        spread = posterior_variance(self.variance, t.alpha, t.sigma)
         log_twist, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         gradient = at.back(pull)
 
@@ -102,7 +101,7 @@ class SMC(Checked):
         of_x0, v = posterior_kernel(s, t)
         mean = at.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_data = self.variance if self.kernel_variance is None else self.kernel_variance
-        std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
+        std = math.sqrt(v + of_x0**2 * posterior_variance(of_data, t.alpha, t.sigma))
 
         # Resample clouds of low effective number; the weights include h of the present places.
         log_weight = log_twist.double() + (0.0 if memory is None else memory.log_weight)

@@ -6,7 +6,7 @@ x is (B, ...); cond is a tensor or a mapping of tensors whose first axis is B or
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -134,6 +134,18 @@ def rows_of(value: Any, index: Tensor) -> Any:
     if not isinstance(value, Tensor) or not value.ndim or len(value) == 1:
         return value
     return value[index.to(value.device)]
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """Yield the dataclasses among the fields of `value`, and in theirs, and `value` last.
+
+    Of a bound method, such as the cost of a measurement, its object is yielded.
+    """
+    value = getattr(value, "__self__", value)
+    if is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from parts(getattr(value, each.name))
+    yield value
 
 
 # ---- models around another model ---------------------------------------------------------------

@@ -144,7 +144,7 @@ def parts(value: Any) -> Iterator[Any]:
     value = getattr(value, "__self__", value)
     if is_dataclass(value) and not isinstance(value, type):
         for each in fields(value):
-            yield from parts(getattr(value, each.name))
+            yield from parts(getattr(value, each.name, None))
     yield value
 
 

@@ -188,7 +188,7 @@ def test_a_mask_of_each_sample_goes_with_it(sampler, method):
     assert_close(solved([0, 1, 2, 3]), alone, rtol=0, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*do not fit y")  # in four steps
+@pytest.mark.filterwarnings("ignore:.*(do not fit y|4 particles)")  # in four steps
 @pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
 def test_derivatives_are_found_in_inference_mode_too(method):
     model, chain, cost = data(sd.VP()), sd.Ancestral(), MEASURED.cost

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.inverse.least_squares import least_squares
-from sde_diffusion.inverse.operators import check_fits
+from sde_diffusion.inverse.operators import check_fits, observed_part
 from sde_diffusion.models.derivatives import (
     check_differentiable,
     gradient,
@@ -109,8 +109,7 @@ class Measurement(Checked):
 
     def observed_part(self, y: Tensor) -> Tensor:
         """Return y with 0 in the parts that the operator leaves out."""
-        part = getattr(self.operator, "observed_part", None)
-        return y if part is None else part(y)
+        return observed_part(self.operator, y)
 
     def __call__(self, x0: Tensor) -> Tensor:
         """Return A(x0); a complex one as real and imaginary part, in a new last axis."""
@@ -125,10 +124,12 @@ class Measurement(Checked):
         if len(seen) != len(x0):
             wanted = f"one entry for each of {len(x0)} samples"
             raise ValueError(f"operator must return {wanted}; got {tuple(seen.shape)}")
+        if isinstance(self.noise_std, Tensor) and len(self.noise_std) not in (1, len(x0)):
+            got = len(self.noise_std)
+            raise ValueError(f"noise_std must hold one number per sample, {len(x0)}; got {got}")
         if seen.is_complex() != self.y.is_complex():
-            raise ValueError(
-                f"y must be of the kind of operator(x0), {seen.dtype}; got {self.y.dtype}"
-            )
+            wanted = "complex" if seen.is_complex() else "real"
+            raise ValueError(f"y must be {wanted}, as operator(x0); got {self.y.dtype}")
         y = check_fits(ordinary(self.y.to(seen)), seen, "operator(x0)")
         return real(self.observed_part(y - seen))
 

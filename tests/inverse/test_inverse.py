@@ -188,6 +188,20 @@ def test_a_mask_of_each_sample_goes_with_it(sampler, method):
     assert_close(solved([0, 1, 2, 3]), alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", [PiGDM, DiffPIR, MMPS])
+def test_noise_of_each_sample_goes_with_it(method):
+    """Solvers that evaluate a part of the batch: each row as it is alone, with a number."""
+    model, x, y, noise = data(sd.VP()), drawn(4, 3), drawn(4, 2), [0.05, 0.3, 1.0, 0.0]
+
+    def solved(rows, noise_std):
+        given = Measurement(Matrix(MATRIX), noise_std, y[rows])
+        return sd.sample(method(model, given), sd.AdaptiveODE(), x[rows], seeds=rows)
+
+    alone = torch.cat([solved([k], noise[k]) for k in range(4)])
+    together = solved([0, 1, 2, 3], torch.tensor(noise, dtype=torch.float64))
+    assert_close(together, alone, rtol=0, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore:.*(do not fit y|4 particles)")  # in four steps
 @pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
 def test_derivatives_are_found_in_inference_mode_too(method):

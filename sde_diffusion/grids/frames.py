@@ -29,7 +29,7 @@ from sde_diffusion.processes.level import (
     leave,
     log_snr_at,
     per_sample,
-    posterior_std,
+    posterior_variance,
 )
 from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments, choice, integer
 
@@ -179,11 +179,11 @@ class GaussianFrame(Checked):
         of_x0 = [c * -sigma for c in common]
         return (self._apply(of_eps, eps) + self._apply(of_x0, flat - mean)).reshape(x0.shape)
 
-    def posterior_root(self, v: Tensor, level: Level, *, inverse: bool = False) -> Tensor:
-        """Return L v, or L^-1 v, with L L = Cov[x0 | x] = sigma^2 S C^-1; v (B, ...)."""
+    def posterior_root(self, v: Tensor, level: Level) -> Tensor:
+        """Return L v with L L = Cov[x0 | x] = sigma^2 S C^-1 for data N(m, S); v (B, ...)."""
         alpha, sigma, _, spectrum, flat = self._parts(level, v)
-        roots = [posterior_std(s, alpha, sigma, inverse=inverse) for s in spectrum]
-        return self._apply(roots, flat).reshape(v.shape)
+        stds = [posterior_variance(s, alpha, sigma) ** 0.5 for s in spectrum]
+        return self._apply(stds, flat).reshape(v.shape)
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors, in float32) and a JSON file beside it; `load` reads them."""

@@ -2,16 +2,16 @@ r"""Inverse problems: samples of x0 given a measurement y of it.
 
 A measurement defines the likelihood of an x0. Methods change a model, or a sampler, accordingly:
 
-    PiGDM, CovariancePiGDM, MMPS, DiffPIR   Model -> Model       DPS   Sampler -> Sampler
+    PiGDM, MMPS, Kalman, DiffPIR   Model -> Model       DPS   Sampler -> Sampler
 
 (completion of images: inpainting.py; particles that converge to the posterior: smc.py). x0_hat is
-the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once per step. For
-x0 given x ~ N(x0_hat, C) the score of y given x is  J^T A^T (A C A^T + noise_std^2 I)^-1 r  with
-J = dx0_hat / dx, and the methods differ by C:
+the model's E[x0 | x], and r = y - A(x0_hat). Each method calls the network once per step. With
+x0 given x ~ N(x0_hat, C) the posterior's x0 is  x0_hat + C A^T (A C A^T + noise_std^2 I)^-1 r:
 
-    PiGDM             s I                      for data N(m, v I)
-    CovariancePiGDM   C of data N(m, S)        from a covariance of the data
-    MMPS              sigma^2 / alpha J        from the model itself: right for any data
+    PiGDM     C = s I in the inverse, sigma^2 / alpha J outside    for data N(m, v I)
+    Kalman    C of data N(m, S)                                    a covariance is known
+    MMPS      C = sigma^2 / alpha J,  J = dx0_hat / dx             the model's own covariance
+    DiffPIR   C = sigma^2 / (lam alpha^2) I
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from sde_diffusion.processes.level import per_sample, posterior_variance
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import Cond, Count, Kind, Number, Positive, arguments
 
-__all__ = ["DPS", "MMPS", "CovariancePiGDM", "DiffPIR", "PiGDM"]
+__all__ = ["DPS", "MMPS", "DiffPIR", "Kalman", "PiGDM"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +71,25 @@ class PiGDM(Guided):
 class GaussianData(Protocol):
     """Interface of data N(m, S): `exact.Gaussian` and `GaussianFrame`."""
 
-    def posterior_root(self, v: Tensor, level: Level, *, inverse: bool = False) -> Tensor:
-        """Return L v, or L^-1 v, with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1."""
+    def posterior_root(self, v: Tensor, level: Level) -> Tensor:
+        """Return L v with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1; v (B, ...)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class CovariancePiGDM(Guided):
-    r"""PiGDM with the covariance of the data: exact for data N(m, S), with any S.
+class Kalman(Guided):
+    r"""The Kalman update of x0_hat with the covariance of the data, without derivatives.
 
-    C = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1 takes the place of s I. With C = L L the
-    equation (A C A^T + noise_std^2 I) z = r is solved for the operator A L. (Peng et al. 2024 give
-    other covariances of networks.) On data that are not Gaussian, S is their covariance.
+        x0 = argmin |y - A x|^2 / noise_std^2 + (x - x0_hat)^T C^-1 (x - x0_hat)
+           = x0_hat + C A^T (A C A^T + noise_std^2 I)^-1 r
+        C = sigma^2 S (alpha^2 S + sigma^2 I)^-1
+
+    and eps is recomputed from this x0. C is Cov[x0 | x] for data N(m, S), and for these data, with
+    any S, the result is the exact model of the posterior. For other data S is their covariance.
+    With C = L L the equation is solved for the operator A L.
 
     Args:
-        model: any differentiable model; one forward and one backward pass per step.
+        model: any.
         measurement: y; its operator is linearized at x0_hat.
         data: S, from an `exact.Gaussian` or a `GaussianFrame`, such as
             GaussianFrame.of(mean, covariance) or GaussianFrame.pretrained("mnist").
@@ -95,14 +99,13 @@ class CovariancePiGDM(Guided):
     data: Annotated[GaussianData, Kind("an exact.Gaussian or GaussianFrame", "posterior_root")]
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
-        at, root = Differentiable.of(self.model, x, level, cond), self.data.posterior_root
-        x0 = at.x0.detach()
-        r, ridge = self.measurement.residual(x0), self.measurement.noise_variance(x0)
+        found, root = conditions.evaluate(self.model, x, level, cond), self.data.posterior_root
+        x0, given = found.x0, self.measurement
         scaled, _ = least_squares(
-            lambda u: self.measurement(x0 + root(u, level)), torch.zeros_like(x0), r, 1.0, ridge
-        )  # L A^T z
-        pull = root(scaled, level, inverse=True)
-        return with_added_score(at.found, level, at.back(pull), root(scaled, level))
+            lambda u: given(x0 + root(u, level)), torch.zeros_like(x0), given.residual(x0), 1.0,
+            given.noise_variance(x0),
+        )  # fmt: skip  # L A^T z
+        return Prediction(x, x0 + root(scaled, level), level, X0(), found.extra)
 
 
 @dataclass(frozen=True, eq=False)

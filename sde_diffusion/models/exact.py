@@ -18,7 +18,7 @@ from sde_diffusion.models.model import LogSNRRange, finite, level_of
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.noise.sources import Generated
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import per_sample, posterior_std
+from sde_diffusion.processes.level import per_sample, posterior_variance
 
 __all__ = ["Gaussian", "GaussianMixture"]
 
@@ -228,16 +228,13 @@ class Gaussian(GaussianMixture):
         noised = self.marginal(level).variances[0]
         return float((level.alpha**2 * self.variances[0] / noised).mean())
 
-    def posterior_root(self, v: Tensor, level: Level, *, inverse: bool = False) -> Tensor:
-        r"""Return L v, or L^-1 v, with L L = Cov[x0 | x]; v (B, *shape).
-
-        Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1
-        """
+    def posterior_root(self, v: Tensor, level: Level) -> Tensor:
+        """Return L v with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1; v (B, ...)."""
         z = v.reshape(len(v), 1, v.shape[1:].numel())
         z = z if self.axes is None else torch.einsum("bki,kij->bkj", z, self.axes.to(z))
         alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
-        stds = posterior_std(self.variances.to(z), alpha, sigma, inverse=inverse)
-        return self._from_axes(stds * z).reshape(v.shape)
+        z = posterior_variance(self.variances.to(z), alpha, sigma) ** 0.5 * z
+        return self._from_axes(z).reshape(v.shape)
 
     def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
         r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.

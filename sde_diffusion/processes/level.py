@@ -103,16 +103,6 @@ def posterior_variance(variance: Any, alpha: Scalar, sigma: Scalar) -> Any:
     return sigma**2 * variance / (alpha**2 * variance + sigma**2)
 
 
-def posterior_std(variance: Any, alpha: Scalar, sigma: Scalar, *, inverse: bool = False) -> Any:
-    """Return the root of `posterior_variance`, or its inverse, which is set to 0 at sigma = 0."""
-    std = posterior_variance(variance, alpha, sigma) ** 0.5
-    if not inverse:
-        return std
-    if isinstance(std, Tensor):
-        return torch.where(std > 0, 1 / std, 0)
-    return 1 / std if std else 0.0
-
-
 def double(t: Scalar | Sequence[float], name: str = "t") -> Tensor:
     """t in float64, on the CPU if its device has no float64."""
     if not isinstance(t, Tensor):

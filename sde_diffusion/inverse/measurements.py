@@ -65,7 +65,7 @@ def deviations(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number, or numbers (B,), at least 0; got {value!r:.60}")
 
 
-def measured(name: str, value: Any) -> None:
+def is_y(name: str, value: Any) -> None:
     """Refuse a y that is no tensor (B, ...) of real or complex floats."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor (B, ...); got {shown(value)}")
@@ -76,6 +76,11 @@ def measured(name: str, value: Any) -> None:
 def real(y: Tensor) -> Tensor:
     """Return a complex tensor as real and imaginary part, in a new last axis."""
     return torch.view_as_real(y) if y.is_complex() else y
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in at least float32, in which squares do not overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +106,7 @@ class Measurement(Checked):
 
     operator: Annotated[Callable[[Tensor], Tensor], Kind("a function of a batch", "__call__")]
     noise_std: Annotated[float | Tensor, deviations] = per_sample_field()
-    y: Annotated[Tensor, measured] = per_sample_field()
+    y: Annotated[Tensor, is_y] = per_sample_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,8 +192,8 @@ class Measurement(Checked):
         source = torch.Generator().manual_seed(0)
         u, v = torch.randn((2, *x.shape), generator=source, dtype=torch.float64).to(x)
         of_u, of_v = self(u), self(v)
-        off = (self(2 * u - v) - (2 * of_u - of_v)).double().norm()
-        size = (2 * of_u).double().norm() + of_v.double().norm()
+        off = wide(self(2 * u - v) - (2 * of_u - of_v)).norm()
+        size = wide(2 * of_u).norm() + wide(of_v).norm()
         if not bool(off <= torch.finfo(x.dtype).eps ** 0.5 * size):
             raise ValueError(
                 f"operator must be linear for {method}; A(2 u - v) - 2 A(u) + A(v) is "
@@ -203,13 +208,13 @@ class Measurement(Checked):
     @torch.no_grad()
     def after_run(self, x0: Tensor) -> None:
         """Warn of samples that do not fit y; see the class."""
-        r, seen = coordinates(self.residual(x0)), self.operator(x0)
+        r, seen = wide(coordinates(self.residual(x0))), self.operator(x0)
         known = coordinates(self.observed_part(torch.ones_like(seen))) != 0
         m = known.sum(1).clamp(min=1) * (2 if seen.is_complex() else 1)
         y = coordinates(real(self.observed_part(self.y))).to(r)
         found, size = ((part.square().sum(1) / m).sqrt() for part in (r, y))
         noise = per_sample(self.noise_std, found) + torch.zeros_like(found)
-        floor = RELATIVE * size + SMALL * coordinates(x0).square().mean(1).sqrt()
+        floor = RELATIVE * size + SMALL * wide(coordinates(x0)).square().mean(1).sqrt()
         off = found > noise * (1 + DEVIATIONS / m.sqrt()).clamp(min=FACTOR) + floor
         if bool(off.any()):
             k = int(torch.where(off, found, 0).argmax())
@@ -250,7 +255,7 @@ class LogLikelihood(Checked):
 
     def after_run(self, x0: Tensor) -> None:
         """Warn of samples that do not fit y; see the class."""
-        found = curvature(self.log_likelihood, x0)
+        found = curvature(self.log_likelihood, wide(x0))
         if found is None:
             return
         square, trace, root = found

@@ -149,6 +149,8 @@ class MMPS(Guided):
             return spread + per_sample(ridge, z) * z
 
         r = self.measurement.residual(x0).detach()
+        if self.measurement.noiseless:  # the part outside the range of A has no solution
+            r = operator.applied(self.measurement.solve(x0, 1.0, 0.0)[0])
         pull = operator.transposed(conjugate_gradients(matrix, r, self.rounds))
         return with_added_score(at.found, level, back(pull), self.variance * pull)
 

@@ -3,7 +3,7 @@
 All are linear but `PhaseRetrieval`. A @ B is the map x0 -> A(B(x0)), of operators or functions:
 
     Mask(mask) @ Blur(2.0)
-    Fourier(mask) @ (lambda x0: torch.complex(x0[:, :1], x0[:, 1:]))    MRI, an image of 2 channels
+    FourierTransform(mask) @ (lambda x0: torch.complex(x0[:, :1], x0[:, 1:]))    MRI, two channels
 
 Any other differentiable function of a batch can be used too. If it contains one value per sample,
 make it a dataclass and mark this field with `models.per_sample_field`. If it leaves out a part of
@@ -33,7 +33,7 @@ __all__ = [
     "Composition",
     "Convolution",
     "Downsample",
-    "Fourier",
+    "FourierTransform",
     "Gray",
     "Mask",
     "Matrix",
@@ -288,7 +288,7 @@ class Matrix(Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class Fourier(Operator):
+class FourierTransform(Operator):
     """The unitary discrete Fourier transform of images (B, C, H, W), complex, where it is measured.
 
     The transform of a real image is conjugate symmetric: frequencies k and -k measure it twice.

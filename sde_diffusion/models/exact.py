@@ -167,16 +167,20 @@ class GaussianMixture:
 
     def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
-        validate.batch("x", x)
-        wanted, got = tuple(self.shape), tuple(x.shape[1:])
-        if wanted and got != wanted:
-            raise ValueError(f"x must have samples of shape {wanted}; got {got}")
-        z = x.reshape(len(x), 1, x.shape[1:].numel())
+        z = self._flat(x)
         alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
         z = z - alpha * self.means.to(x)
         if self.axes is not None:
             z = torch.einsum("bki,kij->bkj", z, self.axes.to(x))
         return z, (alpha**2 * self.variances.to(x) + sigma**2).expand_as(z)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Return a batch of samples of the data's shape as (B, 1, d)."""
+        validate.batch("x", x)
+        wanted, got = tuple(self.shape), tuple(x.shape[1:])
+        if wanted and got != wanted:
+            raise ValueError(f"x must have samples of shape {wanted}; got {got}")
+        return x.reshape(len(x), 1, x.shape[1:].numel())
 
     def _from_axes(self, z: Tensor) -> Tensor:
         """z (B, K, d), from the axes of each component back to the coordinates of x."""
@@ -230,7 +234,7 @@ class Gaussian(GaussianMixture):
 
     def posterior_root(self, v: Tensor, level: Level) -> Tensor:
         """Return L v with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1; v (B, ...)."""
-        z = v.reshape(len(v), 1, v.shape[1:].numel())
+        z = self._flat(v)
         z = z if self.axes is None else torch.einsum("bki,kij->bkj", z, self.axes.to(z))
         alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
         z = posterior_variance(self.variances.to(z), alpha, sigma) ** 0.5 * z

@@ -136,6 +136,18 @@ def test_a_known_covariance_is_exact_without_noise_too(method):
         assert_close(made, mean + (Y - mean @ MATRIX.T) @ gain.T, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", OF_COVARIANCE)
+def test_contradictions_without_noise_are_met_in_the_mean(method):
+    """Two equal rows of A with different y: the nearest A x0, the mean of both."""
+    matrix, y = MATRIX[[0, 0, 1]], drawn(1, 3, seed=2)
+    model = correlated(sd.VP())
+    level, x = level_of(sd.VP(), 0.4), drawn(4, 3)
+    made = OF_COVARIANCE[method](model, Measurement(Matrix(matrix), 0.0, y))(x, level).x0
+    met = torch.stack([y[0, :2].mean(), y[0, 2]])[None]
+    wanted = OF_COVARIANCE[method](model, Measurement(Matrix(MATRIX), 0.0, met))(x, level).x0
+    assert_close(made, wanted, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("process", [sd.RectifiedFlow(), sd.Cosine()])
 def test_the_ends_of_a_path_are_exact_with_a_known_covariance(process):
     """At alpha = 0 x0 is the posterior's mean; MMPS knows v I there. At sigma = 0 x0 is x."""
@@ -454,6 +466,16 @@ def test_samples_of_the_posterior_fit_y():
             Measurement(torch.nn.Identity(), 0.3 / 6.5, y).after_run(x)
 
 
+def test_half_precision_is_compared_in_single():
+    """100,000 squares of order 1 overflow float16."""
+    x = drawn(2, 100_000)
+    y = x + 0.3 * drawn(2, 100_000, seed=1)
+    Measurement(torch.nn.Identity(), 0.3, y.half()).after_run(x.half())
+    with pytest.warns(RuntimeWarning, match="do not fit"):
+        Measurement(torch.nn.Identity(), 0.1, y.half()).after_run(x.half())
+    Measurement(torch.nn.Identity(), 0.1, y.half()).check_linear(x.half(), "DiffPIR")
+
+
 RATE = 20.0
 
 
@@ -507,6 +529,12 @@ def test_a_method_for_linear_operators_refuses_others_and_takes_affine_ones(oper
     (lambda: PiGDM(data(sd.VP()), MEASURED, math.nan), "scale"),
     (lambda: PiGDM(data(sd.VP()), MEASURED, variance=0.0), "variance"),
     (lambda: DiffPIR(data(sd.VP()), MEASURED, 0.0), "lam"),
+    (lambda: MMPS(data(sd.VP()), MEASURED, 0), "rounds"),
+    (lambda: MMPS(data(sd.VP()), LogLikelihood(lambda x0, y: x0.sum(1), Y)), "a Measurement"),
+    (lambda: Kalman(data(sd.VP()), MEASURED, COVARIANCE), "an exact.Gaussian or GaussianFrame"),
+    (lambda: sd.sample(
+        Kalman(data(sd.VP()), MEASURED, sd.exact.Gaussian(sd.VP(), torch.zeros(5), 1.0)),
+        sd.Heun(), drawn(4, 3), steps=2), r"samples of shape \(5,\)"),
     (lambda: DPS(sd.Ancestral(), MEASURED, math.inf), "scale"),
     (lambda: BackpropCorrection(sd.Ancestral, MEASURED.cost), "sampler"),
 ])  # fmt: skip

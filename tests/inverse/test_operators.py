@@ -18,7 +18,7 @@ from sde_diffusion.inverse.operators import (
     CircularConvolution,
     Convolution,
     Downsample,
-    Fourier,
+    FourierTransform,
     Gray,
     Mask,
     Matrix,
@@ -82,7 +82,7 @@ def test_each_does_what_it_says():
 @pytest.mark.parametrize("name", [*OPERATORS, "fourier"])
 def test_back_propagation_is_the_adjoint(name):
     """<A x, y> = <x, A^T y>, for complex y the real part of the product."""
-    given = Measurement(OPERATORS.get(name, Fourier(FREQUENCIES)), 0.0, drawn(1, 1))
+    given = Measurement(OPERATORS.get(name, FourierTransform(FREQUENCIES)), 0.0, drawn(1, 1))
     at = Linearized(given, drawn(2, 3, 4, 6))
     x, y = drawn(2, 3, 4, 6, seed=1), drawn(*at.seen.shape, seed=2)
     forth, back = (given(x) * y).sum(), (x * at.transposed(y)).sum()
@@ -118,12 +118,12 @@ def test_a_circular_convolution_is_solved_in_closed_form(ridge):
 
 def test_the_fourier_transform_is_unitary_where_it_is_measured():
     x, mask = drawn(2, 3, 4, 6), FREQUENCIES
-    whole = Fourier()(x)
+    whole = FourierTransform()(x)
     assert_close(whole.abs().square().sum(), x.square().sum())
     i, j = torch.arange(4).double(), torch.arange(6).double()
     wave = torch.exp(-2j * math.pi * (2 * i[:, None] / 4 + 5 * j / 6)) / math.sqrt(24)
     assert_close(whole[:, :, 2, 5], (x * wave).sum((2, 3)), rtol=0, atol=1e-14)
-    assert_close(Fourier(mask)(x), torch.where(mask == 1, whole, 0))
+    assert_close(FourierTransform(mask)(x), torch.where(mask == 1, whole, 0))
     assert_close(PhaseRetrieval(1)(x), whole.abs())
     assert_close(PhaseRetrieval(2)(x).square().sum(), x.square().sum())
 
@@ -166,7 +166,7 @@ def test_a_composition_is_one_map_after_the_other():
     assert select(each, torch.tensor([1]), 4).operator.outer.mask.shape == (1, 3, 4, 6)
 
 
-@pytest.mark.parametrize("operator", [Mask(MASK), Fourier(FREQUENCIES)])
+@pytest.mark.parametrize("operator", [Mask(MASK), FourierTransform(FREQUENCIES)])
 def test_unknown_parts_of_y_may_be_nan(operator):
     x = drawn(2, 3, 4, 6)
     y = operator(drawn(2, 3, 4, 6, seed=1))
@@ -185,15 +185,15 @@ def test_a_complex_measurement_is_one_of_real_and_imaginary_parts():
     """y = F x + 0.3 (e + i e'): likelihood and solution by the real matrix of both parts."""
     x, noise = drawn(2, 3, 4, 6), 0.3
     basis = torch.eye(72).double().reshape(72, 3, 4, 6)
-    matrix = torch.view_as_real(Fourier(FREQUENCIES)(basis)).flatten(1).T
+    matrix = torch.view_as_real(FourierTransform(FREQUENCIES)(basis)).flatten(1).T
     y = torch.complex(drawn(2, 3, 4, 6, seed=1), drawn(2, 3, 4, 6, seed=2))
-    given = Measurement(Fourier(FREQUENCIES), noise, y)
+    given = Measurement(FourierTransform(FREQUENCIES), noise, y)
     r = torch.view_as_real(torch.where(FREQUENCIES == 1, y, 0)).flatten(1) - x.flatten(1) @ matrix.T
     assert_close(given.log_likelihood(x), -r.square().sum(1) / (2 * noise**2))
     whole = 0.4 * matrix @ matrix.T + noise**2 * torch.eye(144).double()
     expected = torch.linalg.solve(whole, r.T).T @ matrix
     assert_close(given.solve(x, 0.4, noise**2)[0].flatten(1), expected, rtol=0, atol=1e-11)
-    single = Measurement(Fourier(FREQUENCIES), noise, y.to(torch.complex64))
+    single = Measurement(FourierTransform(FREQUENCIES), noise, y.to(torch.complex64))
     assert single.solve(x.float(), 0.4, noise**2)[0].dtype == torch.float32
 
 
@@ -318,7 +318,7 @@ def test_levels_of_each_sample_give_each_its_own_equation():
     (lambda: Bicubic(3)(drawn(1, 1, 4, 6)), "divisible by 3"),
     (lambda: Radon(drawn(2) * math.inf), "finite"),
     (lambda: Mask(MASK) @ 3, "inner must be a function"),
-    (lambda: Measurement(Fourier(), 0.1, drawn(2, 1, 4, 4)).residual(drawn(2, 1, 4, 4)),
+    (lambda: Measurement(FourierTransform(), 0.1, drawn(2, 1, 4, 4)).residual(drawn(2, 1, 4, 4)),
      "y must be complex, as operator"),
     (lambda: Measurement(Gray(), 0.1, drawn(2, 1, 4, 4) * 1j).residual(drawn(2, 3, 4, 4)),
      "y must be real, as operator"),

@@ -151,7 +151,7 @@ class Measurement(Checked):
         if self.noiseless:
             raise ValueError("noise_std must be above 0 for a likelihood; got 0")
         square = coordinates(self.residual(x0)).square().sum(1)
-        return -square / (2 * per_sample(self.noise_std, square) ** 2)
+        return -square / (2 * per_sample(ordinary(self.noise_std), square) ** 2)
 
     @property
     def noiseless(self) -> bool:

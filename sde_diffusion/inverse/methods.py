@@ -30,7 +30,7 @@ from sde_diffusion.processes.level import per_sample, posterior_variance
 from sde_diffusion.samplers.sampler import Sampler
 from sde_diffusion.validate import Cond, Count, Kind, Number, Positive, arguments
 
-__all__ = ["DPS", "MMPS", "DiffPIR", "Kalman", "PiGDM"]
+__all__ = ["DPS", "MMPS", "DiffPIR", "GaussianData", "Kalman", "PiGDM"]
 
 
 @dataclass(frozen=True, eq=False)

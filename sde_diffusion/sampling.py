@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from inspect import currentframe
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -31,6 +30,7 @@ from sde_diffusion.models.model import (
     evaluating,
     finite,
     modules_of,
+    parts,
     trained_range,
 )
 from sde_diffusion.noise.brownian import Brownian
@@ -158,6 +158,7 @@ def states(
         check_conditions(model, cond, len(x))
     check_grad(sampler, x, cond, grad)
     process, end = model.process, end_time(model)
+    call_each("before_run", x, model, sampler)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
@@ -196,6 +197,8 @@ def walk(
         if s is levels[-1]:
             warn_of_divergence(x.to(dtype), type(sampler).__name__)
         yield Sample(x.to(dtype), s.t, memory)
+    if levels[-1].t == 0:
+        call_each("after_run", x.detach(), model, sampler)
 
 
 def repeated(
@@ -204,6 +207,16 @@ def repeated(
 ) -> Any:  # fmt: skip
     """Make a step with the noise in `draws`, which the first call fills."""
     return step(x, t, s, Repeated(source, draws), memory)
+
+
+def call_each(hook: str, x: Tensor, *wholes: Model | Sampler) -> None:
+    """Call the hook, if it exists, of each part of a model and a sampler with the batch.
+
+    `before_run` refuses arguments that need the batch to be checked; `after_run` warns of samples
+    at t = 0 that do not fit a measurement.
+    """
+    for part in {id(part): part for whole in wholes for part in parts(whole)}.values():
+        getattr(part, hook, lambda _: None)(x)
 
 
 def sample(
@@ -284,19 +297,11 @@ def warn_of_divergence(x: Tensor, name: str) -> None:
     """Warn of samples that are not finite at the end of a run, as adaptive solvers refuse them."""
     rows = (~coordinates(x).isfinite().all(1)).nonzero().flatten().tolist()
     if rows:
-        warn(
+        validate.warn(
             f"{len(rows)} of {len(x)} samples are not finite at the end, the first at row "
             f"{rows[0]}: {name} or the model diverged",
             RuntimeWarning,
         )
-
-
-def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called this file: the filters show a warning once for each line."""
-    frame, level = currentframe(), 1
-    while frame is not None and frame.f_code.co_filename in (__file__, validate.__file__):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, category, stacklevel=level)
 
 
 def check_grad(sampler: Sampler, x: Tensor, cond: Cond | None, grad: bool | str) -> None:
@@ -310,7 +315,7 @@ def check_grad(sampler: Sampler, x: Tensor, cond: Cond | None, grad: bool | str)
     if not grad and torch.is_grad_enabled():
         lost = [name for name, value in inputs.items() if value.requires_grad]
         if lost:
-            warn(f"{lost[0]} requires a gradient, which the samples lack; use grad=True")
+            validate.warn(f"{lost[0]} requires a gradient, which the samples lack; use grad=True")
 
 
 def check_conditions(model: Model, cond: Cond, count: int) -> None:
@@ -396,7 +401,7 @@ def given_times(model: Model, times: Tensor | Sequence[float], up: bool) -> Tens
         )
         if only:
             raise ValueError(f"times must lie where the model is defined: {text}")
-        warn(text)
+        validate.warn(text)
     return path
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 IMPORTED_BY = os.getpid()
+INSIDE = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
 T = TypeVar("T")
 P = ParamSpec("P")
 Cond = Tensor | Mapping[str, Tensor]  # a condition, (B, ...), or several by name
@@ -121,7 +122,15 @@ def check_threads() -> None:
     if os.getpid() != IMPORTED_BY and torch.get_num_threads() > 1:
         advice = "start it by spawn, or call torch.set_num_threads(1) in it"
         message = f"a forked process may wait forever for torch's threads, which it lacks; {advice}"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        warn(message, RuntimeWarning)
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called this package: a filter shows a warning once for each line."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, category, stacklevel=level)
 
 
 # ---- rules as values, for annotations ----------------------------------------------------------

@@ -114,10 +114,11 @@ def test_known_pixels_stay_bit_equal_and_particles_keep_their_last_weighting():
     made = run(model, sd.inverse.Replacement(sd.Heun(), y, mask), x, 20)
     assert torch.equal(made[:, 0], y.expand(8, 2)[:, 0])
     operator = sd.inverse.operators.Matrix(torch.ones(1, 2, dtype=torch.float64))
-    smc = sd.inverse.SMC(sd.inverse.Measurement(operator, 0.1, torch.ones(1, 1).double()), 8)
-    last = list(sd.trajectory(model, smc, x, steps=20, seeds=range(8)))[-1]
+    smc = sd.inverse.SMC(sd.inverse.Measurement(operator, 0.1, torch.ones(1, 1).double()), 64)
+    x = sd.prior(model, (64, 2), seeds=range(64), dtype=torch.float64)
+    last = list(sd.trajectory(model, smc, x, steps=20, seeds=range(64)))[-1]
     assert last.t == 0
-    assert torch.equal(last.memory.log_weight, torch.zeros(8, dtype=torch.float64))
+    assert torch.equal(last.memory.log_weight, torch.zeros(64, dtype=torch.float64))
 
 
 # ---- explicit times ----------------------------------------------------------------------------

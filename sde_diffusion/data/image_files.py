@@ -18,7 +18,7 @@ from torch import Tensor
 from sde_diffusion.data.datasets import Images
 from sde_diffusion.files import png, storage
 from sde_diffusion.files.strict_json import printable
-from sde_diffusion.validate import Count, arguments
+from sde_diffusion.validate import Count, arguments, warn
 
 __all__ = [
     "DataDamaged",
@@ -216,13 +216,13 @@ def image_folder(
         raise DataNotFound(printable(f"{where} holds no images ({' '.join(sorted(SUFFIXES))})"))
     if empty:
         text = f"{root}: the classes {', '.join(sorted(empty))} hold no images"
-        warnings.warn(printable(text), stacklevel=3)
+        warn(printable(text))
     above = [file for file in root.iterdir() if data_class is None and not file.is_dir()]
     inside = [file for name in wanted for file in (root / name).rglob("*")]
     if reasons := left_out(root, [*above, *inside], found):
         count, why = sum(reasons.values()), ", ".join(f"{n} {why}" for why, n in reasons.items())
         text = f"{count} of {count + len(found)} files left out of {root}: {why}"
-        warnings.warn(printable(text), stacklevel=3)
+        warn(printable(text))
     pixels = torch.stack([square(file, size, background) for file in found])
     return Images(pixels, torch.tensor([*found.values()]))
 

@@ -5,13 +5,12 @@ that are floats, and channels last, are refused with the conversion to write.
 """
 
 import math
-import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.validate import shown
+from sde_diffusion.validate import shown, warn
 
 __all__ = [
     "Array",
@@ -67,7 +66,7 @@ def whole_pixels(value: Array) -> Tensor:
                 raise ValueError(f"pixels must lie in [0, 255]; got {got}")
         pixels = pixels.to(torch.uint8)
     if pixels.numel() and int(pixels.max()) == 1:
-        warnings.warn("pixels are 0 and 1 of 255; if 1 is white, use pixels * 255", stacklevel=4)
+        warn("pixels are 0 and 1 of 255; if 1 is white, use pixels * 255")
     return pixels
 
 
@@ -161,5 +160,4 @@ def warn_of_size(name: str, x: Tensor, smallest: float = SMALLEST) -> None:
     size = max(-low, high)
     if math.isfinite(low + high) and (size > LARGEST or 0 < size < smallest):
         what = f"{name} has values from {low:g} to {high:g}, beside noise of standard deviation 1"
-        warnings.warn(f"{what}; scale images to [-1, 1], other data by data.standardized",
-                      stacklevel=4)  # fmt: skip
+        warn(f"{what}; scale images to [-1, 1], other data by data.standardized")

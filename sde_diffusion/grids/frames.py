@@ -23,7 +23,14 @@ from sde_diffusion.files import storage
 from sde_diffusion.models.model import finite
 from sde_diffusion.models.prediction import Prediction
 from sde_diffusion.processes import Level, Scalar
-from sde_diffusion.processes.level import coordinates, enter, leave, log_snr_at, per_sample
+from sde_diffusion.processes.level import (
+    coordinates,
+    enter,
+    leave,
+    log_snr_at,
+    per_sample,
+    posterior_variance,
+)
 from sde_diffusion.validate import Checked, Kind, NonNegative, Positive, arguments, choice, integer
 
 __all__ = ["IS_FRAME", "Frame", "GaussianFrame", "Straight"]
@@ -171,6 +178,12 @@ class GaussianFrame(Checked):
         of_eps = [c * alpha * s for c, s in zip(common, spectrum, strict=True)]
         of_x0 = [c * -sigma for c in common]
         return (self._apply(of_eps, eps) + self._apply(of_x0, flat - mean)).reshape(x0.shape)
+
+    def posterior_root(self, v: Tensor, level: Level) -> Tensor:
+        """Return L v with L L = Cov[x0 | x] = sigma^2 S C^-1 for data N(m, S); v (B, ...)."""
+        alpha, sigma, _, spectrum, flat = self._parts(level, v)
+        stds = [posterior_variance(s, alpha, sigma) ** 0.5 for s in spectrum]
+        return self._apply(stds, flat).reshape(v.shape)
 
     def save(self, path: str | Path, **record: object) -> None:
         """Write `path` (.safetensors, in float32) and a JSON file beside it; `load` reads them."""

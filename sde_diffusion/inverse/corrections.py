@@ -67,6 +67,10 @@ class Descent(Corrected):
     cost: Annotated[Callable[[Tensor], Tensor], Kind("a function of x0", "__call__")]
     scale: Annotated[float, Number()] = 1.0
 
+    def before_run(self, x: Tensor) -> None:
+        """Refuse a cost without a derivative in x."""
+        derivatives.check_differentiable("cost", self.cost, x)
+
     def step(
         self, model: Model, x: Tensor, t: Level[float], s: Level[float], noise: Noise,
         memory: Memory,

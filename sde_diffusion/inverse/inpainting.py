@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sde_diffusion.data.rules import warn_of_size
 from sde_diffusion.inverse.corrections import BackpropCorrection, Corrected, PosteriorMeanCorrection
+from sde_diffusion.inverse.measurements import warn_of_misfit
 from sde_diffusion.inverse.operators import binary, broadcast, check_fits
 from sde_diffusion.models.guidance import Clipped
 from sde_diffusion.models.model import IS_MODEL, Model, per_sample_field
@@ -29,6 +30,8 @@ from sde_diffusion.sampling import prior, sample
 from sde_diffusion.validate import Choice, Cond, Count, arguments, batch
 
 __all__ = ["MaskedMSE", "RePaint", "Replacement", "complete_image"]
+
+FAR = 10.0  # times |y|: an error that only a diverged rule leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,9 @@ class MaskedMSE:
 
     Args:
         y, mask: as in `Replacement`.
+    Warns:
+        RuntimeWarning: at the end of `sample`, if the root of this cost is above 10 times that of
+            x0 = 0: the gradient's scale is too large.
     """
 
     y: Tensor = per_sample_field()
@@ -112,6 +118,15 @@ class MaskedMSE:
 
     def __post_init__(self) -> None:
         known("y", self.y, "mask", self.mask)
+
+    @torch.no_grad()
+    def after_run(self, x0: Tensor) -> None:
+        """Warn of samples whose known pixels are far outside the range of y."""
+        found, size = self(x0).sqrt(), self(torch.zeros_like(x0)).sqrt()
+        off = found > FAR * size
+        if bool(off.any()):
+            k = int(torch.where(off, found, 0).argmax())
+            warn_of_misfit(off, f"the RMSE is {float(found[k]):.3g} at row {k}, for |y| {float(size[k]):.3g}")
 
     def __call__(self, x0: Tensor) -> Tensor:
         off = torch.where(self.mask.to(x0.device) == 1, x0 - check_fits(self.y, x0, "x").to(x0), 0)

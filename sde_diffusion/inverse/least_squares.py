@@ -9,7 +9,7 @@ from torch import Tensor
 from sde_diffusion.models.derivatives import leaf, recorded
 from sde_diffusion.processes.level import Scalar, coordinates, double, per_sample
 
-__all__ = ["Linearized", "least_squares"]
+__all__ = ["Linearized", "conjugate_gradients", "least_squares"]
 
 SMALL = 4096  # entries of the largest matrix that is decomposed as a whole
 ROUNDS = 200  # of conjugate gradients, at most
@@ -145,33 +145,42 @@ def by_conjugate_gradients(
     s, e = per_sample(spread, at.x0), per_sample(ridge, at.x0)
     s_r, e_r = per_sample(spread, at.seen), per_sample(ridge, at.seen)
 
+    def normal(p: Tensor) -> Tensor:
+        return s * at.transposed(at.applied(p)) + e * p
+
+    def normal_of_seen(p: Tensor) -> Tensor:
+        return s_r * at.applied(at.transposed(p)) + e_r * p
+
     def solve(r: Tensor) -> tuple[Tensor, Tensor]:
-        d = conjugate_gradients(
-            lambda p: s * at.transposed(at.applied(p)) + e * p, at.transposed(r)
-        )
+        d = conjugate_gradients(normal, at.transposed(r), ROUNDS)
         return d, r - s_r * at.applied(d)
 
     def transposed(g: Tensor) -> Tensor:
-        return conjugate_gradients(
-            lambda p: s_r * at.applied(at.transposed(p)) + e_r * p, at.applied(g)
-        )
+        return conjugate_gradients(normal_of_seen, at.applied(g), ROUNDS)
 
     return solve, transposed
 
 
-def conjugate_gradients(matrix: Map, g: Tensor) -> Tensor:
-    """Solve  matrix d = g  for each sample; the matrix is symmetric and not negative."""
-    d, p = torch.zeros_like(g), g.clone()
+def conjugate_gradients(matrix: Map, b: Tensor, rounds: int) -> Tensor:
+    """Solve M z = b, for each sample, with a symmetric positive semi-definite M; from z = 0.
+
+    Args:
+        matrix: M, a function of a batch shaped like b.
+        b: (B, ...), in the range of M.
+        rounds: the most; a sample is finished when its residual is that of rounding.
+    """
+    z, g = torch.zeros_like(b), b.clone()
+    p = g.clone()
     size = coordinates(g).square().sum(1)
     enough = size * (16 * torch.finfo(size.dtype).eps) ** 2
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         going = ~(size <= enough)  # nan continues, and reaches the result
         if not bool(going.any()):
             break
         m = matrix(p)
         bend = coordinates(p * m).sum(1)
         step = per_sample(torch.where(going & (bend != 0), size / bend, 0), p)
-        d, g = d + step * p, g - step * m
+        z, g = z + step * p, g - step * m
         before, size = size, coordinates(g).square().sum(1)
         p = g + per_sample(torch.where(going, size / before, 0), p) * p
-    return d
+    return z

@@ -1,11 +1,19 @@
-"""Operators: linear maps from x0 (B, ...) to a measurement y (B, ...), as plain callables.
+"""Operators: maps from x0 (B, ...) to a measurement y (B, ...), as plain callables.
+
+All are linear but `PhaseRetrieval`. A @ B is the map x0 -> A(B(x0)), of operators or functions:
+
+    Mask(mask) @ Blur(2.0)
+    FourierTransform(mask) @ (lambda x0: torch.complex(x0[:, :1], x0[:, 1:]))    MRI, two channels
 
 Any other differentiable function of a batch can be used too. If it contains one value per sample,
 make it a dataclass and mark this field with `models.per_sample_field`. If it leaves out a part of
-y, define observed_part(y), which sets this part to 0.
+y, define observed_part(y), which sets this part, where y may be nan, to 0. A method
+least_squares(r, spread, ridge) with the signature and result of `least_squares` is used in place of
+the general solution.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,9 +23,30 @@ from torch.nn import functional as F
 
 from sde_diffusion.models.derivatives import ordinary
 from sde_diffusion.models.model import finite, per_sample_field
-from sde_diffusion.validate import Checked, Count, FloatBatch, Positive
+from sde_diffusion.processes import Scalar
+from sde_diffusion.validate import Checked, Count, FloatBatch, Kind, Positive
 
-__all__ = ["Blur", "Downsample", "Gray", "Mask", "Matrix", "binary", "broadcast", "check_fits"]
+__all__ = [
+    "Bicubic",
+    "Blur",
+    "CircularConvolution",
+    "Composition",
+    "Convolution",
+    "Downsample",
+    "FourierTransform",
+    "Gray",
+    "Mask",
+    "Matrix",
+    "Operator",
+    "PhaseRetrieval",
+    "Radon",
+    "binary",
+    "broadcast",
+    "check_fits",
+    "observed_part",
+]
+
+IS_FUNCTION = Kind("a function of a batch", "__call__")
 
 
 def binary(name: str, mask: Any) -> Tensor:
@@ -50,6 +79,15 @@ def broadcast(mask: Tensor, images: Tensor, mask_name: str, images_name: str) ->
         raise ValueError(f"{mask_name} must {rule}; got {tuple(mask.shape)}") from None
 
 
+def where_known(mask: Tensor, y: Tensor) -> Tensor:
+    """Return y, which may be nan where it is not known, with 0 there."""
+    try:
+        return torch.where(ordinary(mask.to(y.device)) == 1, y, 0)
+    except RuntimeError:
+        shapes = f"broadcast against y, {tuple(y.shape)}"
+        raise ValueError(f"mask must {shapes}; got {tuple(mask.shape)}") from None
+
+
 def check_fits(y: Tensor, x: Tensor, name: str) -> Tensor:
     """Return y if it is shaped like the batch x, called `name`, or like one sample of it."""
     shape, got = tuple(x.shape), tuple(y.shape)
@@ -58,8 +96,49 @@ def check_fits(y: Tensor, x: Tensor, name: str) -> Tensor:
     return y
 
 
+def images(x0: Tensor, divisor: int = 1) -> Tensor:
+    """Return x0 if it is (B, C, H, W) with sides divisible by `divisor`."""
+    if x0.ndim != 4 or any(side % divisor for side in x0.shape[2:]):
+        sides = f" with sides divisible by {divisor}" if divisor > 1 else ""
+        raise ValueError(f"images must be (B, C, H, W){sides}; got {tuple(x0.shape)}")
+    return x0
+
+
+def observed_part(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """Return y with 0 in the parts that an operator leaves out."""
+    part = getattr(operator, "observed_part", None)
+    return y if part is None else part(y)
+
+
+class Operator(Checked):
+    """Base of the operators: A @ B is their composition."""
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __matmul__(self, inner: Callable[[Tensor], Tensor]) -> "Composition":
+        return Composition(self, inner)
+
+    def __rmatmul__(self, outer: Callable[[Tensor], Tensor]) -> "Composition":
+        return Composition(outer, self)
+
+
 @dataclass(frozen=True, eq=False)
-class Mask(Checked):
+class Composition(Operator):
+    """The map x0 -> outer(inner(x0)), written outer @ inner."""
+
+    outer: Annotated[Callable[[Tensor], Tensor], IS_FUNCTION]
+    inner: Annotated[Callable[[Tensor], Tensor], IS_FUNCTION]
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return self.outer(self.inner(x0))
+
+    def observed_part(self, y: Tensor) -> Tensor:
+        return observed_part(self.outer, y)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Operator):
     """The known pixels of x0, and 0 for the others: mask * x0.
 
     Args:
@@ -73,24 +152,36 @@ class Mask(Checked):
         return ordinary(self.mask.to(x0)) * x0
 
     def observed_part(self, y: Tensor) -> Tensor:
-        return self(y)
+        return where_known(self.mask, y)
 
 
 @dataclass(frozen=True)
-class Downsample(Checked):
+class Downsample(Operator):
     """The mean of each square of factor x factor pixels; x0 (B, C, H, W)."""
 
     factor: Count = 2
 
     def __call__(self, x0: Tensor) -> Tensor:
-        if x0.ndim != 4 or any(side % self.factor for side in x0.shape[2:]):
-            wanted = f"(B, C, H, W) with sides divisible by {self.factor}"
-            raise ValueError(f"images must be {wanted}; got {tuple(x0.shape)}")
-        return F.avg_pool2d(x0, self.factor)
+        return F.avg_pool2d(images(x0, self.factor), self.factor)
 
 
 @dataclass(frozen=True)
-class Blur(Checked):
+class Bicubic(Operator):
+    """Bicubic downsampling by a factor, with the kernel widened by it (a = -1/2; Keys 1981).
+
+    That of PIL and of MATLAB's imresize; x0 (B, C, H, W). Weights beyond the border are left out
+    and the others scaled up.
+    """
+
+    factor: Count = 2
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        size = [side // self.factor for side in images(x0, self.factor).shape[2:]]
+        return F.interpolate(x0, size=size, mode="bicubic", antialias=True)
+
+
+@dataclass(frozen=True)
+class Blur(Operator):
     """Convolution of images (B, C, H, W) with a Gaussian; border pixels are replicated.
 
     Args:
@@ -100,8 +191,7 @@ class Blur(Checked):
     std: Positive = 1.0
 
     def __call__(self, x0: Tensor) -> Tensor:
-        if x0.ndim != 4:
-            raise ValueError(f"images must be (B, C, H, W); got {tuple(x0.shape)}")
+        images(x0)
         reach = math.ceil(3 * self.std)
         places = torch.arange(-reach, reach + 1, dtype=torch.float64)
         line = torch.exp(-((places / self.std) ** 2) / 2)
@@ -112,8 +202,65 @@ class Blur(Checked):
         return F.conv2d(rows, line[:, None].expand(channels, 1, -1, 1), groups=channels)
 
 
+@dataclass(frozen=True, eq=False)
+class Convolution(Operator):
+    """Convolution of images (B, C, H, W) with any kernel; border pixels are replicated.
+
+        y[i] = sum_k kernel[k] x0[i + center - k],    center = (h // 2, w // 2)
+
+    Args:
+        kernel: (h, w), at most twice as large as the images.
+    """
+
+    kernel: Annotated[FloatBatch, two_axes, finite]
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        (h, w), channels = self.kernel.shape, images(x0).shape[1]
+        kernel = ordinary(self.kernel.to(x0)).flip(0, 1).expand(channels, 1, h, w)
+        reach = ((w - 1) // 2, w // 2, (h - 1) // 2, h // 2)
+        return F.conv2d(F.pad(x0, reach, mode="replicate"), kernel, groups=channels)
+
+
+@dataclass(frozen=True, eq=False)
+class CircularConvolution(Operator):
+    """Convolution of periodic images (B, C, H, W) with any kernel: diagonal in Fourier space.
+
+        y[i] = sum_k kernel[k] x0[i + center - k],    center = (h // 2, w // 2)
+
+    Args:
+        kernel: (h, w), at most as large as the images.
+    """
+
+    kernel: Annotated[FloatBatch, two_axes, finite]
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return self.filtered(x0, self.transfer(x0))
+
+    def transfer(self, x0: Tensor) -> Tensor:
+        """Return the kernel's Fourier transform H for images of this size, (H, W // 2 + 1)."""
+        (h, w), sides = self.kernel.shape, images(x0).shape[2:]
+        if h > sides[0] or w > sides[1]:
+            raise ValueError(f"kernel must fit into images {tuple(sides)}; got {(h, w)}")
+        kernel = F.pad(ordinary(self.kernel.to(x0)), (0, sides[1] - w, 0, sides[0] - h))
+        return torch.fft.rfft2(kernel.roll((-(h // 2), -(w // 2)), (0, 1)))
+
+    @staticmethod
+    def filtered(x0: Tensor, transfer: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x0) * transfer, s=x0.shape[2:])
+
+    def least_squares(self, r: Tensor, spread: Scalar, ridge: Scalar) -> tuple[Tensor, Tensor]:
+        """Solve `least_squares` in closed form; frequencies that H removes are left out."""
+        h = self.transfer(r)
+        size = h.abs() ** 2
+        low = (r[0].numel() * torch.finfo(r.dtype).eps) ** 2 * size.max()
+        whole = spread * size + ridge
+        counts = (size > low) & (whole > 0)
+        d = self.filtered(r, torch.where(counts, h.conj() / torch.where(counts, whole, 1), 0))
+        return d, r - spread * self(d)
+
+
 @dataclass(frozen=True)
-class Gray:
+class Gray(Operator):
     """Luma, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601); (B, 3, ...) to (B, 1, ...)."""
 
     def __call__(self, x0: Tensor) -> Tensor:
@@ -124,7 +271,7 @@ class Gray:
 
 
 @dataclass(frozen=True, eq=False)
-class Matrix(Checked):
+class Matrix(Operator):
     """The product y = A x0 with the flattened coordinates of each sample.
 
     Args:
@@ -138,3 +285,68 @@ class Matrix(Checked):
         if got[1] != d:
             raise ValueError(f"matrix must be (m, {d}) for {tuple(x0.shape[1:])}; got {got}")
         return x0.flatten(1) @ ordinary(self.matrix.to(x0)).T
+
+
+@dataclass(frozen=True, eq=False)
+class FourierTransform(Operator):
+    """The unitary discrete Fourier transform of images (B, C, H, W), complex, where it is measured.
+
+    The transform of a real image is conjugate symmetric: frequencies k and -k measure it twice.
+
+    Args:
+        mask: 1 where a frequency is measured, in the order of `torch.fft.fft2`, 0 elsewhere;
+            broadcasts against x0. All are measured by default.
+    """
+
+    mask: Annotated[Tensor, binary] | None = per_sample_field(full_rank=True, default=None)
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        return self.observed_part(torch.fft.fft2(images(x0), norm="ortho"))
+
+    def observed_part(self, y: Tensor) -> Tensor:
+        return y if self.mask is None else where_known(self.mask, y)
+
+
+@dataclass(frozen=True)
+class PhaseRetrieval(Operator):
+    """The modulus of the unitary Fourier transform of images (B, C, H, W): not linear.
+
+    Args:
+        oversampling: factor by which the sides of the images are enlarged, with zeros.
+    """
+
+    oversampling: Count = 2
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        sides = [self.oversampling * side for side in images(x0).shape[2:]]
+        return torch.fft.fft2(x0, s=sides, norm="ortho").abs()
+
+
+@dataclass(frozen=True, eq=False)
+class Radon(Operator):
+    """Sums of images (B, C, H, W) along parallel lines; (B, C, angles, detectors).
+
+    The pixel in column u and row v, counted from the center of the image, is projected to the place
+    u cos(angle) + v sin(angle), and shared linearly by the two nearest of the detectors. They have
+    distance 1 and cover the diagonal, so each projection has the sum of the image.
+
+    Args:
+        angles: in radians, (A,).
+    """
+
+    angles: Annotated[FloatBatch, finite]
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        height, width = images(x0).shape[2:]
+        detectors = width + 2 * math.ceil((math.hypot(height, width) - width) / 2 + 0.5)
+        v, u = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (height, width))
+        angle = self.angles.detach().cpu().double().flatten()[:, None, None]
+        place = u * angle.cos() + v[:, None] * angle.sin() + (detectors - 1) / 2
+        low = place.floor()
+        first = low + detectors * torch.arange(len(angle))[:, None, None]
+        share, pixels = (place - low).to(x0).flatten(1), x0.flatten(2)[:, :, None]
+        seen = x0.new_zeros(*x0.shape[:2], len(angle) * detectors)
+        for weight, where in ((1 - share, first), (share, first + 1)):
+            index = where.long().flatten().to(x0.device)
+            seen = seen.index_add(2, index, (pixels * weight).flatten(2))
+        return seen.unflatten(2, (len(angle), detectors))

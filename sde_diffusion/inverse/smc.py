@@ -18,18 +18,20 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.inverse.corrections import Differentiable
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Observation
-from sde_diffusion.inverse.methods import posterior_variance
 from sde_diffusion.models.model import Model
 from sde_diffusion.noise.sources import Noise
-from sde_diffusion.processes.level import Level, coordinates, posterior_kernel
+from sde_diffusion.processes.level import Level, coordinates, posterior_kernel, posterior_variance
 from sde_diffusion.samplers import Ancestral, Claims, Memory
 from sde_diffusion.samplers.sampler import check_down
 from sde_diffusion.validate import Checked, Integer, NonNegative, Positive, Share
 
 __all__ = ["SMC", "Particles"]
+
+FEW = 5  # effective particles, below which their mean and spread are not the posterior's
 
 
 class Particles(NamedTuple):
@@ -38,10 +40,12 @@ class Particles(NamedTuple):
     Attributes:
         log_weight: of each particle, without the factor h at its place, (B,) float64.
         effective: effective number of particles, as a share of P, in each cloud, (clouds,).
+        least: the smallest such share in the run so far, (clouds,).
     """
 
     log_weight: Tensor
     effective: Tensor
+    least: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +56,9 @@ class SMC(Checked):
     for all. At the end each cloud is resampled, so that its particles have equal weight and some
     occur more than once. Each step calls the network once and differentiates it. The samples are
     from the posterior of the chain, which tends to the posterior of the data with more steps. If
-    noise_std is small or y is improbable, few particles remain: see `Particles.effective`, in the
-    memory of a trajectory. The path must end at t = 0, where the last resampling is done.
+    noise_std is small, y improbable or x0 of many coordinates, few particles remain: see
+    `Particles`, in the memory of a trajectory. The path must end at t = 0, where the last
+    resampling is done.
 
     Args:
         observation: a Measurement with noise_std > 0, or a LogLikelihood.
@@ -64,6 +69,9 @@ class SMC(Checked):
             of DDPM, without noise in the last step.
         threshold: a cloud is resampled when its effective number of particles is below this share
             of P.
+    Warns:
+        RuntimeWarning: at t = 0, if fewer than five particles of a cloud were effective at a step:
+            its samples are nearly copies of each other, and their spread is too small.
     """
 
     observation: Annotated[Observation, IS_OBSERVATION]
@@ -74,7 +82,7 @@ class SMC(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if getattr(self.observation, "noise_std", 1.0) == 0:
+        if getattr(self.observation, "noiseless", False):
             raise ValueError("noise_std must be above 0 for SMC; got 0: all weights but one vanish")
 
     @property
@@ -96,7 +104,7 @@ class SMC(Checked):
             clouds = f"clouds of {self.particles} particles"
             raise ValueError(f"the batch must hold {clouds}; got {len(x)} samples")
         at = Differentiable.of(model, x, t)
-        spread = posterior_variance(t, self.variance)
+        spread = posterior_variance(self.variance, t.alpha, t.sigma)
         log_twist, pull = self.observation.spread_likelihood(at.x0.detach(), spread)
         gradient = at.back(pull)
 
@@ -104,11 +112,12 @@ class SMC(Checked):
         of_x0, v = posterior_kernel(s, t)
         mean = at.found.combine(s.alpha, math.sqrt(max(s.sigma**2 - v, 0.0))).detach()
         of_data = self.variance if self.kernel_variance is None else self.kernel_variance
-        std = math.sqrt(v + of_x0**2 * posterior_variance(t, of_data))
+        std = math.sqrt(v + of_x0**2 * posterior_variance(of_data, t.alpha, t.sigma))
 
         # Resample clouds of low effective number; the weights include h of the present places.
         log_weight = log_twist.double() + (0.0 if memory is None else memory.log_weight)
         share = self.effective(log_weight)
+        least = share if memory is None else torch.minimum(memory.least, share)
         poor = (share < self.threshold).repeat_interleave(self.particles)
         own = torch.arange(len(x), device=x.device)
         kept = torch.where(poor, self.drawn(log_weight, noise(t.t, t.t, x)), own)
@@ -122,9 +131,22 @@ class SMC(Checked):
         if s.sigma == 0:  # the last twist is the likelihood itself
             log_weight = log_weight + self.observation.log_likelihood(x_s)
             share = self.effective(log_weight)
+            least = torch.minimum(least, share)
+            self.warn_of_few(least * self.particles)
             x_s = x_s[self.drawn(log_weight, noise(s.t, s.t, x))]
             log_weight = torch.zeros_like(log_weight)
-        return x_s, Particles(log_weight, share)
+        return x_s, Particles(log_weight, share, least)
+
+    def warn_of_few(self, effective: Tensor) -> None:
+        """Warn of clouds in which fewer than FEW particles were effective, (clouds,)."""
+        poor = int((effective < FEW).sum())
+        if poor:
+            validate.warn(
+                f"{poor} of {len(effective)} clouds of {self.particles} particles are degenerate: "
+                f"at a step {float(effective.min()):.1f} were effective, fewer than {FEW}; use "
+                "more particles",
+                RuntimeWarning,
+            )
 
     def effective(self, log_weight: Tensor) -> Tensor:
         """Return 1 / (P sum of squared weights) of each cloud."""

@@ -1,6 +1,5 @@
 """The denoiser: a network, the meaning of its inputs and output, and its file."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,7 +168,7 @@ class Denoiser(nn.Module):
 def check_distinct(c: Tensor, dtype: torch.dtype) -> None:
     """Warn of different noise inputs that a cast makes equal; not on a GPU, which would stall."""
     if readable(c) and c.is_floating_point() and len(c.to(dtype).unique()) < len(c.unique()):
-        warnings.warn(ROUNDED.format(dtype), stacklevel=4)
+        validate.warn(ROUNDED.format(dtype))
 
 
 class NullCond(nn.Module):

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradient", "in_graph", "leaf", "one_per_sample", "ordinary", "point_of", "recorded"]
+__all__ = [
+    "check_differentiable",
+    "gradient",
+    "in_graph",
+    "leaf",
+    "one_per_sample",
+    "ordinary",
+    "point_of",
+    "recorded",
+]
 
 
 @contextmanager
@@ -53,6 +62,29 @@ def gradient(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> tupl
             raise ValueError(f"{name} must be differentiable in x; got a constant")
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=graph)
     return value if graph else value.detach(), slope
+
+
+def check_differentiable(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Refuse a function without a derivative J in x, such as one that rounds.
+
+    Autograd returns zeros for its J^T v, which do not depend on v.
+    """
+    with recorded():
+        point = leaf(x)
+        value = function(point)
+        v = torch.ones_like(value).requires_grad_()
+        pulled = pull(value, point, v, create_graph=True) if value.requires_grad else None
+        if pulled is not None and not bool(pulled.any()):
+            linked = pulled.requires_grad and pull(pulled, v, torch.zeros_like(pulled)) is not None
+            pulled = pulled if linked else None
+    if pulled is None:
+        raise ValueError(f"{name} must be differentiable; got one without derivatives")
+
+
+def pull(value: Tensor, x: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor | None:
+    """Return J^T v with J = d value / dx; None if `value` does not depend on x."""
+    keep: Any = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
+    return torch.autograd.grad(value, x, v, **keep)[0]
 
 
 def one_per_sample(name: str, value: Tensor, x: Tensor) -> Tensor:

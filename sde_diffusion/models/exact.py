@@ -18,7 +18,7 @@ from sde_diffusion.models.model import LogSNRRange, finite, level_of
 from sde_diffusion.models.prediction import Prediction, truth
 from sde_diffusion.noise.sources import Generated
 from sde_diffusion.processes import Level, Process
-from sde_diffusion.processes.level import onto, per_sample, wide
+from sde_diffusion.processes.level import onto, per_sample, posterior_variance, wide
 from sde_diffusion.processes.process import IS_PROCESS
 
 __all__ = ["Gaussian", "GaussianMixture"]
@@ -174,15 +174,20 @@ class GaussianMixture:
 
     def _standardize(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """x - alpha m_k in the axes of component k, (B, K, d), and its variances there."""
-        wanted, got = tuple(self.shape), tuple(x.shape[1:])
-        if wanted and got != wanted:
-            raise ValueError(f"x must have samples of shape {wanted}; got {got}")
-        z = x.reshape(len(x), 1, x.shape[1:].numel())
+        z = self._flat(x)
         alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
         z = z - alpha * onto(self.means, x)
         if self.axes is not None:
             z = torch.einsum("bki,kij->bkj", z, onto(self.axes, x))
         return z, (alpha**2 * onto(self.variances, x) + sigma**2).expand_as(z)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Return a batch of samples of the data's shape as (B, 1, d)."""
+        validate.batch("x", x)
+        wanted, got = tuple(self.shape), tuple(x.shape[1:])
+        if wanted and got != wanted:
+            raise ValueError(f"x must have samples of shape {wanted}; got {got}")
+        return x.reshape(len(x), 1, x.shape[1:].numel())
 
     def _from_axes(self, z: Tensor) -> Tensor:
         """z (B, K, d), from the axes of each component back to the coordinates of x."""
@@ -233,6 +238,14 @@ class Gaussian(GaussianMixture):
         """E |eps - E[eps | x]|^2 per coordinate: the minimum of the eps-loss over all models."""
         noised = self.marginal(level).variances[0]
         return float((level.alpha**2 * self.variances[0] / noised).mean())
+
+    def posterior_root(self, v: Tensor, level: Level) -> Tensor:
+        """Return L v with L L = Cov[x0 | x] = sigma^2 S (alpha^2 S + sigma^2 I)^-1; v (B, ...)."""
+        z = self._flat(v)
+        z = z if self.axes is None else torch.einsum("bki,kij->bkj", z, self.axes.to(z))
+        alpha, sigma = per_sample(level.alpha, z), per_sample(level.sigma, z)
+        z = posterior_variance(self.variances.to(z), alpha, sigma) ** 0.5 * z
+        return self._from_axes(z).reshape(v.shape)
 
     def reverse_sde(self, t: float = 1.0) -> tuple[Tensor, Tensor]:
         r"""Mean (d,) and covariance (d, d) at t = 0 of the reverse SDE started from the prior at t.

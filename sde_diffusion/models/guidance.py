@@ -18,7 +18,12 @@ from torch import Tensor
 
 from sde_diffusion import validate
 from sde_diffusion.models import conditions
-from sde_diffusion.models.derivatives import gradient, one_per_sample, ordinary
+from sde_diffusion.models.derivatives import (
+    check_differentiable,
+    gradient,
+    one_per_sample,
+    ordinary,
+)
 from sde_diffusion.models.model import IS_MODEL, Wrapper, finite, level_of, per_sample_field
 from sde_diffusion.models.parameterizations import X0
 from sde_diffusion.models.prediction import Prediction, truth
@@ -165,6 +170,11 @@ class ClassifierGuided(Guided):
     ]
     y: Annotated[Tensor, Kind("a tensor (B, ...)", "device", "__getitem__")] = per_sample_field()
     scale: Finite = 1.0
+
+    def before_run(self, x: Tensor) -> None:
+        """Refuse a log_prob without a derivative in x."""
+        level, y = level_of(self.process, 0.5, x), ordinary(self.y)
+        check_differentiable("log_prob", lambda point: self.log_prob(point, level, y), x)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         level = level_of(self.process, level, x)

@@ -211,6 +211,18 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+def parts(value: Any) -> Iterator[Any]:
+    """Yield the dataclasses among the fields of `value`, and in theirs, and `value` last.
+
+    Of a bound method, such as the cost of a measurement, its object is yielded.
+    """
+    value = getattr(value, "__self__", value)
+    if is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from parts(getattr(value, each.name, None))
+    yield value
+
+
 # ---- models around another model ---------------------------------------------------------------
 
 

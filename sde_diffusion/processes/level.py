@@ -111,6 +111,11 @@ def posterior_kernel(s: Level[float], t: Level[float]) -> tuple[float, float]:
     return s.alpha * share, share * s.sigma**2
 
 
+def posterior_variance(variance: Any, alpha: Scalar, sigma: Scalar) -> Any:
+    """Return the variance of x0 given x for Gaussian data of this variance."""
+    return sigma**2 * variance / (alpha**2 * variance + sigma**2)
+
+
 def home(device: torch.device) -> torch.device:
     """The device of float64 numbers that belong to a batch on `device`: the CPU if it has none."""
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device

@@ -199,6 +199,24 @@ def test_any_covariance_has_a_frame_that_explains_its_gaussian(d, seed, t):
     assert float(slope.abs().max()) <= 1e-8
 
 
+@ON_EACH
+def test_the_root_of_the_posterior_covariance_is_that_of_bayes_rule(process):
+    """L L = (S^-1 + alpha^2 / sigma^2 I)^-1, of full and of low rank, and of an exact Gaussian."""
+    at, eye = level(process, 0.6), torch.eye(3, dtype=torch.float64)
+    low = FRAMES["low-rank"]
+    of_low = low.rest * (eye - low.axes @ low.axes.T) + low.axes * low.variances @ low.axes.T
+    variances = torch.tensor([0.2, 0.5, 1.5], dtype=torch.float64)
+    cases = [
+        (GAUSSIAN, COVARIANCE), (low, of_low), (model(process), COVARIANCE),
+        (model(process, variances), variances.diag()),
+        (model(process, torch.tensor(0.3, dtype=torch.float64)), 0.3 * eye),
+    ]  # fmt: skip
+    for frame, covariance in cases:
+        wanted = torch.linalg.inv(torch.linalg.inv(covariance) + at.alpha**2 / at.sigma**2 * eye)
+        root = frame.posterior_root(eye, at)
+        assert_close(root @ root, wanted, rtol=1e-7, atol=1e-7 * float(wanted.max()))
+
+
 # ---- bad input and files ----------------------------------------------------------------------
 
 REFUSALS = {

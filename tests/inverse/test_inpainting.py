@@ -338,3 +338,13 @@ def test_bad_numbers_are_refused_by_name():
         RePaint(sd.Heun(), Y, MASK, 0)
     with pytest.raises(ValueError, match="y must be shaped like x"):
         sd.sample(data(), Replacement(sd.Heun(), Y, MASK), drawn(3, 5), steps=2)
+
+
+@pytest.mark.parametrize("route", [BackpropCorrection, PosteriorMeanCorrection])
+def test_a_rule_that_diverges_is_named(route):
+    """Its known pixels end at more than 10 times the size of y."""
+    with pytest.warns(RuntimeWarning, match="of 4 samples do not fit y: the RMSE is") as found:
+        made = complete_image(data(), Y, MASK, 300.0, route=route, steps=10, seeds=range(4))
+    off = (MASK * (made - Y)).norm(dim=1) > 10 * (MASK * Y).norm(dim=1)
+    assert f"{int(off.sum())} of 4" in str(found[0].message)
+    assert len(found) == 1

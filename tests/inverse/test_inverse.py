@@ -15,7 +15,7 @@ from sde_diffusion.inverse.corrections import (
     PosteriorMeanCorrection,
 )
 from sde_diffusion.inverse.measurements import LogLikelihood, Measurement
-from sde_diffusion.inverse.methods import DPS, DiffPIR, PiGDM
+from sde_diffusion.inverse.methods import DPS, MMPS, DiffPIR, Kalman, PiGDM
 from sde_diffusion.inverse.operators import Mask, Matrix
 from sde_diffusion.models import derivatives
 from sde_diffusion.models.model import select
@@ -92,7 +92,105 @@ def test_pigdm_is_exact_from_where_there_is_no_signal_too(process, sampler):
     assert_close(made, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", [PiGDM, DiffPIR])
+ROOT = drawn(3, 3, seed=7) / 2
+COVARIANCE = ROOT @ ROOT.T + 0.05 * torch.eye(3).double()
+FRAME = sd.grids.frames.GaussianFrame.of(MEAN, COVARIANCE)
+
+
+def correlated(process):
+    return sd.exact.Gaussian(process, MEAN, COVARIANCE)
+
+
+OF_COVARIANCE = {
+    "covariance": lambda model, given: Kalman(model, given, model),
+    "frame": lambda model, given: Kalman(model, given, FRAME),
+    "model": MMPS,
+}
+
+
+@pytest.mark.parametrize("method", OF_COVARIANCE)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_known_covariance_gives_the_model_of_the_posterior_of_any_gaussian(process, method):
+    """For N(m, S), where PiGDM is wrong: the x0 and eps of the posterior, per sample too."""
+    process = PROCESSES[process]
+    guided = OF_COVARIANCE[method](correlated(process), MEASURED)
+    exact = correlated(process).given(MATRIX, Y[0], NOISE)
+    x = drawn(4, 3) * process.prior_std
+    for t in (0.95, 0.5, 0.1, 0.01):
+        level = level_of(process, t)
+        made, expected = guided(x, level), exact(x, level)
+        assert_close(made.x0, expected.x0, rtol=1e-9, atol=1e-9)
+        assert_close(made.eps, expected.eps, rtol=1e-9, atol=1e-9)
+    level = level_of(process, 0.5)
+    off = PiGDM(correlated(process), MEASURED)(x, level).x0 - exact(x, level).x0
+    assert off.abs().max() > 0.01
+    level = process.level(torch.tensor([0.1, 0.9, 0.4, 0.2], dtype=torch.float64), x)
+    assert_close(guided(x, level).x0, exact(x, level).x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", OF_COVARIANCE)
+def test_a_known_covariance_is_exact_without_noise_too(method):
+    """E[x0 | x, A x0 = y] = mean + C A^T (A C A^T)^-1 (y - A mean), C = Cov[x0 | x]."""
+    given, x = Measurement(Matrix(MATRIX), 0.0, Y), drawn(4, 3)
+    for t in (0.95, 0.5, 0.01):
+        level, eye = level_of(sd.VP(), t), torch.eye(3).double()
+        a, s = level.alpha, level.sigma
+        cov = s**2 * COVARIANCE @ torch.linalg.inv(a**2 * COVARIANCE + s**2 * eye)
+        mean = correlated(sd.VP())(x, level).x0
+        gain = cov @ MATRIX.T @ torch.linalg.inv(MATRIX @ cov @ MATRIX.T)
+        made = OF_COVARIANCE[method](correlated(sd.VP()), given)(x, level).x0
+        assert_close(made, mean + (Y - mean @ MATRIX.T) @ gain.T, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", OF_COVARIANCE)
+def test_contradictions_without_noise_are_met_in_the_mean(method):
+    """Two equal rows of A with different y: the nearest A x0, the mean of both."""
+    matrix, y = MATRIX[[0, 0, 1]], drawn(1, 3, seed=2)
+    model = correlated(sd.VP())
+    level, x = level_of(sd.VP(), 0.4), drawn(4, 3)
+    made = OF_COVARIANCE[method](model, Measurement(Matrix(matrix), 0.0, y))(x, level).x0
+    met = torch.stack([y[0, :2].mean(), y[0, 2]])[None]
+    wanted = OF_COVARIANCE[method](model, Measurement(Matrix(MATRIX), 0.0, met))(x, level).x0
+    assert_close(made, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", [sd.RectifiedFlow(), sd.Cosine()])
+def test_the_ends_of_a_path_are_exact_with_a_known_covariance(process):
+    """At alpha = 0 x0 is the posterior's mean; MMPS knows v I there. At sigma = 0 x0 is x."""
+    exact, x = correlated(process).given(MATRIX, Y[0], NOISE), drawn(4, 3)
+    for method in ("covariance", "frame"):
+        guided = OF_COVARIANCE[method](correlated(process), MEASURED)
+        made = guided(x, level_of(process, 1.0)).x0
+        assert_close(made, exact(x, level_of(process, 1.0)).x0, rtol=1e-9, atol=1e-9)
+    isotropic = sd.exact.Gaussian(process, MEAN, VARIANCE)
+    made = MMPS(isotropic, MEASURED, variance=VARIANCE)(x, level_of(process, 1.0)).x0
+    law = isotropic.given(MATRIX, Y[0], NOISE)
+    assert_close(made, law(x, level_of(process, 1.0)).x0, rtol=1e-9, atol=1e-9)
+    for method in OF_COVARIANCE.values():
+        for noise_std in (0.0, NOISE):
+            given = Measurement(Matrix(MATRIX), noise_std, Y)
+            made = method(correlated(process), given)(x, level_of(process, 0.0))
+            assert_close(made.x0, x, rtol=0, atol=1e-12)
+
+
+def test_moment_matching_has_the_covariance_of_a_mixture():
+    """E[x0 | x, y] for x0 given x ~ N(mean, C), with C of x0 given x by sums over the mixture."""
+    mixture = sd.exact.GaussianMixture(sd.VP(), [0.4, 0.6], drawn(2, 3, seed=2), [0.1, 0.3])
+    level, x = level_of(sd.VP(), 0.4), drawn(4, 3)
+    a, s = level.alpha, level.sigma
+    for k in range(4):
+        law = mixture.given(a * torch.eye(3).double(), x[k], s)  # x0 given x
+        weights = law.log_weights.exp()
+        mean = weights @ law.means
+        off = law.means - mean
+        cov = torch.einsum("k,kij->ij", weights, law.covariances)
+        cov = cov + torch.einsum("k,ki,kj->ij", weights, off, off)
+        whole = MATRIX @ cov @ MATRIX.T + NOISE**2 * torch.eye(2).double()
+        wanted = mean + cov @ MATRIX.T @ torch.linalg.solve(whole, Y[0] - MATRIX @ mean)
+        assert_close(MMPS(mixture, MEASURED)(x, level).x0[k], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [PiGDM, DiffPIR, MMPS])
 @pytest.mark.parametrize("sampler", [sd.AdaptiveODE(), sd.AdaptiveSDE()])
 def test_a_mask_of_each_sample_goes_with_it(sampler, method):
     """Solvers that ask about a part of the batch: each row as it is alone."""
@@ -107,6 +205,21 @@ def test_a_mask_of_each_sample_goes_with_it(sampler, method):
     assert_close(solved([0, 1, 2, 3]), alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", [PiGDM, DiffPIR, MMPS])
+def test_noise_of_each_sample_goes_with_it(method):
+    """Solvers that evaluate a part of the batch: each row as it is alone, with a number."""
+    model, x, y, noise = data(sd.VP()), drawn(4, 3), drawn(4, 2), [0.05, 0.3, 1.0, 0.0]
+
+    def solved(rows, noise_std):
+        given = Measurement(Matrix(MATRIX), noise_std, y[rows])
+        return sd.sample(method(model, given), sd.AdaptiveODE(), x[rows], seeds=rows)
+
+    alone = torch.cat([solved([k], noise[k]) for k in range(4)])
+    together = solved([0, 1, 2, 3], torch.tensor(noise, dtype=torch.float64))
+    assert_close(together, alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*(do not fit y|4 particles)")  # in four steps
 @pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "to mean", "by classifier"])
 def test_derivatives_are_found_in_inference_mode_too(method):
     model, chain, cost = data(sd.VP()), sd.Ancestral(), MEASURED.cost
@@ -248,7 +361,7 @@ def test_dps_corrects_each_step_by_the_gradient_through_the_model(name):
 
 
 def test_corrections_leave_no_graph_behind():
-    made = sd.sample(data(sd.VP()), DPS(sd.Ancestral(), MEASURED), drawn(4, 3), steps=3)
+    made = sd.sample(data(sd.VP()), DPS(sd.Ancestral(), MEASURED), drawn(4, 3), steps=30)
     assert not made.requires_grad
     assert not PiGDM(data(sd.VP()), MEASURED)(drawn(4, 3), level_of(sd.VP(), 0.5)).x0.requires_grad
 
@@ -259,6 +372,154 @@ def test_rows_take_their_measurements_with_them():
     for guided in (PiGDM(model, each), DiffPIR(model, each)):
         part = select(guided, index, x.ndim)(x[index], level).x0
         assert_close(part, guided(x, level).x0[index], rtol=0, atol=1e-12)
+
+
+def rounded(x0):
+    return (4 * x0 @ MATRIX.T).round() / 4
+
+
+WEIGHT = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))  # of an operator that is trained
+
+
+@pytest.mark.parametrize("operator", [
+    rounded, lambda x0: torch.sign(x0 @ MATRIX.T), lambda x0: (x0[:, :2] > 0).to(x0),
+    lambda x0: (x0 @ MATRIX.T).detach(), lambda x0: WEIGHT * rounded(x0),
+    lambda x0: rounded(WEIGHT.sum() * x0),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["PiGDM", "DiffPIR", "DPS", "SMC", "MMPS", "likelihood"])
+def test_an_operator_without_a_derivative_is_refused_by_every_method(method, operator):
+    """Its J^T v is 0 whatever v is; DPS would return the unguided sample."""
+    model, chain, given = data(sd.VP()), sd.Ancestral(), Measurement(operator, NOISE, Y)
+    function = LogLikelihood(lambda x0, y: -(operator(x0) - y).square().sum(1), Y)
+    args = {
+        "PiGDM": lambda: (PiGDM(model, given), chain),
+        "DiffPIR": lambda: (DiffPIR(model, given), chain),
+        "DPS": lambda: (model, DPS(chain, given)),
+        "SMC": lambda: (model, sd.inverse.SMC(given, 4)),
+        "MMPS": lambda: (MMPS(model, given), chain),
+        "likelihood": lambda: (model, DPS(chain, function)),
+    }[method]()
+    with pytest.raises(ValueError, match="must be differentiable; got one without derivatives"):
+        sd.sample(*args, drawn(4, 3), steps=4)
+
+
+def test_a_cost_without_a_derivative_is_refused():
+    for route in (BackpropCorrection, PosteriorMeanCorrection):
+        rule = route(sd.Heun(), lambda x0: (rounded(x0) - Y).norm(dim=1))
+        with pytest.raises(ValueError, match="cost must be differentiable"):
+            sd.sample(data(sd.VP()), rule, drawn(4, 3), steps=4)
+
+
+def test_a_classifier_without_a_derivative_is_refused():
+    guided = sd.models.ClassifierGuided(
+        data(sd.VP()), lambda x, level, y: -(rounded(x) - y).square().sum(1), Y
+    )
+    with pytest.raises(ValueError, match="log_prob must be differentiable"):
+        sd.sample(guided, sd.Heun(), drawn(4, 3), steps=4)
+
+
+class Once(torch.autograd.Function):
+    """x^2, with a derivative that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, v):
+        return 2 * ctx.saved_tensors[0] * v
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit y")
+def test_an_operator_that_is_differentiable_once_serves_dps():
+    given = Measurement(Once.apply, NOISE, drawn(1, 3))
+    made = sd.sample(data(sd.VP()), DPS(sd.Ancestral(), given), drawn(4, 3), steps=4)
+    assert made.isfinite().all()
+    likely = LogLikelihood(lambda x0, y: -Once.apply(x0 - y).sum(1), drawn(1, 3))
+    assert sd.sample(PiGDM(data(sd.VP()), likely), sd.Heun(), drawn(4, 3), steps=4).isfinite().all()
+
+
+def magnitudes(x0):
+    """|FFT| of a signal: phase retrieval."""
+    return torch.fft.fft(x0, n=2 * x0.shape[1]).abs()
+
+
+def test_samples_that_do_not_fit_y_are_named_with_residual_and_noise():
+    """The root mean square of y - A x0 is above 2 noise_std + 1 % of y."""
+    model = sd.exact.Gaussian(sd.VP(), torch.zeros(32).double(), 1.0)
+    y = magnitudes(drawn(1, 32, seed=6))
+    given = Measurement(magnitudes, 0.05, y)
+    with pytest.warns(RuntimeWarning, match=r"of 3 samples do not fit y") as found:
+        made = sd.sample(PiGDM(model, given), sd.Ancestral(), drawn(3, 32), steps=10)
+    residual = (y - magnitudes(made)).square().mean(1).sqrt()
+    assert residual.max() > 0.1 + 0.01 * y.square().mean().sqrt()
+    assert len(found) == 1
+    text = str(found[0].message)
+    assert f"{float(residual.max()):.3g} (root mean square) at row {int(residual.argmax())}" in text
+    assert "for noise_std 0.05" in text
+    assert found[0].filename == __file__
+
+
+def test_samples_of_the_posterior_fit_y():
+    """|r| / noise_std is below max(2 sqrt(m), sqrt(m) + 4.5) for m standard normals, all 20,000."""
+    for d in (1, 2, 8, 64):
+        x = drawn(20_000, d)
+        y = x + 0.3 * drawn(20_000, d, seed=1)
+        Measurement(torch.nn.Identity(), 0.3, y).after_run(x)
+        with pytest.warns(RuntimeWarning, match="do not fit"):  # noise_std is 6.5 times too small
+            Measurement(torch.nn.Identity(), 0.3 / 6.5, y).after_run(x)
+
+
+def test_half_precision_is_compared_in_single():
+    """100,000 squares of order 1 overflow float16."""
+    x = drawn(2, 100_000)
+    y = x + 0.3 * drawn(2, 100_000, seed=1)
+    Measurement(torch.nn.Identity(), 0.3, y.half()).after_run(x.half())
+    with pytest.warns(RuntimeWarning, match="do not fit"):
+        Measurement(torch.nn.Identity(), 0.1, y.half()).after_run(x.half())
+    Measurement(torch.nn.Identity(), 0.1, y.half()).check_linear(x.half(), "DiffPIR")
+
+
+RATE = 20.0
+
+
+def poisson(x0, y):
+    rate = RATE * torch.nn.functional.softplus(x0)
+    return (y * rate.log() - rate).sum(1)
+
+
+def test_samples_that_do_not_fit_a_likelihood_are_named():
+    """On average over y the square of the slope is the curvature (Bartlett's second identity): of
+    400 counts within 4.5 of its standard deviations, for samples of the law of the data."""
+    x = drawn(50, 400) / 2
+    counts = torch.poisson(
+        RATE * torch.nn.functional.softplus(x), generator=torch.Generator().manual_seed(3)
+    )
+    given = LogLikelihood(poisson, counts)
+    given.after_run(x)
+    with pytest.warns(
+        RuntimeWarning, match=r"50 of 50 samples do not fit y: the slope of log_prob"
+    ):
+        given.after_run(x + 0.5 * drawn(50, 400, seed=5))
+    model = sd.exact.Gaussian(sd.VP(), torch.zeros(400).double(), 0.25)
+    given = LogLikelihood(lambda x0, y: 20 * poisson(x0, y), counts[:1])
+    with pytest.warns(RuntimeWarning, match="do not fit y"):
+        sd.sample(PiGDM(model, given), sd.Heun(), drawn(2, 400), steps=8)
+
+
+@pytest.mark.parametrize("operator", [
+    magnitudes, torch.tanh, torch.abs, lambda x0: x0.clamp(-1, 1), lambda x0: x0 + 0.1 * x0**2,
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_method_for_linear_operators_refuses_others_and_takes_affine_ones(operator, dtype):
+    model, x = sd.exact.Gaussian(sd.VP(), torch.zeros(8), 1.0), drawn(2, 8).to(dtype)
+    given = Measurement(operator, 0.1, operator(x))
+    with pytest.raises(ValueError, match="operator must be linear for DiffPIR"):
+        sd.sample(DiffPIR(model, given), sd.Heun(), x, steps=4)
+    affine = Measurement(lambda x0: 3 - x0.flip(1), 0.1, x)
+    assert sd.sample(DiffPIR(model, affine), sd.Heun(), x, steps=20).isfinite().all()
 
 
 @pytest.mark.parametrize(("call", "says"), [
@@ -274,6 +535,12 @@ def test_rows_take_their_measurements_with_them():
     (lambda: PiGDM(data(sd.VP()), MEASURED, math.nan), "scale"),
     (lambda: PiGDM(data(sd.VP()), MEASURED, variance=0.0), "variance"),
     (lambda: DiffPIR(data(sd.VP()), MEASURED, 0.0), "lam"),
+    (lambda: MMPS(data(sd.VP()), MEASURED, 0), "rounds"),
+    (lambda: MMPS(data(sd.VP()), LogLikelihood(lambda x0, y: x0.sum(1), Y)), "a Measurement"),
+    (lambda: Kalman(data(sd.VP()), MEASURED, COVARIANCE), "an exact.Gaussian or GaussianFrame"),
+    (lambda: sd.sample(
+        Kalman(data(sd.VP()), MEASURED, sd.exact.Gaussian(sd.VP(), torch.zeros(5), 1.0)),
+        sd.Heun(), drawn(4, 3), steps=2), r"samples of shape \(5,\)"),
     (lambda: DPS(sd.Ancestral(), MEASURED, math.inf), "scale"),
     (lambda: BackpropCorrection(sd.Ancestral, MEASURED.cost), "sampler"),
 ])  # fmt: skip

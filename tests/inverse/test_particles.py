@@ -13,6 +13,9 @@ from sde_diffusion.inverse.operators import Matrix
 from sde_diffusion.inverse.smc import SMC
 from sde_diffusion.models.model import select
 
+# Clouds of so few particles are degenerate; what is tested of them holds for any number.
+pytestmark = pytest.mark.filterwarnings("ignore:.* clouds of [348] particles")
+
 
 def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -95,6 +98,28 @@ def test_clouds_know_nothing_of_each_other():
             data, SMC(select(each, rows, 2), 16), x[rows], steps=5, seeds=rows.tolist()
         )
         assert_close(both[rows], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit y")  # copies of a particle that does not
+@pytest.mark.parametrize(("particles", "d", "noise_std"), [(16, 200, 0.1), (64, 4, 1e-3)])
+def test_few_effective_particles_are_named(particles, d, noise_std):
+    """One particle carries all weight at a step: the end is one row, or close to it."""
+    data = sd.exact.Gaussian(sd.VP(), torch.zeros(d).double(), 1.0)
+    given, x = Measurement(torch.nn.Identity(), noise_std, drawn(1, d)), drawn(2 * particles, d)
+    sampler = SMC(given, particles)
+    with pytest.warns(RuntimeWarning, match=f"2 of 2 clouds of {particles} particles") as found:
+        states = list(sd.trajectory(data, sampler, x, steps=50, seeds=range(2 * particles)))
+    few = [str(each.message) for each in found if "effective" in str(each.message)]
+    least = float(states[-1].memory.least.min()) * particles
+    assert len(few) == 1
+    assert f"{least:.1f} were effective, fewer than 5" in few[0]
+    assert least < 5
+    shares = torch.stack([state.memory.effective for state in states])
+    assert (states[-1].memory.least <= shares.min(0).values).all()
+
+
+def test_enough_particles_pass_without_a_warning():
+    clouds(MEASURED, 256, 4, variance=VARIANCE)
 
 
 def test_one_call_a_step():

@@ -111,6 +111,23 @@ def test_exact_methods_are_indistinguishable_from_exact_samples():
         assert found.distances["W2"] < 0.05
 
 
+def test_a_known_covariance_is_exact_on_correlated_data_where_pigdm_is_not():
+    """Off by the .3 to .4 of a standard deviation that one variance for all directions costs."""
+    places = torch.arange(6).double()
+    data = sd.exact.Gaussian(sd.VP(), torch.zeros(6), 0.5 * 0.8 ** (places[:, None] - places).abs())
+    problem = Problem(
+        data, torch.eye(6).double()[:3], 0.3, torch.tensor([-0.5, -0.6, 0.1]).double()
+    )
+    for wrap, holds in (
+        (lambda m, z: methods.PiGDM(m, z, variance=0.5), False),
+        (lambda m, z: methods.Kalman(m, z, data), True),
+        (methods.MMPS, True),
+    ):
+        found = inverse(solved(wrap, sd.Heun(), 20), problem, samples=1024)
+        assert found.holds == holds, found
+        assert (found.distances["mean"] < 0.1) == holds
+
+
 def test_particles_come_within_a_twentieth_on_a_mixture():
     def smc(model, measurement, x, generator):
         return sd.sample(

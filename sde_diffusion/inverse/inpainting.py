@@ -126,7 +126,8 @@ class MaskedMSE:
         off = found > FAR * size
         if bool(off.any()):
             k = int(torch.where(off, found, 0).argmax())
-            warn_of_misfit(off, f"the RMSE is {float(found[k]):.3g} at row {k}, for |y| {float(size[k]):.3g}")
+            ratio = f"{float(found[k]):.3g} at row {k}, for |y| {float(size[k]):.3g}"
+            warn_of_misfit(off, f"the RMSE is {ratio}")
 
     def __call__(self, x0: Tensor) -> Tensor:
         off = torch.where(self.mask.to(x0.device) == 1, x0 - check_fits(self.y, x0, "x").to(x0), 0)

@@ -262,7 +262,8 @@ class LogLikelihood(Checked):
         off = (trace > 0) & (ratio > allowed)
         if bool(off.any()):
             k = int(torch.where(off, ratio, 0).argmax())
-            warn_of_misfit(off, f"the slope of log_prob is {float(ratio[k]):.3g} of its noise at row {k}")
+            slope = f"{float(ratio[k]):.3g} of its noise at row {k}"
+            warn_of_misfit(off, f"the slope of log_prob is {slope}")
 
     def log_likelihood(self, x0: Tensor) -> Tensor:
         return one_per_sample("log_prob", self.log_prob(x0, ordinary(self.y.to(x0))), x0)

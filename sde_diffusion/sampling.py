@@ -237,6 +237,10 @@ def given_times(model: Model, times: Tensor | Sequence[float]) -> Tensor:
         k, hint = wrong[0], "; reverse them" if len(wrong) == len(path) - 1 else ""
         got = f"times[{k}]={path[k]:g}, times[{k + 1}]={path[k + 1]:g}"
         raise ValueError(f"times must decrease from noise to data; got {got}{hint}")
+    steps = getattr(model.process, "chain_steps", None)
+    if steps and getattr(times, "dtype", None) == torch.float32:  # i/N, to the rounding of float32
+        nodes = (path * steps).round() / steps
+        path = torch.where((path - nodes).abs() <= 2.0**-24 * nodes, nodes, path)
     low, high, only = trained_range(model)
     log_snr = model.process.log_snr(path[:-1])
     slack = SLACK * (1 + log_snr.abs())

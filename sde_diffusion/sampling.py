@@ -387,6 +387,10 @@ def given_times(model: Model, times: Tensor | Sequence[float], up: bool) -> Tens
         hint = f"{hint}, or use encode" if hint and not up else hint
         raise ValueError(f"times must {rule}; got {got}{hint}")
     path = path.flip(0) if up else path
+    steps = getattr(model.process, "chain_steps", None)
+    if steps and getattr(times, "dtype", None) == torch.float32:  # i/N, to the rounding of float32
+        nodes = (path * steps).round() / steps
+        path = torch.where((path - nodes).abs() <= 2.0**-24 * nodes, nodes, path)
     called = path[path > 0] if up else path[:-1]
     low, high, only = trained_range(model)
     log_snr = model.process.log_snr(called)

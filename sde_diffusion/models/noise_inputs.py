@@ -73,8 +73,7 @@ class WholeTimestep(TimestepIndex):
         step = double(super().__call__(level))
         if transformed(step):  # whole numbers cannot be found without reading
             return step.float()
-        # Times may have been computed in float32: i/N is then known to 2^-23 of a time.
-        near = 1e-6 + self.num_steps * 2.0**-23 if isinstance(level.t, float) else 1e-3
+        near = 1e-6 if isinstance(level.t, float) else 1e-3  # times of tensors may be float32
         if bool((step < self.counts_from - near).any()):
             first, got = 1 / self.num_steps, float(double(level.t).min())
             raise ValueError(f"t must be at least 1/N = {first:g}, the first step; got t={got:g}")

@@ -591,6 +591,7 @@ CORRECTED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*do not fit y")  # in 3 steps
 @pytest.mark.parametrize("small", [4096, 0])
 @pytest.mark.parametrize("name", GUIDED | CORRECTED)
 def test_derivatives_go_through_guidance(name, small, monkeypatch):

@@ -281,7 +281,12 @@ class DDPM:
         return coordinates((penalty or L2())(error)).mean(1)
 
     @validate.arguments
-    def negative_elbo(self, x0: FloatBatch, *, generator: torch.Generator | None = None) -> Tensor:
+    def negative_elbo(
+        self,
+        x0: Annotated[FloatBatch, finite],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """|eps - eps_model(x_i, i)|^2 at one i drawn from 1 .. N for each sample: (B,).
 
         The simplified bound of Ho et al. 2020, eq. 14, minimized in Algorithm 1: a sum over
@@ -321,7 +326,7 @@ class DDPM:
     @validate.arguments
     def bound(
         self,
-        x0: FloatBatch,
+        x0: Annotated[FloatBatch, finite],
         *,
         variance: Variance = "beta",
         generator: torch.Generator | None = None,

@@ -186,14 +186,18 @@ def walk(
         with recorded() if grad else torch.no_grad(), evaluating(modules):
             return sampler.step(model, x, t, s, noise, memory)
 
+    start, version = x, None if x.is_inference() else x._version
     for t, s in pairwise(levels):
         if grad == "checkpoint":
             draws: list[Any] = []  # in the backward pass the step repeats them
-            again = partial(repeated, step, x, t, s, source, memory, draws)
+            again = partial(replayed, step, x, t, s, source, memory, draws)
             with recorded():
                 x, memory = checkpoint(again, use_reentrant=False)
         else:
             x, memory = step(x, t, s, source, memory)
+        if version is not None and start._version != version:
+            rule = "not write into its input, as with inplace=True in a first layer"
+            raise ValueError(f"model must {rule}; got an x changed by {type(sampler).__name__}")
         if s is levels[-1]:
             warn_of_divergence(x.to(dtype), type(sampler).__name__)
         yield Sample(x.to(dtype), s.t, memory)
@@ -201,7 +205,7 @@ def walk(
         call_each("after_run", x.detach(), model, sampler)
 
 
-def repeated(
+def replayed(
     step: Callable[..., Any], x: Tensor, t: Level[float], s: Level[float], source: Noise,
     memory: Memory, draws: list[Any],
 ) -> Any:  # fmt: skip

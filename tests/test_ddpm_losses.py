@@ -57,6 +57,13 @@ def test_a_ddpm_and_its_denoiser_are_one_network_in_training():
         assert_close(losses["discrete"](), losses["continuous"](), **TIGHT)
 
 
+@pytest.mark.parametrize("name", ["bound", "negative_elbo"])
+def test_a_likelihood_of_nan_is_refused(name):
+    model = sd.DDPM(sd.exact.Gaussian(sd.Discrete.linear(4)))
+    with pytest.raises(ValueError, match="x0 must be finite; got nan or infinity"):
+        getattr(model, name)(torch.tensor([[0.0, float("nan")]]))
+
+
 def test_negative_elbo_is_unbiased(generator):
     """E|eps - eps_hat|^2 = abar S / (abar S + 1 - abar) a coordinate, for N(m, S) and its model."""
     chain, n = CHAINS["cosine"], 40_000

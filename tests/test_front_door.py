@@ -312,6 +312,33 @@ def test_a_network_that_returns_a_record_is_unwrapped_by_denoiser_and_adopt():
     assert_close(sd.adopt(FromElsewhere(), chain)(X, level).eps, 0.5 * X)
 
 
+class Returning(nn.Module):
+    """A network whose output is a function of x."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made, self.weight = made, nn.Parameter(torch.ones(1))
+
+    def forward(self, x, c):
+        return self.made(x)
+
+
+@pytest.mark.parametrize("made", [lambda x: x.long(), lambda x: x + 1j, lambda x: {"sample": x}])
+def test_a_network_returns_floats(made):
+    """Integers and complex numbers would be cast: their rest would be dropped without a word."""
+    with pytest.raises(TypeError, match="output of the network must be a tensor of floats; got"):
+        run(sd.Denoiser(Returning(made), VP))
+
+
+@pytest.mark.parametrize("sampler", [sd.Heun(), sd.Ancestral(), sd.AdaptiveODE()])
+def test_a_network_that_writes_into_its_input_is_refused(sampler):
+    """As a ReLU(inplace=True) in front does: the user's batch and every state would be wrong."""
+    model = sd.Denoiser(Returning(lambda x: x.mul_(0.9)), VP)
+    steps = {} if sampler.claims.adaptive else {"steps": 3}
+    with pytest.raises(ValueError, match="model must not write into its input, as with inplace"):
+        sd.sample(model, sampler, X.clone(), **steps)
+
+
 def test_an_empty_batch_goes_through_every_network():
     for network, shape in (
         (sd.networks.UNet(channels=(32, 64), blocks=1), (0, 1, 8, 8)),

@@ -161,7 +161,7 @@ def idx_array(path: Path) -> Tensor:
     return values
 
 
-def colour(name: str, value: str) -> None:
+def check_colour(name: str, value: str) -> None:
     """Rule of opaque colours that PIL knows."""
     from PIL import ImageColor
 
@@ -180,7 +180,7 @@ def image_folder(
     size: Count,
     *,
     data_class: str | None = None,
-    background: Annotated[str, colour] = "white",
+    background: Annotated[str, check_colour] = "white",
 ) -> Images:
     """Load images in folders named after their classes, as torchvision's ImageFolder does.
 

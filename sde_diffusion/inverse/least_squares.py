@@ -46,11 +46,11 @@ class Linearized:
     def check_linear(self) -> None:
         """Refuse an operator whose A depends on x0: A is a constant in derivatives."""
         with recorded():
-            pulled = self.transposed(uneven(self.seen), twice=True)
+            pulled = self.transposed(unequal(self.seen), twice=True)
         if not pulled.requires_grad:
             return
         (slope,) = torch.autograd.grad(
-            pulled, self.x0, uneven(pulled), retain_graph=True, materialize_grads=True
+            pulled, self.x0, unequal(pulled), retain_graph=True, materialize_grads=True
         )
         if bool((slope != 0).any()):
             raise ValueError("operator must be linear to differentiate the solution; got another")
@@ -64,7 +64,7 @@ class Linearized:
         return made[:1] if bool((made == made[:1]).all()) else made
 
 
-def uneven(like: Tensor) -> Tensor:
+def unequal(like: Tensor) -> Tensor:
     """Return different numbers, shaped like `like`, whose products do not cancel."""
     return torch.linspace(1, 2, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
 

@@ -25,7 +25,7 @@ from sde_diffusion.models.derivatives import (
     recorded,
 )
 from sde_diffusion.models.model import finite, per_sample_field
-from sde_diffusion.processes.level import Scalar, coordinates, per_sample
+from sde_diffusion.processes.level import Scalar, coordinates, per_sample, wide
 from sde_diffusion.validate import Checked, FloatBatch, Kind, shown
 
 __all__ = ["LogLikelihood", "Measurement", "Observation"]
@@ -75,11 +75,6 @@ def is_y(name: str, value: Any) -> None:
 def real(y: Tensor) -> Tensor:
     """Return a complex tensor as real and imaginary part, in a new last axis."""
     return torch.view_as_real(y) if y.is_complex() else y
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x in at least float32, in which squares do not overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)

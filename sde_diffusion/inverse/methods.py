@@ -24,6 +24,7 @@ from sde_diffusion.inverse.corrections import BackpropCorrection, Differentiable
 from sde_diffusion.inverse.least_squares import Linearized, conjugate_gradients, least_squares
 from sde_diffusion.inverse.measurements import IS_OBSERVATION, Measurement, Observation
 from sde_diffusion.models import X0, Prediction, conditions
+from sde_diffusion.models.derivatives import in_graph
 from sde_diffusion.models.guidance import Guided, with_added_score
 from sde_diffusion.processes import Level
 from sde_diffusion.processes.level import per_sample, posterior_variance
@@ -145,6 +146,8 @@ class MMPS(Guided):
     variance: Positive = 1.0
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
+        if in_graph(x):
+            raise ValueError("grad must be False for MMPS, which has no derivative; got True")
         at = Differentiable.of(self.model, x, level, cond)
         x0, scale = at.x0.detach(), level.sigma**2
         operator, ridge = Linearized(self.measurement, x0), self.measurement.noise_variance(x0)
@@ -199,7 +202,8 @@ class DiffPIR(Guided):
         found = conditions.evaluate(self.model, x, level, cond)
         x0, noise = found.x0, self.measurement.noise_variance(x) * self.lam
         if isinstance(noise, Tensor):
-            spread, ridge = torch.where(noise > 0, level.sigma**2, 1.0), noise * level.alpha**2
+            spread = torch.where(noise > 0, level.sigma**2, torch.ones_like(noise))
+            ridge = noise * level.alpha**2
         elif noise:  # both sides times lam alpha^2: finite at both ends
             spread, ridge = level.sigma**2, noise * level.alpha**2
         else:

@@ -142,7 +142,7 @@ class ClassifierFree(Guided):
             return w
         if isinstance(level.alpha, Tensor):
             r = level.sigma / level.alpha
-            return torch.where((low <= r) & (r <= high), w, 1.0).to(x)
+            return torch.where((low <= r) & (r <= high), w, x.new_ones(())).to(x)
         r = level.sigma / level.alpha if level.alpha else math.inf
         return w if low <= r <= high else 1.0
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.processes.level import Level, Scalar, readable, wide
+from sde_diffusion.validate import shown
 
 __all__ = ["Parameterization", "Prediction", "from_network", "truth"]
 
@@ -79,7 +80,7 @@ class Prediction:
             a, b = a + of_eps * c, b + of_eps * d
         first, second = wide(self.first), wide(self.second)
         if isinstance(a, float) and isinstance(b, float):
-            check_size(max(abs(a), abs(b)), first.dtype, self.level)
+            check_overflow(max(abs(a), abs(b)), first.dtype, self.level)
         if is_zero(a):
             made = second * b
         elif is_zero(b):
@@ -143,8 +144,8 @@ def from_network(x: Tensor, out: Any, level: Level, meaning: Parameterization) -
             has such a tensor first, or an object that has it as `sample`.
     """
     out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the output of the network must be a tensor; got {out!r:.80}")
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(f"the output of the network must be a tensor of floats; got {shown(out)}")
     out = out.to(x.dtype)
     if out.shape == x.shape:
         return Prediction(x, out, level, meaning)
@@ -160,7 +161,7 @@ def is_zero(scalar: Scalar) -> bool:
     return isinstance(scalar, float) and scalar == 0.0
 
 
-def check_size(coefficient: float, dtype: torch.dtype, level: Level) -> None:
+def check_overflow(coefficient: float, dtype: torch.dtype, level: Level) -> None:
     """Refuse a coefficient that overflows the dtype of the batch, such as 1 / alpha."""
     if not coefficient <= torch.finfo(dtype).max:
         at = f"alpha = {level.alpha:.2g}, sigma = {level.sigma:.2g}"

@@ -283,10 +283,10 @@ class ODEWalk:
 
     def change(self, ratio: Tensor, before: Tensor, order: Tensor) -> Tensor:
         """Factor of the next step by PI control (Hairer & Wanner 1996, IV.2)."""
-        solver, power = self.solver, 1 / (order + 1)
+        solver, power = self.solver, (order + 1).float().reciprocal()
         trend = torch.where(ratio <= 1, before / ratio, 1)
         wanted = (solver.AIM / ratio) ** power * trend ** (solver.DAMPING * power)
-        longest = torch.where(order < solver.k, solver.RISING, solver.LONGEST)
+        longest = torch.where(order < solver.k, solver.RISING, solver.LONGEST).float()
         return wanted.nan_to_num(posinf=torch.inf).clamp(min=solver.SHORTEST).minimum(longest)
 
     def bounded(self, h: Tensor, u: Tensor) -> Tensor:

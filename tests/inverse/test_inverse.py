@@ -581,6 +581,7 @@ GUIDED = {
     "pigdm without noise": PiGDM(NET, Measurement(Matrix(MATRIX), 0.0, Y)),
     "pigdm of a likelihood": PiGDM(NET, LogLikelihood(lambda x0, y: log_prob(x0, None, y), Y)),
     "diffpir": DiffPIR(NET, MEASURED),
+    "kalman": Kalman(NET, MEASURED, sd.exact.Gaussian(sd.VP(), torch.zeros(3), 0.1 + torch.eye(3))),
     "diffpir of a classifier": DiffPIR(sd.models.ClassifierGuided(NET, log_prob, Y), MEASURED),
     "classifier of pigdm": sd.models.ClassifierGuided(PiGDM(NET, MEASURED), log_prob, Y),
     "on another process": sd.match(sd.models.ClassifierGuided(NET, log_prob, Y), sd.EDM()),
@@ -619,6 +620,11 @@ def test_derivatives_go_through_guidance(name, small, monkeypatch):
         x.requires_grad_(False)
     assert slopes[0] == pytest.approx(expected, rel=1e-6)
     assert slopes[1] == slopes[0]
+
+
+def test_moment_matching_has_no_derivative():
+    with pytest.raises(ValueError, match="grad must be False for MMPS, which has no derivative"):
+        sd.sample(MMPS(NET, MEASURED), sd.Heun(), drawn(4, 3), steps=2, grad=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*do not fit y")  # in 2 steps

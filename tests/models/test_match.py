@@ -177,7 +177,9 @@ def test_an_adopted_network_is_asked_for_its_own_integer_steps():
 def test_a_network_may_answer_with_a_tuple_and_not_with_nothing():
     level, x = levels(CHAIN, 0.5)[0], normal(2, 1)
     assert torch.equal(sd.adopt(lambda x, step: (x,), CHAIN)(x, level).eps, x)
-    with pytest.raises(TypeError, match="the output of the network must be a tensor; got None"):
+    with pytest.raises(
+        TypeError, match="the output of the network must be a tensor of floats; got None"
+    ):
         sd.adopt(lambda x, step: None, CHAIN)(x, level)
 
 

@@ -44,6 +44,17 @@ def test_the_exact_gaussian_map_within_ten_tolerances(name, tolerance):
     assert float((made - model.flow(x, 1.0, 0.0)).abs().max()) <= 10 * tolerance
 
 
+def test_steps_do_not_depend_on_torchs_default_dtype():
+    """1 / an integer tensor has the default dtype; the samples moved by 1e-6 with it."""
+    x, before = start(dtype=torch.float32), torch.get_default_dtype()
+    made = sd.sample(MODES, sd.AdaptiveODE(), x)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(sd.sample(MODES, sd.AdaptiveODE(), x), made)
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES.keys())
 def test_every_frame_has_the_flow_of_a_mixture_for_its_limit(frame):
     """The RMS, over samples of which a few grow an error on a border, within ten tolerances."""

@@ -38,7 +38,7 @@ OTHER = {
 }  # fmt: skip
 
 
-class Injected(TorchFunctionMode):
+class Injection(TorchFunctionMode):
     """Replaces torch's normal draws by `noise` for the batch x, at the time of the last call."""
 
     NORMAL = ("randn", "randn_like", "normal", "normal_")
@@ -87,7 +87,7 @@ class PeerModel:
     """The model as a function of x = alpha x_0 + sigma eps in the peer's coordinates."""
 
     model: Model
-    injected: Injected
+    injected: Injection
 
     def __call__(self, x: Tensor, alpha: float, sigma: float) -> Prediction:
         there = peer_level(alpha, sigma)
@@ -158,7 +158,7 @@ class OneStep(Checked, ABC):
         memory: Memory,
     ) -> tuple[Tensor, Memory]:  # fmt: skip
         check_down(self, t, s)
-        with Injected(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
+        with Injection(str(self), noise, x, t.t, s.t) as injected, torch.no_grad():
             end, remark = self._loop(PeerModel(model, injected), x.clone())
         return end.to(x), Remark(remark)
 

@@ -388,7 +388,8 @@ def backward_strip(config: Config, denoiser: sd.Denoiser, x: Tensor) -> dict[int
         times = torch.arange(start, -1, -1, dtype=torch.float64) / config.time_steps
         path = sd.trajectory(denoiser, chosen(config), x, times=times, seeds=seeds)
         chain = (state.x for state in path)
-    states = dict(zip(range(start, -1, -1), (x, *chain), strict=True))
+    with command.unwarned():
+        states = dict(zip(range(start, -1, -1), (x, *chain), strict=True))
     command.finite(states[0], config.sampler)
     return {percent: states[i] for percent, i in reversed(marks(config).items())}
 

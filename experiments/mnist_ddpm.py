@@ -178,7 +178,8 @@ def draw(config: Config, denoiser: sd.Denoiser) -> None:
     runs = side_by_side(ddpm.num_steps)
     print(f"16 digits by Algorithm 2, 8 by each of {', '.join(runs)} -> {config.out}", flush=True)
     start = time.perf_counter()
-    with command.network_calls(denoiser.network, "Algorithm 2", ddpm.num_steps):
+    bar = command.network_calls(denoiser.network, "Algorithm 2", ddpm.num_steps)
+    with bar, command.unwarned():
         x = ddpm.sample((16, 1, 28, 28), variance=config.variance, seeds=seeds, device=device)
     command.finite(x, "Algorithm 2")
     print(f"16 digits in {ddpm.num_steps} steps, {time.perf_counter() - start:.1f} s")

@@ -161,6 +161,7 @@ def draw(config: Config, denoiser: sd.Denoiser, device: torch.device) -> None:
     start, drawn, film = time.perf_counter(), [], []
     with (
         bf16 if config.dtype == "bf16" else nullcontext(),
+        command.unwarned(),
         command.network_calls(denoiser.network, config.sampler) as bar,
     ):
         for chunk in chunks:

@@ -196,8 +196,8 @@ def walk(
         else:
             x, memory = step(x, t, s, source, memory)
         if version is not None and start._version != version:
-            rule = "not write into its input, as with inplace=True in a first layer"
-            raise ValueError(f"model must {rule}; got an x changed by {type(sampler).__name__}")
+            advice = "look for inplace=True in a first layer"
+            raise ValueError(f"x must not be changed by the model or {sampler}; got one; {advice}")
         if s is levels[-1]:
             warn_of_divergence(x.to(dtype), type(sampler).__name__)
         yield Sample(x.to(dtype), s.t, memory)

@@ -335,7 +335,7 @@ def test_a_network_that_writes_into_its_input_is_refused(sampler):
     """As a ReLU(inplace=True) in front does: the user's batch and every state would be wrong."""
     model = sd.Denoiser(Returning(lambda x: x.mul_(0.9)), VP)
     steps = {} if sampler.claims.adaptive else {"steps": 3}
-    with pytest.raises(ValueError, match="model must not write into its input, as with inplace"):
+    with pytest.raises(ValueError, match="x must not be changed by the model or"):
         sd.sample(model, sampler, X.clone(), **steps)
 
 

@@ -79,6 +79,12 @@ PARAMETERS = {
 }
 
 
+def falling(betas: tuple[float, ...]) -> bool:
+    """True if every beta lowers the log-SNR in float64: a process that is flat is refused."""
+    log_snr = sd.Discrete(betas).log_snr(torch.arange(len(betas) + 1).double() / len(betas))
+    return bool((log_snr.diff()[1:] < 0).all())
+
+
 def tables(**limits) -> st.SearchStrategy[tuple[float, ...]]:
     """Betas of chains that have an SDE: with beta_1 = 1 there is no time before t_max = 0."""
     return betas(**limits).filter(lambda table: table[0] < 1)

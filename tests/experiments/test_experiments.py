@@ -441,7 +441,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 )  # fmt: skip
 @pytest.mark.parametrize("script", ["mnist_vp", "toy2d", "import_weights"])
 def test_an_out_that_no_folder_can_have_is_refused_before_any_work(script, out):
-    needed = ("--weights", "a.pt", "--like", "b.st") if script == "import_weights" else ()
+    there = Path(__file__)  # any files that exist
+    needed = ("--weights", there, "--like", there) if script == "import_weights" else ()
     out = f"{out}.safetensors" if needed else out
     done = run(script, *needed, "--out", out)
     assert_refused(done, "--out: ", out, kept=True)

@@ -201,12 +201,12 @@ def test_data_without_spread_are_refused(make):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_an_alpha_whose_inverse_overflows_is_named_as_alpha_0_is(dtype):
-    """1 / 8e-40 is above the largest float32 and float16; in float64 it is a number."""
+    """1 / 8e-40 is above the largest float32, in which float16 is computed, too."""
     process = sd.VP(beta_max=360.0)
     x = torch.ones(2, 3, dtype=dtype)
     (level,) = process.levels(torch.tensor([1.0]))
     for meaning in (sd.Eps(), sd.Score()):
-        with pytest.raises(ValueError, match=rf"overflows {dtype} at alpha = 8e-40.*use V, X0"):
+        with pytest.raises(ValueError, match=r"overflows torch.float32 at alpha = 8e-40"):
             _ = Prediction(x, x, level, meaning).x0
         with pytest.raises(ValueError, match="not defined at alpha = 0"):
             _ = Prediction(x, x, process.level(1.0, x), meaning).x0

@@ -120,7 +120,7 @@ def test_a_batch_without_dimensions_is_one_named_error(samplers, data):
     x = torch.tensor(data.draw(st.floats(-3, 3)), dtype=data.draw(st.sampled_from(draws.FLOATS)))
     job = data.draw(draws.jobs(x, samplers))
     refused(lambda: job.run(x), r"x must be a floating-point batch \(B, ...\); got shape \(\)")
-    chain = data.draw(draws.betas(max_steps=40))
+    chain = data.draw(draws.betas(max_steps=40, low=1e-4, high=0.99))
     ddpm = sd.DDPM(sd.exact.Gaussian(sd.Discrete(chain)))
     i = data.draw(st.integers(1, len(chain)))
     for attempt in (

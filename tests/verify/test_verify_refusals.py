@@ -263,5 +263,5 @@ def test_a_sampler_that_changes_its_input_is_refused():
             made, memory = super().step(model, x, t, s, noise, memory)
             return x.copy_(made), memory
 
-    with pytest.raises(verify.NotAffine, match=r"InPlace.* changes the batch that it is given"):
+    with pytest.raises(ValueError, match=r"x must not be changed by the model or .*InPlace"):
         verify.law(InPlace(eta=0.0), DATA, steps=3)

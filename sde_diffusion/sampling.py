@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion import validate
@@ -158,7 +158,9 @@ def states(
         check_conditions(model, cond, len(x))
     check_grad(sampler, x, cond, grad)
     process, end = model.process, end_time(model)
-    call_each("before_run", x, model, sampler)
+    modules = modules_of(model, sampler)
+    with evaluating(modules):
+        call_each("before_run", x, model, sampler)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
@@ -167,18 +169,18 @@ def states(
         wrapped = KnownBelow(wrapped, x, end)
     elif sampler.claims.adaptive and end > 0:
         wrapped = HeldBelow(wrapped, end)
-    return walk(wrapped, sampler, x, levels, source, grad)
+    return walk(wrapped, sampler, x, levels, source, grad, modules)
 
 
 def walk(
     model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise,
-    grad: bool | str,
+    grad: bool | str, modules: Sequence[nn.Module],
 ) -> Iterator[Sample]:  # fmt: skip
     """Run the loop of `trajectory`, whose arguments are checked before the first step.
 
     In half precision small steps would change nothing, so the state is kept in float32.
     """
-    modules, memory, dtype, x = modules_of(model, sampler), None, x.dtype, wide(x)
+    memory, dtype, x = None, x.dtype, wide(x)
     if grad and not x.requires_grad:  # so that gradients of guidances have those by weights
         x = leaf(x)
 
@@ -202,7 +204,8 @@ def walk(
             warn_of_divergence(x.to(dtype), type(sampler).__name__)
         yield Sample(x.to(dtype), s.t, memory)
     if levels[-1].t == 0:
-        call_each("after_run", x.detach(), model, sampler)
+        with evaluating(modules):
+            call_each("after_run", x.detach(), model, sampler)
 
 
 def replayed(

@@ -182,7 +182,7 @@ class DDPM:
     @validate.arguments
     def p_sample(
         self,
-        x: FloatBatch,
+        x: Annotated[FloatBatch, finite],
         i: Index,
         *,
         variance: Variance = "beta",

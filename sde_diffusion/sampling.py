@@ -20,7 +20,7 @@ from sde_diffusion import validate
 from sde_diffusion.grids import Grid
 from sde_diffusion.grids.grid import IS_GRID, cut
 from sde_diffusion.models import conditions
-from sde_diffusion.models.derivatives import leaf, recorded
+from sde_diffusion.models.derivatives import leaf, ordinary, recorded
 from sde_diffusion.models.model import (
     IS_MODEL,
     Bound,
@@ -160,7 +160,7 @@ def states(
     process, end = model.process, end_time(model)
     modules = modules_of(model, sampler)
     with evaluating(modules):
-        call_each("before_run", x, model, sampler)
+        call_each("before_run", wide(x), model, sampler)
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
@@ -180,7 +180,7 @@ def walk(
 
     In half precision small steps would change nothing, so the state is kept in float32.
     """
-    memory, dtype, x = None, x.dtype, wide(x)
+    memory, dtype, x = None, x.dtype, ordinary(wide(x))
     if grad and not x.requires_grad:  # so that gradients of guidances have those by weights
         x = leaf(x)
 
@@ -188,8 +188,8 @@ def walk(
         with recorded() if grad else torch.no_grad(), evaluating(modules):
             return sampler.step(model, x, t, s, noise, memory)
 
-    start, version = x, None if x.is_inference() else x._version
     for t, s in pairwise(levels):
+        given, version = x, None if x.is_inference() else x._version
         if grad == "checkpoint":
             draws: list[Any] = []  # in the backward pass the step repeats them
             again = partial(replayed, step, x, t, s, source, memory, draws)
@@ -197,7 +197,7 @@ def walk(
                 x, memory = checkpoint(again, use_reentrant=False)
         else:
             x, memory = step(x, t, s, source, memory)
-        if version is not None and start._version != version:
+        if version is not None and given._version != version:
             advice = "look for inplace=True in a first layer"
             raise ValueError(f"x must not be changed by the model or {sampler}; got one; {advice}")
         if s is levels[-1]:
@@ -222,7 +222,8 @@ def call_each(hook: str, x: Tensor, *wholes: Model | Sampler) -> None:
     `before_run` refuses arguments that need the batch to be checked; `after_run` warns of samples
     at t = 0 that do not fit a measurement.
     """
-    for part in {id(part): part for whole in wholes for part in parts(whole)}.values():
+    found = {id(part): part for whole in wholes for part in parts(whole)}
+    for part in reversed(found.values()):  # inner ones first
         getattr(part, hook, lambda _: None)(x)
 
 

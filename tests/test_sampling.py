@@ -229,6 +229,30 @@ def test_samples_on_a_gpu_are_those_of_the_cpu(sampler):
     assert_close(there.cpu(), here, rtol=1e-6, atol=1e-6)
 
 
+def test_the_caller_may_write_into_the_batch_that_it_gave():
+    x, model = torch.ones(2, 3), network()
+    expected = sd.sample(model, sd.Heun(), x, steps=3)
+    for state in sd.trajectory(model, sd.Heun(), x, steps=3):
+        x.copy_(state.x)
+    assert torch.equal(x, expected)
+
+
+def test_hooks_are_found_inside_any_object_and_in_circles():
+    """The method in the field of a plain class is checked as the bare one is."""
+
+    class Around:
+        def __init__(self, model):
+            self.model, self.process, self.parent = model, model.process, self
+
+        def __call__(self, x, level):
+            return self.model(x, level)
+
+    measurement = sd.inverse.Measurement(lambda x0: x0**3, 0.1, torch.ones(1, 3))
+    model = Around(sd.inverse.DiffPIR(network(), measurement))
+    with pytest.raises(ValueError, match="operator must be linear for DiffPIR"):
+        sd.sample(model, sd.Heun(), torch.ones(2, 3), steps=2)
+
+
 def test_the_grad_mode_of_the_caller_is_left_alone():
     states = sd.trajectory(network(), sd.Adams(1), torch.ones(2, 3), steps=3)
     for state in states:

@@ -25,7 +25,7 @@ __all__ = [
 
 Array = Tensor | np.ndarray
 
-LARGEST, SMALLEST = 16.0, 0.01  # sizes of data beside noise of standard deviation 1
+LARGEST, SMALLEST = 8.0, 0.01  # root mean squares of data beside noise of standard deviation 1
 
 
 def as_tensor(name: str, value: object) -> Tensor:
@@ -157,7 +157,7 @@ def warn_of_size(name: str, x: Tensor, smallest: float = SMALLEST) -> None:
     if not x.numel():
         return
     low, high = (float(end) for end in x.detach().aminmax())
-    size = max(-low, high)
+    size = float(x.detach().float().square().mean().sqrt())  # an outlier is no scale
     if math.isfinite(low + high) and (size > LARGEST or 0 < size < smallest):
         what = f"{name} has values from {low:g} to {high:g}, beside noise of standard deviation 1"
         warn(f"{what}; scale images to [-1, 1], other data by data.standardized")

@@ -6,7 +6,8 @@ Nothing is imported by name, and nothing is called but the classes of a table.
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from functools import cached_property
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +22,12 @@ def to_record(value: Any) -> dict[str, Any]:
     """Convert a dataclass instance to JSON."""
     if not is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"a saved part must be a dataclass instance; got {value!r:.80}")
+    names = {field.name for field in fields(value)}
+    for name in vars(value):
+        cached = isinstance(getattr(type(value), name, None), cached_property)
+        if not (name in names or name.startswith("_") or cached or isinstance(value, nn.Module)):
+            kind = type(value).__name__
+            raise TypeError(f"{kind} must be a dataclass with all its attributes; got {name!r}")
     return {"class": type(value).__name__, **asdict(value)}
 
 

@@ -34,6 +34,16 @@ from sde_diffusion.validate import Cond, Count, Kind, Number, Positive, argument
 __all__ = ["DPS", "MMPS", "DiffPIR", "GaussianData", "Kalman", "PiGDM"]
 
 
+def check_unconditioned(model: object) -> None:
+    """Refuse a model with other evidence, whose variance is another."""
+    while model is not None:
+        if getattr(model, "conditioned", False):
+            rule = "not be conditioned on other evidence: the variance is then another"
+            got = f"{type(model).__name__}; stack both measurements in one operator"
+            raise ValueError(f"model must {rule}; got {got}")
+        model = getattr(model, "model", None)
+
+
 @dataclass(frozen=True, eq=False)
 class PiGDM(Guided):
     r"""Pseudoinverse-guided diffusion (Song et al. 2023): adds the score of y in closed form.
@@ -67,13 +77,7 @@ class PiGDM(Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inner = self.model
-        while inner is not None:
-            if getattr(inner, "conditioned", False):
-                rule = "not be conditioned on other evidence: the variance is then another"
-                got = f"{type(inner).__name__}; stack both measurements in one operator"
-                raise ValueError(f"model must {rule}; got {got}")
-            inner = getattr(inner, "model", None)
+        check_unconditioned(self.model)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         at = Differentiable.of(self.model, x, level, cond)
@@ -110,12 +114,19 @@ class Kalman(Guided):
             GaussianFrame.of(mean, covariance) or GaussianFrame.pretrained("mnist").
     """
 
+    conditioned: ClassVar = True
+
     measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
     data: Annotated[GaussianData, Kind("an exact.Gaussian or GaussianFrame", "posterior_root")]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_unconditioned(self.model)
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         found, root = conditions.evaluate(self.model, x, level, cond), self.data.posterior_root
         x0, given = found.x0, self.measurement
+        given.check_constant(x0)
         scaled, _ = least_squares(
             lambda u: given(x0 + root(u, level)), torch.zeros_like(x0), given.residual(x0), 1.0,
             given.noise_variance(x0),
@@ -141,13 +152,16 @@ class MMPS(Guided):
         variance: v, where alpha = 0.
     """
 
+    conditioned: ClassVar = True
+
     measurement: Annotated[Measurement, Kind("a Measurement", "solve")]
     rounds: Count = 10
     variance: Positive = 1.0
 
     def __call__(self, x: Tensor, level: Level, cond: Cond | None = None) -> Prediction:
         if in_graph(x):
-            raise ValueError("grad must be False for MMPS, which has no derivative; got True")
+            advice = "no method around it may need one"
+            raise ValueError(f"grad must be False for MMPS, which has no derivative; {advice}")
         at = Differentiable.of(self.model, x, level, cond)
         x0, scale = at.x0.detach(), level.sigma**2
         operator, ridge = Linearized(self.measurement, x0), self.measurement.noise_variance(x0)

@@ -121,7 +121,13 @@ def denoising_loss(
     prediction = denoiser(denoiser.process.perturb(x0, level, eps), level, cond)
     error = space.target(prediction) - space.target(truth(x0, eps, level))
     cost = (penalty or L2())(error)
-    cost = coordinates(cost if weight is None else weight(level) * cost)
+    if weight is not None:
+        scale = weight(level)
+        if isinstance(scale, Tensor) and scale.ndim not in (0, cost.ndim):
+            wanted = f"a number, or one per sample shaped like its level, {tuple(level.t.shape)}"
+            raise ValueError(f"weight must return {wanted}; got shape {tuple(scale.shape)}")
+        cost = scale * cost
+    cost = coordinates(cost)
     if mask is None:
         return cost.mean(1)
     known = coordinates(mask)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from sde_diffusion.models import conditions
@@ -121,6 +122,9 @@ class Matched(Checked):
         """The level of the model's process at the same log-SNR."""
         process, trained = self.model.process, trained_range(self.model)
         log_snr = double(level.log_snr)
+        if log_snr.requires_grad and torch.is_grad_enabled():
+            rule = "have no parameters to be trained: times of one log-SNR have no gradient"
+            raise ValueError(f"process of match must {rule}; got {type(self.process).__name__}")
         if trained.only:  # a log-SNR above the last level by rounding is set to it
             slack = 1e-3 if isinstance(level.log_snr, Tensor) else 1e-9 * (1 + abs(trained.high))
             over = (log_snr > trained.high) & (log_snr < trained.high + slack)

@@ -91,7 +91,8 @@ class Denoiser(nn.Module):
             if isinstance(c, Tensor):
                 check_distinct(c, dtype)
             else:
-                check_distinct(torch.tensor([self._last_input, c]), dtype)
+                if c != self._last_input:
+                    check_distinct(torch.tensor([self._last_input, c]), dtype)
                 self._last_input = float(c)
         if isinstance(c, Tensor):
             c = c.reshape(-1).expand(len(x))

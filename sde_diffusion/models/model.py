@@ -212,15 +212,18 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def parts(value: Any) -> Iterator[Any]:
-    """Yield the dataclasses among the fields of `value`, and in theirs, and `value` last.
+    """Yield `value` and the objects that it consists of, each once; functions are not entered.
 
     Of a bound method, such as the cost of a measurement, its object is yielded.
     """
-    value = getattr(value, "__self__", value)
-    if is_dataclass(value) and not isinstance(value, type):
-        for each in fields(value):
-            yield from parts(getattr(value, each.name, None))
-    yield value
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        value = getattr(value, "__self__", value)
+        if id(value) not in seen and not isinstance(value, (*PLAIN, FunctionType)):
+            seen.add(id(value))
+            waiting.extend(parts_of(value))
+            yield value
 
 
 # ---- models around another model ---------------------------------------------------------------

@@ -89,7 +89,7 @@ class Prediction:
             made = torch.add(first * a, second, alpha=b)
         else:
             made = first * a + second * b
-        return made.to(self.first.dtype)
+        return made if first is self.first else made.to(self.first.dtype)
 
     @property
     def x0(self) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "wide",
 ]
 
+HALF = torch.float16, torch.bfloat16
 WITHOUT_FLOAT64 = ("mps",)  # types of devices; a float64 tensor there is an error
 
 Scalar = float | Tensor
@@ -133,7 +134,7 @@ def double(t: Scalar | Sequence[float], name: str = "t") -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """x, in float32 if it is in half precision, whose squares overflow or lose their digits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in HALF else x
 
 
 def onto(value: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

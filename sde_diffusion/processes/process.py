@@ -47,7 +47,7 @@ class IsProcess(Kind):
 
     def __call__(self, name: str, value: Any) -> Any:
         super().__call__(name, value)
-        t = torch.tensor(ENDS, dtype=torch.float64)
+        t = torch.tensor(ENDS, dtype=torch.float64, device="cpu")
         log_alpha, variance = value.log_alpha(t), value.variance(t)
         if (log_alpha + variance).requires_grad and not isinstance(value, nn.Module):
             got = f"{type(value).__name__}, whose parameters would not be trained"
@@ -215,6 +215,9 @@ class Process(Checked, ABC):
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
         """x = alpha x0 + sigma eps, in the dtype of x0."""
+        if eps.shape != x0.shape:
+            got = tuple(eps.shape)
+            raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}; got {got}")
         return (level.alpha * wide(x0) + level.sigma * wide(eps)).to(x0.dtype)
 
     def prior(

@@ -137,10 +137,12 @@ def differences(
     for short in (short for name, short in REPEATED.items() if name in {*changed, *found}):
         rest = [re.sub(rf"\b{short}=[^,; ]+,? ?", "", line) for line in rest]
     same = {"optimizer"} if rest[0] == rest[1] else set[str]()
-    refused = [name for name in found if name not in {*changed, *same}]
+    follows = {"warmup"} if "steps" in changed else set[str]()  # a tenth of them by default
+    refused = [name for name in found if name not in {*changed, *same, *follows}]
     if refused:
         texts = (f"{name} {found[name][0]} -> {found[name][1]}" for name in refused)
-        advice = f"if this is meant, give changed={{{', '.join(map(repr, refused))}}}"
+        allowed = ", ".join(map(repr, sorted({*changed, *refused})))
+        advice = f"if this is meant, give changed={{{allowed}}}"
         raise OtherSettings(f"{path}: its run had other settings: {', '.join(texts)}; {advice}")
     return found
 

@@ -1,10 +1,12 @@
 """One optimizer step, and the state that it changes."""
 
 import copy
+import dis
 import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from types import CellType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -152,7 +154,7 @@ class TrainState:
     @property
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the denoiser by name; inf is a value in them, as in a mask of attention."""
-        return dict(self.denoiser.named_buffers(remove_duplicate=False))
+        return kept_buffers(self.denoiser)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -270,9 +272,15 @@ class TrainState:
             theirs.copy_(ours)
 
 
+def kept_buffers(denoiser: Denoiser) -> dict[str, Tensor]:
+    """The buffers of a denoiser, without complex ones that are not persistent: tables of RoPE."""
+    saved, every = denoiser.state_dict(), denoiser.named_buffers(remove_duplicate=False)
+    return {name: value for name, value in every if name in saved or not value.is_complex()}
+
+
 def check_tensors(denoiser: Denoiser) -> None:
     """Refuse a denoiser without a trained parameter, or with values that cannot be saved."""
-    buffers = dict(denoiser.named_buffers(remove_duplicate=False))
+    buffers = kept_buffers(denoiser)
     parameters = dict(denoiser.named_parameters(remove_duplicate=False))
     saved = denoiser.state_dict()
     for name, value in {**buffers, **parameters, **saved}.items():
@@ -317,8 +325,9 @@ def learned(part: object) -> list[nn.Parameter]:
     owner = getattr(part, "__self__", part)  # of a method
     held = [owner, *getattr(owner, "__dict__", {}).values()]
     if inspect.isfunction(part):
-        used = inspect.getclosurevars(part)
-        held += [*used.nonlocals.values(), *used.globals.values()]
+        loads = {each.argval for each in dis.get_instructions(part) if each.opname == "LOAD_GLOBAL"}
+        held += [cell.cell_contents for cell in part.__closure__ or () if cell != CellType()]
+        held += [part.__globals__.get(name) for name in loads]
     inside = [p for m in held if isinstance(m, nn.Module) for p in m.parameters()]
     return [p for p in (*held, *inside) if isinstance(p, nn.Parameter) and p.requires_grad]
 
@@ -333,7 +342,9 @@ def check_learned(denoiser: Denoiser, laws: Mapping[str, object]) -> None:
     for name, part in {**{name: getattr(denoiser, name, None) for name in names}, **laws}.items():
         if any(id(p) not in known for p in learned(part)):
             rule = "be an nn.Module" if name in names else "use parameters of the denoiser only"
-            raise ValueError(f"{name} must {rule}, so that its parameters are trained; got others")
+            advice = "freeze fixed ones by requires_grad_(False)"
+            rule = f"{rule}, so that its parameters are trained"
+            raise ValueError(f"{name} must {rule}; got others; {advice}")
 
 
 def copied(denoiser: Denoiser) -> Denoiser:

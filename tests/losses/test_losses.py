@@ -423,3 +423,12 @@ def test_importance_sampling_estimates_the_likelihood_loss_with_less_variance():
     error = math.sqrt(float(importance.var() + uniform.var()) / n)
     assert abs(float(importance.mean() - uniform.mean())) < 4.5 * error
     assert float(importance.var()) < float(uniform.var()) / 10
+
+
+def test_a_weight_of_another_shape_is_refused():
+    """(B,) would be broadcast against the width of the data."""
+    model = sd.exact.Gaussian(sd.VP(), torch.zeros(2), 1.0)
+    net = sd.Denoiser(sd.networks.MLP((2,)), model.process)
+    x0, t = torch.ones(2, 2), torch.tensor([0.2, 0.9])
+    with pytest.raises(ValueError, match=r"weight must return a number, or one per sample shaped"):
+        sd.denoising_loss(net, x0, t, x0, weight=lambda level: level.alpha.flatten())

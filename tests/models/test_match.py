@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import MEAN, PROCESSES, gaussian
+from learned import Rate
 from oracles import fitted_order, normal, reverse_sde_moments, w2
 from torch.testing import assert_close
 
@@ -302,3 +303,10 @@ def test_ancestral_sampling_of_a_matched_model_tends_to_the_reverse_sde(kind, lo
         law = sd.verify.measured(sd.Ancestral(kind), matched, times=times, shape=(1,))
         errors.append(w2((float(law.mean), float(law.covariance)), limit))
     assert low <= fitted_order(sizes, errors) <= high
+
+
+def test_times_of_a_learned_process_have_no_gradient():
+    """By the sign: -.0074 came for .211."""
+    model = sd.match(sd.exact.Gaussian(sd.VP(), 1.0, 0.5), Rate(2.0))
+    with pytest.raises(ValueError, match="process of match must have no parameters to be trained"):
+        model(torch.ones(2, 1), torch.full((2,), 0.3))

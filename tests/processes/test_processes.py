@@ -378,3 +378,9 @@ def test_processes_are_values():
     assert sd.VP() == sd.VP()
     assert sd.Discrete((0.1, 0.2)) == sd.Discrete(torch.tensor([0.1, 0.2], dtype=torch.float64))
     assert repr(sd.Discrete((0.1, 0.2))) == "Discrete(betas=(0.1, 0.2))"
+
+
+def test_the_noise_of_a_batch_is_not_broadcast():
+    (level,) = sd.VP().levels(torch.tensor([0.5]))
+    with pytest.raises(ValueError, match=r"eps must be shaped like x0, \(3, 2\); got \(1, 2\)"):
+        sd.VP().perturb(torch.zeros(3, 2), level, torch.ones(1, 2))

@@ -475,7 +475,8 @@ def test_the_rate_is_lowered_by_a_permission_for_nothing_else(tmp_path):
     save(ran(3), tmp_path)
     lower = replace(RECIPE, learning_rate=1e-4)
     state = fresh(recipe=lower)
-    with pytest.raises(OtherSettings, match=r"rate 0\.001 -> 0\.0001; .*={'learning_rate'}"):
+    match = r"rate 0\.001 -> 0\.0001; .*={'learning_rate', 'steps'}"
+    with pytest.raises(OtherSettings, match=match):
         resume(state, tmp_path, changed={"steps"})
     resume(state, tmp_path, changed={"learning_rate"})  # the line of the optimizer repeats it
     assert state.changes[0]["learning_rate"] == [1e-3, 1e-4]
@@ -548,3 +549,14 @@ def test_where_folders_cannot_be_opened_checkpoints_are_written_all_the_same(tmp
         patch.setattr("shutil._use_fd_functions", False)
         saved = save(ran(2), tmp_path)
     restore(fresh(seed=9), saved)
+
+
+def test_a_short_run_is_extended_by_its_steps_alone(tmp_path):
+    """The warm-up, a tenth of the steps by default, follows them."""
+    short = replace(RECIPE, steps=20, warmup=None)
+    state = fresh(recipe=short)
+    advance(state, 2)
+    save(state, tmp_path)
+    longer = fresh(recipe=replace(RECIPE, steps=40, warmup=None))
+    resume(longer, tmp_path, changed={"steps"})
+    assert longer.step == 2

@@ -215,8 +215,8 @@ class Process(Checked, ABC):
 
     def perturb(self, x0: Tensor, level: Level, eps: Tensor) -> Tensor:
         """x = alpha x0 + sigma eps, in the dtype of x0."""
-        if eps.shape != x0.shape:
-            got = tuple(eps.shape)
+        if eps.shape != x0.shape and torch.broadcast_shapes(eps.shape, x0.shape) != eps.shape:
+            got = tuple(eps.shape)  # one x0 for all is fine, one noise is not
             raise ValueError(f"eps must be shaped like x0, {tuple(x0.shape)}; got {got}")
         return (level.alpha * wide(x0) + level.sigma * wide(eps)).to(x0.dtype)
 

@@ -294,6 +294,6 @@ def test_certify_knows_the_peers_that_are_installed(diffusers, k_diffusion, azul
     assert not refused.holds
     assert "chooses its own steps" in refused.verdict
     with pytest.raises(
-        ValueError, match=r"^--samplers must be a known name; got heun; known: diff"
+        ValueError, match=r"^--samplers must be a known name; got heun; near it: azula"
     ):
         list(CERTIFY.rows_of(CERTIFY.Config(samplers=("heun",), peers=True)))

@@ -158,9 +158,9 @@ def states(
         check_conditions(model, cond, len(x))
     check_grad(sampler, x, cond, grad)
     process, end = model.process, end_time(model)
-    modules = modules_of(model, sampler)
+    modules, hooked = modules_of(model, sampler), parts(model, sampler)
     with evaluating(modules):
-        call_each("before_run", wide(x), model, sampler)
+        call_each("before_run", hooked, wide(x))
     levels = (process.rated_levels if sampler.claims.rates else process.levels)(path)
     driven = partial(Brownian, clock=process.u, times=[level.t for level in levels])
     source = chosen_noise(x, generator, seeds, noise, driven)
@@ -169,12 +169,12 @@ def states(
         wrapped = KnownBelow(wrapped, x, end)
     elif sampler.claims.adaptive and end > 0:
         wrapped = HeldBelow(wrapped, end)
-    return walk(wrapped, sampler, x, levels, source, grad, modules)
+    return walk(wrapped, sampler, x, levels, source, grad, modules, hooked)
 
 
 def walk(
     model: Model, sampler: Sampler, x: Tensor, levels: Sequence[Level[float]], source: Noise,
-    grad: bool | str, modules: Sequence[nn.Module],
+    grad: bool | str, modules: Sequence[nn.Module], hooked: Sequence[object],
 ) -> Iterator[Sample]:  # fmt: skip
     """Run the loop of `trajectory`, whose arguments are checked before the first step.
 
@@ -205,7 +205,7 @@ def walk(
         yield Sample(x.to(dtype), s.t, memory)
     if levels[-1].t == 0:
         with evaluating(modules):
-            call_each("after_run", x.detach(), model, sampler)
+            call_each("after_run", hooked, x.detach())
 
 
 def replayed(
@@ -216,14 +216,13 @@ def replayed(
     return step(x, t, s, Repeated(source, draws), memory)
 
 
-def call_each(hook: str, x: Tensor, *wholes: Model | Sampler) -> None:
-    """Call the hook, if it exists, of each part of a model and a sampler with the batch.
+def call_each(hook: str, parts: Sequence[object], x: Tensor) -> None:
+    """Call the hook, if it exists, of each part of a run with the batch, inner parts first.
 
     `before_run` refuses arguments that need the batch to be checked; `after_run` warns of samples
     at t = 0 that do not fit a measurement.
     """
-    found = {id(part): part for whole in wholes for part in parts(whole)}
-    for part in reversed(found.values()):  # inner ones first
+    for part in reversed(parts):
         getattr(part, hook, lambda _: None)(x)
 
 

@@ -161,20 +161,27 @@ def modules_of(*values: Any) -> list[nn.Module]:
     Attributes, entries of containers, methods' objects, and the variables that functions use are
     searched.
     """
-    found: list[nn.Module] = []
+    return [value for value in reached(values, PLAIN) if isinstance(value, nn.Module)]
+
+
+def parts(*values: Any) -> list[Any]:
+    """Return the values and the objects that they consist of; functions are not entered."""
+    return list(reached(values, (*PLAIN, FunctionType)))
+
+
+def reached(values: Iterable[Any], left_out: tuple[type, ...]) -> Iterator[Any]:
+    """Yield the values and the objects that they consist of or use, each once."""
     waiting, seen = list(values), set[int]()
     while waiting:
         value = waiting.pop()
-        if id(value) not in seen and not isinstance(value, PLAIN):
+        if id(value) not in seen and not isinstance(value, left_out):
             seen.add(id(value))
             waiting.extend(parts_of(value))
-            if isinstance(value, nn.Module):
-                found.append(value)
-    return found
+            yield value
 
 
 def parts_of(value: Any) -> Iterable[Any]:
-    """Return the objects that an object consists of or uses, for `modules_of`."""
+    """Return the objects that an object consists of or uses."""
     if isinstance(value, nn.Module):
         own = (part for name, part in vars(value).items() if not name.startswith("_"))
         return *value.children(), *own
@@ -209,21 +216,6 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = True
-
-
-def parts(value: Any) -> Iterator[Any]:
-    """Yield `value` and the objects that it consists of, each once; functions are not entered.
-
-    Of a bound method, such as the cost of a measurement, its object is yielded.
-    """
-    waiting, seen = [value], set[int]()
-    while waiting:
-        value = waiting.pop()
-        value = getattr(value, "__self__", value)
-        if id(value) not in seen and not isinstance(value, (*PLAIN, FunctionType)):
-            seen.add(id(value))
-            waiting.extend(parts_of(value))
-            yield value
 
 
 # ---- models around another model ---------------------------------------------------------------

@@ -13,6 +13,7 @@ the general solution.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -110,11 +111,12 @@ def observed_part(operator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     return y if part is None else part(y)
 
 
-class Operator(Checked):
+class Operator(Checked, ABC):
     """Base of the operators: A @ B is their composition."""
 
+    @abstractmethod
     def __call__(self, x0: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return A(x0) of a batch x0 (B, ...)."""
 
     def __matmul__(self, inner: Callable[[Tensor], Tensor]) -> "Composition":
         return Composition(self, inner)

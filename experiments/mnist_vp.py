@@ -23,7 +23,7 @@ class Sampling:
     """sampling steps of a fixed-step sampler"""
     frame: Annotated[flags.FrameName | None, flags.default("straight")] = None
     """coordinates of adams and adaptive-ode; gaussian: by mean and covariance of MNIST"""
-    rtol: Annotated[float | None, flags.default("1e-3; adaptive-sde 1e-2")] = None
+    rtol: Annotated[float | None, flags.default("1e-3; adaptive-sde 2e-2")] = None
     """relative tolerance of a sampler that chooses its own steps"""
     atol: Annotated[float | None, flags.default("as --rtol")] = None
     """absolute tolerance of a sampler that chooses its own steps"""

@@ -133,3 +133,13 @@ def test_a_refusal_is_one_line_and_exit_2(capsys):
         flags.refuse(ValueError("two\nlines"))
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_the_help_shows_the_tolerances_that_the_samplers_have():
+    """They are typed there, because --help needs no torch."""
+    samplers = importlib.import_module("common.samplers").SAMPLERS
+    text = re.search(r'default\("(.*); adaptive-sde (.*)"\)', (ROOT / "mnist_vp.py").read_text())
+    assert text is not None
+    shown = dict(zip(("ode", "adaptive-sde"), map(float, text.groups()), strict=True))
+    shown["adaptive-ode"] = shown["ode"]
+    assert shown == {name: samplers[name].rtol for name in shown}
